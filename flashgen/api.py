@@ -1,0 +1,279 @@
+"""The public functions. Thin: they check what only they can check, and hand over to the operators and to `resolve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from flashgen import dispatch, ops
+from flashgen.config import KernelConfig
+from flashgen.dispatch import ConfigLike, Plan
+from flashgen.problem import CausalAlignment, Layout, Problem, not_built
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+
+if TYPE_CHECKING:
+    from flashgen.facts import CompiledFacts
+    from flashgen.tuner import TuneResult
+
+BackendName = Literal["auto", "gluon", "triton", "torch"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    causal_alignment: CausalAlignment = "bottom-right",
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    layout: Layout = "bshd",
+    backend: BackendName = "auto",
+    config: ConfigLike | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact scaled dot-product attention (FlashAttention-2, arXiv 2307.08691).
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), fp16, bf16 or fp32; head_dim 1 to 256. With `layout="bhsd"` the
+            middle two dimensions are swapped, in k, v and the output too.
+        k: (batch, seqlen_k, num_heads_kv, head_dim); num_heads_q must be a multiple of num_heads_kv, query head h
+            reads key/value head h // (num_heads_q / num_heads_kv).
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v).
+        causal: query i sees keys j <= i + d.
+        causal_alignment: d = seqlen_k - seqlen_q for "bottom-right" (FlashAttention's convention), 0 for "top-left".
+        softmax_scale: factor of the scores; None for 1/sqrt(head_dim).
+        window_size, softcap, alibi_slopes, sinks, bias, attn_mask, score_mod, mask_mod, block_mask, dropout_p,
+            generator: not built yet: anything but the default raises UnsupportedProblemError.
+        return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
+        deterministic: every path that exists today repeats bit for bit, whatever is asked for.
+        layout: "bshd" or "bhsd".
+        backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
+            interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
+        config: a KernelConfig, or a dict of its tunables, instead of the tuned one.
+
+    Returns:
+        out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype and layout; with `return_lse` also lse
+        (batch, num_heads_q, seqlen_q), fp32, natural logarithm. A row that sees no key gives 0 and -inf.
+
+    Raises:
+        InvalidProblemError: the arguments do not fit together, or a name or config is not allowed.
+        UnsupportedProblemError: no variant covers the call; lists every variant's reason.
+        BuildError: the kernel could not be compiled or run.
+        DatabaseError: the user's tuning database is corrupt or unreadable.
+    """
+    extra = (alibi_slopes, sinks, bias, attn_mask, score_mod, mask_mod, block_mask)
+    if window_size != (-1, -1) or softcap != 0.0 or dropout_p != 0.0 or any(value is not None for value in extra):
+        # Raises: what is wrong with the call, or that nothing covers it yet.
+        explain(
+            q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
+            mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, return_lse=return_lse, layout=layout,
+            backend=backend, config=config,
+        )  # fmt: skip
+        raise not_built("this combination of options")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        ops.require_tensor(name, tensor, layout)
+    knobs = ops.encode_config(config)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = ops.AttentionFunction.apply(
+            q, k, v, bool(causal), causal_alignment, softmax_scale, layout, backend, knobs
+        )
+    else:
+        out, lse = torch.ops.flashgen.attention_fwd(
+            q, k, v, bool(causal), causal_alignment, softmax_scale, layout, return_lse, False, backend, knobs
+        )
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    deterministic: bool | None = None,
+    backend: BackendName = "auto",
+    config: ConfigLike | None = None,
+    **options: Any,
+) -> Plan:
+    """What `attention()` would do with the same arguments, and why. Launches nothing.
+
+    Args:
+        q, k, v, backend, config, **options: as in `attention()`.
+
+    Returns:
+        The plan: backend, variant, config and its source, and why other variants were rejected; `str(plan)` is a
+        readable account.
+
+    Raises:
+        InvalidProblemError, UnsupportedProblemError, DatabaseError: as `attention()`.
+    """
+    return dispatch.resolve(Problem.from_tensors(q, k, v, **options), backend=backend, config=config)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over packed sequences (total, num_heads, head_dim) bounded by int32 `cu_seqlens`. Not built yet.
+
+    Raises:
+        UnsupportedProblemError: always.
+    """
+    raise not_built("varlen_attention")
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqused_k: Tensor,
+    page_table: Tensor | None = None,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    num_splits: int = 0,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few new queries over a (paged) key/value cache. Not built yet.
+
+    Raises:
+        UnsupportedProblemError: always.
+    """
+    raise not_built("decode_attention")
+
+
+def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two partial results over disjoint keys into one. Not built yet.
+
+    Raises:
+        UnsupportedProblemError: always.
+    """
+    raise not_built("merge_attention_states")
+
+
+def tune(
+    problems: Problem | Sequence[Problem],
+    *,
+    target: Target | str | None = None,
+    mode: Literal["auto", "measured", "predicted"] = "auto",
+    max_trials: int | None = None,
+    timeout_s: float | None = None,
+    database: str | PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> TuneResult:
+    """Search the best configuration of each problem and store every trial.
+
+    Args:
+        problems: one or several.
+        target: a Target, its name, or None for the installed GPU.
+        mode: "measured" times candidates on the installed GPU; "predicted" compiles and ranks them without one;
+            "auto" measures where the target is installed.
+        max_trials: how many candidates of a problem at most; None for all legal ones.
+        timeout_s: of the whole run, seconds.
+        database: a path or an SQLAlchemy URL; None for the user's own.
+        workers: compiling processes; None for one per core.
+        progress: show a progress bar (plain lines where stderr is no terminal).
+
+    Returns:
+        Per problem: all trials, what was excluded and why, and the winner.
+
+    Raises:
+        InvalidProblemError: a value is out of range, or no target can be found.
+        TuningError: no candidate survived; carries each cause.
+        DatabaseError: the database cannot be written.
+    """
+    from flashgen import tuner  # the tuner is imported by nobody but this function and the command line
+
+    where = Target.named(target) if isinstance(target, str) else target
+    return tuner.tune(
+        problems,
+        target=where,
+        mode=mode,
+        max_trials=max_trials,
+        timeout_s=timeout_s,
+        database=None if database is None else str(database),
+        workers=workers,
+        progress=progress,
+    )
+
+
+def export(
+    spec_or_problem: AttentionSpec | Problem,
+    path: str | PathLike[str],
+    *,
+    format: Literal["py", "aot", "hf-kernels"] = "py",
+    target: Target | str | None = None,
+) -> Path:
+    """Write a kernel that works without flashgen.
+
+    Args:
+        spec_or_problem: what to export.
+        path: the file to write, or a folder.
+        format: "py": one readable file that imports only torch and triton and tests itself under `python file.py`;
+            "aot" and "hf-kernels" are not built yet.
+        target: whose configurations to carry; None for the installed GPU.
+
+    Returns:
+        The path of what was written.
+
+    Raises:
+        InvalidProblemError: unknown format, or a path that cannot be written.
+        UnsupportedProblemError: nothing covers it, or the format is not built yet.
+    """
+    from flashgen import exporter
+
+    where = Target.named(target) if isinstance(target, str) else target
+    return exporter.export(spec_or_problem, Path(path), format=format, target=where)
+
+
+def compile_facts(spec: AttentionSpec, config: KernelConfig, target: Target) -> CompiledFacts:
+    """Compile a configuration without a GPU and read the compiler's facts (cached on disk).
+
+    Args:
+        spec: what to compile.
+        config: the knobs, of the variant that compiles it.
+        target: for which architecture.
+
+    Returns:
+        Registers, spills, shared memory and the main loop's instruction counts.
+
+    Raises:
+        InvalidProblemError: the config is not legal, or the target is no GPU.
+        UnsupportedProblemError: the variant does not cover the spec.
+        BuildError: the compiler refused.
+    """
+    from flashgen import facts  # light, but of no use to a call
+
+    return facts.compile_facts(spec, config, target)

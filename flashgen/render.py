@@ -1,0 +1,84 @@
+"""`render`: spec and variant in, kernel source out. Pure: no torch, no GPU, no version probing, no clock."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from flashgen.assets import templates_dir
+from flashgen.errors import RenderError, UnsupportedProblemError
+from flashgen.spec import AttentionSpec
+from flashgen.variants import Variant
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSource:
+    """A rendered kernel file.
+
+    Attributes:
+        text: the Python source.
+        spec: what it computes.
+        variant: name of the variant it was rendered from.
+    """
+
+    text: str
+    spec: AttentionSpec
+    variant: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the text, in hex: part of every cache and database key."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """File name: `<spec.key>-<digest8>.py`."""
+        return f"{self.spec.key}-{self.digest[:8]}.py"
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2  # here: importing flashgen must not
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_dir()),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # noqa: S701  # Python source, not HTML
+    )
+
+
+@lru_cache(maxsize=256)
+def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
+    """Render the kernel file of a spec.
+
+    Args:
+        spec: what to compute.
+        variant: which recipe; must have a template.
+
+    Returns:
+        The source; the same text for the same arguments, always.
+
+    Raises:
+        UnsupportedProblemError: the variant has no template.
+        RenderError: the template is missing or broken; names file and line.
+    """
+    import jinja2
+
+    if variant.template is None:
+        raise UnsupportedProblemError(f"variant {variant.name} is not generated: it has no template to render.")
+    try:
+        template = _environment().get_template(variant.template)
+        text = template.render(spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"})
+    except jinja2.TemplateSyntaxError as error:
+        raise RenderError(f"{error.filename or variant.template}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateError as error:
+        raise RenderError(f"{variant.template} could not be rendered for {spec.key}: {error}") from error
+    return KernelSource(text=text, spec=spec, variant=variant.name)

@@ -1,0 +1,148 @@
+"""`AttentionSpec`: everything that changes a kernel's text or its search space, and nothing else.
+
+Sizes, strides, the GQA ratio, the softmax scale, the width of a window and the number of a softcap are
+run-time values and live in `Problem`. One spec is one rendered file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+
+Op = Literal["attention_fwd", "attention_bwd", "attention_decode"]
+DType = Literal["fp16", "bf16", "fp32"]
+
+OPS: tuple[Op, ...] = ("attention_fwd", "attention_bwd", "attention_decode")
+DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
+DTYPE_BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+MAX_HEAD_DIM = 256
+
+_KEY_HEAD = re.compile(r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What is compiled.
+
+    Attributes:
+        op: the operation, also the database's and the command line's word for it.
+        dtype: of q, k, v and the output.
+        head_dim: of q and k, 1 to 256.
+        head_dim_v: of v and the output, 1 to 256.
+        causal: a causal mask; its alignment is a run-time offset.
+        window: a sliding window on either side.
+        softcap: scores pass through softcap * tanh(s / softcap).
+        has_alibi: ALiBi slopes.
+        has_sinks: sink logits in the denominator.
+        has_bias: an additive bias.
+        has_attn_mask: a boolean mask.
+        has_score_mod: a traced score_mod.
+        has_mask_mod: a traced mask_mod.
+        has_block_mask: a BlockMask.
+        dropout: dropout on the probabilities.
+        varlen: packed sequences with cu_seqlens.
+        paged: a paged key/value cache.
+        has_lse: the log-sum-exp is written too.
+    """
+
+    op: Op = "attention_fwd"
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    causal: bool = False
+    window: bool = False
+    softcap: bool = False
+    has_alibi: bool = False
+    has_sinks: bool = False
+    has_bias: bool = False
+    has_attn_mask: bool = False
+    has_score_mod: bool = False
+    has_mask_mod: bool = False
+    has_block_mask: bool = False
+    dropout: bool = False
+    varlen: bool = False
+    paged: bool = False
+    has_lse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise InvalidProblemError(f"op {self.op!r} is not known: allowed are {', '.join(OPS)}.")
+        if self.dtype not in DTYPES:
+            raise InvalidProblemError(f"dtype {self.dtype!r} is not known: allowed are {', '.join(DTYPES)}.")
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InvalidProblemError(f"{name} {value} is out of range: allowed are 1 to {MAX_HEAD_DIM}.")
+            if value > MAX_HEAD_DIM:
+                raise UnsupportedProblemError(f"{name} {value} is not supported by any variant: allowed are 1 to {MAX_HEAD_DIM}.")
+
+    @property
+    def key(self) -> str:
+        """The spec as text, e.g. `attention_fwd-bf16-d128-causal-lse`; built from the fields, defaults omitted."""
+        parts = [self.op, self.dtype, f"d{self.head_dim}"]
+        if self.head_dim_v != self.head_dim:
+            parts.append(f"dv{self.head_dim_v}")
+        parts += [_flag_word(name) for name in flag_names() if getattr(self, name)]
+        return "-".join(parts)
+
+    @classmethod
+    def from_key(cls, key: str) -> AttentionSpec:
+        """The inverse of `key`.
+
+        Raises:
+            InvalidProblemError: the text is no spec key.
+        """
+        match = _KEY_HEAD.match(key)
+        flags = {_flag_word(name): name for name in flag_names()}
+        words = match["flags"].split("-")[1:] if match else []
+        if match is None or any(word not in flags for word in words):
+            raise InvalidProblemError(
+                f"{key!r} is not a spec key: expected e.g. attention_fwd-bf16-d128-causal-lse "
+                f"(op-dtype-dHEAD_DIM[-dvHEAD_DIM_V][-flags], flags: {', '.join(flags)})."
+            )
+        values: dict[str, Any] = {flags[word]: True for word in words}
+        head_dim = int(match["head_dim"])
+        return cls(
+            op=cast(Op, match["op"]),
+            dtype=cast(DType, match["dtype"]),
+            head_dim=head_dim,
+            head_dim_v=int(match["head_dim_v"] or head_dim),
+            **values,
+        )
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the boolean fields that are set."""
+        return tuple(name for name in flag_names() if getattr(self, name))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of q."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_head_dim(self) -> int:
+        """`head_dim` padded to what one tile holds: a power of two, at least 16 (the least K of a tensor-core product)."""
+        return padded_head_dim(self.head_dim)
+
+    @property
+    def block_head_dim_v(self) -> int:
+        """`head_dim_v` padded like `block_head_dim`."""
+        return padded_head_dim(self.head_dim_v)
+
+
+def flag_names() -> tuple[str, ...]:
+    """The boolean fields of `AttentionSpec`, in the order of the key."""
+    return tuple(f.name for f in fields(AttentionSpec) if f.type in ("bool", bool))
+
+
+def _flag_word(name: str) -> str:
+    return name.removeprefix("has_")
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())

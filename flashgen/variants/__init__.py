@@ -1,0 +1,31 @@
+"""One descriptor per recipe; `REGISTRY` is the only list of them."""
+
+from __future__ import annotations
+
+from flashgen.errors import InvalidProblemError
+from flashgen.spec import AttentionSpec
+from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.torch_blocked import TorchBlocked
+from flashgen.variants.triton_fwd import TritonForward
+
+__all__ = ["REGISTRY", "Knob", "KnownGood", "ResourceFacts", "Variant", "by_name", "candidates"]
+
+# Fastest first: dispatch takes the first that supports the problem.
+REGISTRY: tuple[Variant, ...] = (TritonForward(), TorchBlocked())
+
+
+def by_name(name: str) -> Variant:
+    """A variant by its name.
+
+    Raises:
+        InvalidProblemError: no such variant.
+    """
+    for variant in REGISTRY:
+        if variant.name == name:
+            return variant
+    raise InvalidProblemError(f"variant {name!r} is not known: allowed are {', '.join(v.name for v in REGISTRY)}.")
+
+
+def candidates(spec: AttentionSpec) -> tuple[Variant, ...]:
+    """The variants that compute the spec's operation, fastest first; whether they support it is theirs to say."""
+    return tuple(variant for variant in REGISTRY if variant.op == spec.op)

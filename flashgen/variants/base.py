@@ -1,0 +1,114 @@
+"""What every variant descriptor is: a template, the specs it supports, and the one predicate that says what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar, Literal, Protocol
+
+from flashgen.config import KernelConfig, Tunable
+from flashgen.errors import InvalidProblemError
+from flashgen.spec import AttentionSpec, Op
+from flashgen.target import Target
+
+
+class ResourceFacts(Protocol):
+    """The part of the compiler's facts that legality needs (see `flashgen.facts.CompiledFacts`)."""
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one thread block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """One tunable: its name, the values the space enumerates, and what it means."""
+
+    name: str
+    values: tuple[Tunable, ...]
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownGood:
+    """A tile that somebody measured, or ships as a default, with its source."""
+
+    config: KernelConfig
+    source: str
+
+
+class Variant:
+    """A recipe. Subclasses set the class attributes and override the four questions.
+
+    Attributes:
+        name: key in configs, database and `explain`.
+        op: the operation it computes.
+        backend: which `backend=` of `attention()` selects it.
+        template: path below `templates/`, or None when the variant is no generated kernel.
+        knobs: the tunables; their product, filtered by `illegal`, is the search space.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[Op]
+    backend: ClassVar[Literal["gluon", "triton", "torch"]]
+    template: ClassVar[str | None] = None
+    knobs: ClassVar[tuple[Knob, ...]] = ()
+
+    def supports(self, spec: AttentionSpec, target: Target) -> str | None:
+        """None, or the reason why this variant cannot compute `spec` on `target`."""
+        raise NotImplementedError
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
+    ) -> str | None:
+        """None, or the reason why `config` may not run: the one predicate that tuner, dispatch and `explain` share.
+
+        Args:
+            spec: what is compiled.
+            target: where.
+            config: the knobs.
+            facts: the compiler's facts where known; only they decide exactly whether shared memory fits.
+        """
+        raise NotImplementedError
+
+    def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
+        """The configuration of a call for which nothing was tuned."""
+        raise NotImplementedError
+
+    def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+        """Tiles with a source, best first; the only ones a prediction may pick."""
+        return ()
+
+    def config(self, **tunables: Tunable) -> KernelConfig:
+        """A config of this variant."""
+        return KernelConfig(variant=self.name, **tunables)
+
+    def space(self, spec: AttentionSpec, target: Target) -> tuple[KernelConfig, ...]:
+        """Every legal config, in a fixed order."""
+        names = [knob.name for knob in self.knobs]
+        points = (self.config(**dict(zip(names, values, strict=True))) for values in product(*(k.values for k in self.knobs)))
+        return tuple(config for config in points if self.illegal(spec, target, config) is None)
+
+    def parse_config(self, given: KernelConfig | Mapping[str, Tunable], spec: AttentionSpec, target: Target) -> KernelConfig:
+        """The user's `config=` as a checked KernelConfig.
+
+        Raises:
+            InvalidProblemError: unknown, missing or illegal tunables, or another variant's config.
+        """
+        if isinstance(given, KernelConfig) and given.variant != self.name:
+            raise InvalidProblemError(f"config is one of variant {given.variant!r}, but this call runs {self.name!r}.")
+        names = {knob.name for knob in self.knobs}
+        unknown, missing = sorted(set(given) - names), sorted(names - set(given))
+        if unknown or missing:
+            raise InvalidProblemError(
+                f"config for {self.name} has unknown tunables {unknown} and lacks {missing}: it takes exactly {sorted(names)}."
+            )
+        config = self.config(**dict(given))
+        reason = self.illegal(spec, target, config)
+        if reason is not None:
+            raise InvalidProblemError(
+                f"config {config.label} is not legal for {spec.key} on {target.name}: {reason}. "
+                "See `flashgen show spaces` for the legal values."
+            )
+        return config

@@ -1,0 +1,32 @@
+"""The fallback: blocked attention in plain torch operations, O(N) memory, on every device, with its own backward."""
+
+from __future__ import annotations
+
+from flashgen.config import KernelConfig
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants.base import ResourceFacts, Variant
+
+_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+
+
+class TorchBlocked(Variant):
+    """`flashgen/torch_blocked.py`; no tunables, no template."""
+
+    name = "torch_blocked"
+    op = "attention_fwd"
+    backend = "torch"
+
+    def supports(self, spec: AttentionSpec, target: Target) -> str | None:
+        missing = [flag for flag in spec.flags if flag not in _COVERED_FLAGS]
+        if missing:
+            return f"{', '.join(missing)}: not covered by the torch backend yet"
+        return None
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
+    ) -> str | None:
+        return None
+
+    def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
+        return self.config()
