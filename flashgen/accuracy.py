@@ -61,6 +61,7 @@ class AccuracyReport:
         lse_error: largest absolute error of lse; 0 where there is none.
         lse_ratio: the same divided by its bar.
         message: one line: what failed, or that nothing did.
+
     """
 
     ok: bool
@@ -82,12 +83,15 @@ class AccuracyReport:
 
         Raises:
             AccuracyError: it is not; says by how much.
+
         """
         if not self.ok:
             raise AccuracyError(f"{what} is outside the error budget: {self.message}")
 
 
-def check(out: Tensor, lse: Tensor | None, oracle: Pair, low: Pair, dtype: DType, *, gradient: bool = False) -> AccuracyReport:
+def check(
+    out: Tensor, lse: Tensor | None, oracle: Pair, low: Pair, dtype: DType, *, gradient: bool = False
+) -> AccuracyReport:
     """Hold one result against the budget.
 
     Args:
@@ -103,6 +107,7 @@ def check(out: Tensor, lse: Tensor | None, oracle: Pair, low: Pair, dtype: DType
 
     Raises:
         InvalidProblemError: shapes differ.
+
     """
     exact, unit = oracle[0], low[0]
     if not out.shape == exact.shape == unit.shape:
@@ -147,8 +152,9 @@ def _absolute_error(actual: Tensor, exact: Tensor) -> Tensor:
 
 
 def _ratio(error: Tensor, allowed: Tensor) -> Tensor:
-    """error / allowed, where 0 of 0 is 0: an exact result needs no allowance."""
-    return (error / allowed).masked_fill(error == 0, 0.0)
+    """Error / allowed, where 0 of 0 is 0: an exact result needs no allowance. Never NaN."""
+    ratio = (error / allowed).masked_fill(error == 0, 0.0)
+    return ratio.masked_fill(ratio.isnan(), math.inf)
 
 
 def _describe(report: AccuracyReport, out: Tensor, exact: Tensor) -> str:
@@ -184,6 +190,7 @@ class Buffers:
         lse: contiguous fp32 (batch, num_heads_q, seqlen_q) pre-filled with NaN, or None.
         allocations: name -> the whole allocation, as bytes.
         before: name -> a copy of an input's allocation.
+
     """
 
     problem: Problem
@@ -203,11 +210,17 @@ class Buffers:
     def references(self) -> tuple[Pair, Pair]:
         """(oracle, low-precision reference) of these inputs."""
         options: dict[str, Any] = {"causal": self.problem.causal, **self.scalars}
-        return attention_oracle(self.q, self.k, self.v, **options), attention_low_precision(self.q, self.k, self.v, **options)
+        return attention_oracle(self.q, self.k, self.v, **options), attention_low_precision(
+            self.q, self.k, self.v, **options
+        )
 
     def trespasses(self) -> list[str]:
         """What was written outside the outputs since they were made; call it once, after the launch."""
-        found = [f"{name} was written to, but is an input" for name, old in self.before.items() if not torch.equal(old, self.allocations[name])]
+        found = [
+            f"{name} was written to, but is an input"
+            for name, old in self.before.items()
+            if not torch.equal(old, self.allocations[name])
+        ]
         for name, tensor in (("o", self.o), ("lse", self.lse)):
             if tensor is None:
                 continue
@@ -230,7 +243,12 @@ class Buffers:
 
 
 def make_buffers(
-    problem: Problem, *, seed: int = 0, device: str | torch.device = "cpu", strides: Strides = "padded", values: Values = "normal"
+    problem: Problem,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    strides: Strides = "padded",
+    values: Values = "normal",
 ) -> Buffers:
     """Inputs and outputs of a problem, poisoned wherever a kernel has no business.
 
@@ -247,6 +265,7 @@ def make_buffers(
 
     Returns:
         The buffers.
+
     """
     p = problem
     dtype = TORCH_DTYPES[p.dtype]
@@ -268,7 +287,9 @@ def make_buffers(
         _writable(tensors[name]).copy_(_writable_like(drawn, tensors[name]))
     lse = None
     if p.spec.has_lse:
-        lse, allocations["lse"] = _place((p.batch, p.num_heads_q, p.seqlen_q), torch.float32, device, False, "dense", "lse")
+        lse, allocations["lse"] = _place(
+            (p.batch, p.num_heads_q, p.seqlen_q), torch.float32, device, False, "dense", "lse"
+        )
     before = {name: allocations[name].clone() for name in ("q", "k", "v")}
     return Buffers(problem=p, **{n: tensors[n] for n in "qkvo"}, lse=lse, allocations=allocations, before=before)
 
@@ -286,7 +307,12 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, name: str, values:
 
 
 def _place(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, heads_first: bool, strides: Strides, name: str
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    heads_first: bool,
+    strides: Strides,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
     """A tensor of that shape inside a poisoned allocation, and the allocation as bytes."""
     itemsize = dtype.itemsize
@@ -329,7 +355,9 @@ def _writable_like(drawn: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _poison(tensor: Tensor) -> None:
-    tensor.copy_(torch.full((tensor.element_size(),), _POISON, dtype=torch.uint8, device=tensor.device).view(tensor.dtype))
+    tensor.copy_(
+        torch.full((tensor.element_size(),), _POISON, dtype=torch.uint8, device=tensor.device).view(tensor.dtype)
+    )
 
 
 def small_problems(spec: AttentionSpec) -> tuple[Problem, ...]:
@@ -389,6 +417,7 @@ def check_launch(
 
     Returns:
         The first report that is not ok, its message naming the problem; else the one with the largest ratio.
+
     """
     kinds = tuple(strides)
     worst: AccuracyReport | None = None
@@ -402,5 +431,7 @@ def check_launch(
         if worst is None or report.ratio > worst.ratio:
             worst = report
     if worst is None:
-        raise InvalidProblemError("check_launch was given no problem to run: leave `problems` out, or name at least one.")
+        raise InvalidProblemError(
+            "check_launch was given no problem to run: leave `problems` out, or name at least one."
+        )
     return worst

@@ -89,8 +89,7 @@ def attention(
             backend=backend, config=config,
         )  # fmt: skip
         raise not_built("this combination of options")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        ops.require_tensor(name, tensor, layout)
+    ops.require_tensors(q, k, v, layout)
     knobs = ops.encode_config(config)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = ops.AttentionFunction.apply(

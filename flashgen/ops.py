@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashgen import torch_blocked
 from flashgen.build import build
 from flashgen.config import KernelConfig, Tunable
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
-from flashgen.problem import Problem
+from flashgen.problem import Problem, not_built
 from flashgen.render import render
 from flashgen.variants import by_name
 
@@ -222,20 +221,40 @@ class AttentionFunction(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not annotate it
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run `flashgen::attention_bwd`."""
         nothing = (None,) * 6
         if dout is None and dlse is None:
             return (None, None, None, *nothing)
-        grads = torch.ops.flashgen.attention_bwd(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        # With create_graph the gradients must carry a node that refuses to be differentiated: without one they
+        # would pass for constants, and a gradient penalty would be silently wrong.
+        run = NotTwiceDifferentiable.apply if torch.is_grad_enabled() else torch.ops.flashgen.attention_bwd
+        grads = run(dout, dlse, *ctx.saved_tensors, *ctx.options)
         return (*grads, *nothing)
 
 
-def require_tensor(name: str, value: Any, layout: str) -> None:
-    """Refuse what the operator's own schema would refuse with a message that names nobody's argument."""
-    if not isinstance(value, Tensor):
-        raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
-    if value.dim() != 4:
-        order = "batch, heads, seqlen, head_dim" if layout == "bhsd" else "batch, seqlen, heads, head_dim"
-        raise InvalidProblemError(f"{name} has shape {tuple(value.shape)}: it must have 4 dimensions, ({order}).")
+class NotTwiceDifferentiable(torch.autograd.Function):
+    """`flashgen::attention_bwd` as a node whose own backward is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run `flashgen::attention_bwd`."""
+        grads: tuple[Tensor, ...] = torch.ops.flashgen.attention_bwd(*arguments)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refuse."""
+        raise not_built("the second derivative of flashgen.attention (double backward)")
+
+
+def require_tensors(q: Any, k: Any, v: Any, layout: str) -> None:
+    """Refuse here what the operator's schema would refuse without naming the argument, or send to the wrong device."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
+        if value.dim() != 4:
+            order = "batch, heads, seqlen, head_dim" if layout == "bhsd" else "batch, seqlen, heads, head_dim"
+            raise InvalidProblemError(f"{name} has shape {tuple(value.shape)}: it must have 4 dimensions, ({order}).")
+        if value.device != q.device:
+            raise InvalidProblemError(f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one.")

@@ -38,6 +38,7 @@ def attention_oracle(
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) and lse (batch, num_heads_q, seqlen_q), natural logarithm, both
         fp64. A row that sees no key: 0 and -inf.
+
     """
     out, lse = _allocate(q, v, torch.float64, torch.float64)
     for rows in _row_blocks(q, k, causal, causal_offset):
@@ -61,6 +62,7 @@ def attention_low_precision(
 
     Returns:
         out in the input dtype and lse in fp32, shaped as in `attention_oracle`.
+
     """
     out, lse = _allocate(q, v, q.dtype, torch.float32)
     with _full_fp32():
@@ -83,7 +85,9 @@ def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, causal_offset: int)
 class _Rows:
     """One block of query rows of one (batch, key/value head): all query heads of its group."""
 
-    def __init__(self, batch: int, head_kv: int, group: int, start: int, stop: int, keys: int, offset: int | None) -> None:
+    def __init__(
+        self, batch: int, head_kv: int, group: int, start: int, stop: int, keys: int, offset: int | None
+    ) -> None:
         self.batch, self.head_kv = batch, head_kv
         self.heads = slice(head_kv * group, (head_kv + 1) * group)
         self.rows = slice(start, stop)
@@ -91,7 +95,7 @@ class _Rows:
         self.offset = offset
 
     def slice(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (group, rows, head_dim), k (keys, head_dim), v (keys, head_dim_v)."""
+        """Q (group, rows, head_dim), k (keys, head_dim), v (keys, head_dim_v)."""
         q_rows = q[self.batch, self.rows, self.heads].transpose(0, 1)
         return q_rows, k[self.batch, : self.keys, self.head_kv], v[self.batch, : self.keys, self.head_kv]
 

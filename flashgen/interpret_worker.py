@@ -1,0 +1,212 @@
+"""The other end of `interpret.py`: a process that runs rendered kernels in Triton's interpreter and does nothing else.
+
+Started as `main(requests, replies, arena, crash)` with four inherited file descriptors and TRITON_INTERPRET=1 in its
+environment. A message is a 4-byte length and JSON. Tensors lie in the arena, a shared anonymous file.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import mmap
+import os
+import queue
+import signal
+import struct
+import threading
+import traceback
+import types
+import warnings
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LENGTH = struct.Struct("<I")
+
+
+def send(fd: int, message: dict[str, Any]) -> None:
+    """Write one framed message."""
+    data = json.dumps(message).encode()
+    view = memoryview(_LENGTH.pack(len(data)) + data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def receive(fd: int) -> dict[str, Any] | None:
+    """Read one framed message; None when the other end is gone."""
+    header = _read(fd, _LENGTH.size)
+    body = None if header is None else _read(fd, _LENGTH.unpack(header)[0])
+    return None if body is None else json.loads(body)
+
+
+def _read(fd: int, count: int) -> bytes | None:
+    parts = []
+    while count:
+        part = os.read(fd, count)
+        if not part:
+            return None
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def main(requests: int, replies: int, arena: int, crash: int) -> None:
+    """Serve requests until the parent is gone."""
+    # Ctrl-C reaches the whole group: the parent decides what it means and kills this process if it must.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A kernel that reads outside the arena ends in a signal: leave the line it was on where the parent looks.
+    faulthandler.enable(file=crash, all_threads=False)
+    try:
+        import numpy as np
+        import torch
+
+        triton = import_module("triton")
+        patch_bf16()
+        patch_copies()
+    except Exception as error:
+        send(replies, {"error": f"{type(error).__name__}: {error}"})
+        return
+    # Kernels compute -inf - -inf and 0/0 in lanes that they throw away; on a GPU nobody hears of it.
+    np.seterr(all="ignore")
+    warnings.simplefilter("ignore", RuntimeWarning)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    # What a kernel prints goes to stderr: stdout is the parent's, which may be writing JSON to it.
+    os.dup2(2, 1)
+    send(replies, {"triton": triton.__version__, "pid": os.getpid()})
+
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
+    memory = _Arena(arena)
+    while True:
+        request = inbox.get()
+        try:
+            _run(request, memory)
+            reply: dict[str, Any] = {"ok": True}
+        except Exception as error:
+            reply = {"error": describe(error, request["path"])}
+        try:
+            send(replies, reply)
+        except BrokenPipeError:
+            return
+
+
+def _listen(requests: int, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand requests on; end the process with the parent, even in the middle of a long kernel."""
+    while (request := receive(requests)) is not None:
+        inbox.put(request)
+    os._exit(0)
+
+
+class _Arena:
+    """The shared file, mapped anew when its size changes."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._map: mmap.mmap | None = None
+
+    def tensor(self, row: dict[str, Any], size: int) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, row["dtype"])
+        if row["span"] == 0:
+            return torch.empty_strided(row["shape"], row["stride"], dtype=dtype)
+        if self._map is None or len(self._map) != size:
+            self._map = mmap.mmap(self._fd, size)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=row["span"], offset=row["offset"])
+        return flat.as_strided(row["shape"], row["stride"])
+
+
+def _run(request: dict[str, Any], memory: _Arena) -> None:
+    module = _module(request["path"])
+    tensors = {name: row and memory.tensor(row, request["size"]) for name, row in request["tensors"].items()}
+    module.launch(**tensors, **request["values"])
+
+
+@cache
+def _module(path: str) -> types.ModuleType:
+    from flashgen.build import load_module
+
+    return load_module(Path(path))
+
+
+def describe(error: BaseException, path: str) -> str:
+    """The innermost cause, and the kernel's line that it came from."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    text = f"{type(chain[-1]).__name__}: {chain[-1]}"
+    for link in reversed(chain):
+        frames = [frame for frame in traceback.extract_tb(link.__traceback__) if frame.filename == path]
+        if frames:
+            return f"{text}\n  {path}:{frames[-1].lineno}: {frames[-1].line}"
+    return text
+
+
+# -- repairs of Triton's interpreter --
+
+
+def patch_copies() -> None:
+    """Skip the interpreter's copy of every storage onto itself after a launch: the tensors are on the host already.
+
+    It would touch every page of a sparse tensor that is gigabytes long.
+    """
+    interpreter = import_module("triton.runtime.interpreter")
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None
+
+
+def patch_bf16() -> None:
+    """Make bf16 right in Triton 3.6 and 3.9: the interpreter keeps it as uint16.
+
+    `create_dot` multiplies those integers, and a cast to bf16 truncates (subnormals become garbage). May go when
+    tests/interpret/test_bf16.py passes without it on every supported Triton.
+    """
+    import numpy as np
+
+    tl, interpreter = import_module("triton.language"), import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    original_dot, original_cast, original_fp_to_fp = builder.create_dot, builder.cast_impl, builder.create_fp_to_fp
+
+    def widen(data: Any) -> Any:
+        return (np.asarray(data, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+
+    def narrow(data: Any) -> Any:
+        values = np.asarray(data, dtype=np.float32)
+        bits = values.view(np.uint32)
+        nearest_even = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+        return np.where(np.isnan(values), quiet_nan, nearest_even).astype(np.uint16)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar, d.dtype.scalar):
+            return original_dot(self, a, b, d, *rest)
+        wide = [handle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b, d)]
+        result = original_dot(self, *wide, *rest)
+        return handle(narrow(result.data), tl.bfloat16) if d.dtype.scalar == tl.bfloat16 else result
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, target) or source == target:
+            return original_cast(self, src, dst_type)
+        data = widen(src.data) if source == tl.bfloat16 else src.data
+        if target == tl.bfloat16:
+            return handle(narrow(data), tl.bfloat16)
+        return (
+            original_cast(self, handle(data, tl.float32), dst_type)
+            if target != tl.float32
+            else handle(data, tl.float32)
+        )
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        toward_zero = rounding_mode is not None and rounding_mode != interpreter._ir.ROUNDING_MODE.RTNE
+        eight_bits = min(src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth) == 8
+        if toward_zero or eight_bits or tl.bfloat16 not in (src.dtype.scalar, dst_type.scalar):
+            return original_fp_to_fp(self, src, dst_type, rounding_mode)
+        return cast_impl(self, src, dst_type)
+
+    builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp

@@ -1,0 +1,42 @@
+"""Which specs have a golden render, and where it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants import REGISTRY, Variant
+
+GOLDEN = Path(__file__).resolve().parent
+
+# Each key is here for one branch of the template that no other key takes in that combination.
+KEYS = (
+    "attention_fwd-bf16-d128",  # nothing optional, nothing padded
+    "attention_fwd-bf16-d128-causal-lse",  # everything optional: what training compiles
+    "attention_fwd-fp16-d64-causal",  # causal without lse
+    "attention_fwd-fp16-d64-lse",  # lse without causal
+    "attention_fwd-fp32-d64-causal-lse",  # fp32
+    "attention_fwd-bf16-d192-dv128-causal-lse",  # D differs from Dv, D is padded and Dv is not
+    "attention_fwd-fp32-d33-dv17-lse",  # both odd, both padded
+    "attention_fwd-fp16-d80-causal-lse",  # a padded even head dim
+    "attention_fwd-bf16-d1",  # the least
+    "attention_fwd-bf16-d256-causal-lse",  # the largest
+)
+
+
+def generated_variants() -> tuple[Variant, ...]:
+    """The variants that render a template."""
+    return tuple(variant for variant in REGISTRY if variant.template is not None)
+
+
+def goldens(variant: Variant) -> tuple[AttentionSpec, ...]:
+    """The specs of `KEYS` that a variant supports on a Hopper GPU."""
+    specs = (AttentionSpec.from_key(key) for key in KEYS)
+    target = Target.named("h100")
+    return tuple(spec for spec in specs if spec.op == variant.op and variant.supports(spec, target) is None)
+
+
+def golden_path(spec: AttentionSpec, variant: Variant) -> Path:
+    """`tests/golden/<op>/<variant>/<spec.key>.py`."""
+    return GOLDEN / spec.op / variant.name / f"{spec.key}.py"

@@ -1,0 +1,30 @@
+"""Every broken template is noticed, and the whole one is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mutate import CHECKS, MUTANTS, Mutant, apply, caught_by
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_whole_template_passes(check: str) -> None:
+    CHECKS[check]()
+
+
+@pytest.mark.parametrize("broken", MUTANTS, ids=lambda broken: broken.name)
+def test_it_is_caught(broken: Mutant) -> None:
+    result = caught_by(broken)
+    assert result is not None, f"no check notices when {broken.file} is broken so: {broken.name}"
+
+
+@pytest.mark.parametrize("broken", MUTANTS, ids=lambda broken: broken.name)
+def test_the_edit_changes_the_template(broken: Mutant, tmp_path: Path) -> None:
+    """A template that was edited since must not silently disable a mutant: `old` stands there exactly once."""
+    assert broken.old != broken.new
+    apply(broken, tmp_path)
+
+
+def test_names_are_unique() -> None:
+    assert len({broken.name for broken in MUTANTS}) == len(MUTANTS)

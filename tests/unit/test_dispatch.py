@@ -1,0 +1,173 @@
+"""The contract's order of configurations, misses, fallbacks and the memo."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import flashgen
+import pytest
+import torch
+from flashgen import Problem, Target, UnsupportedProblemError, dispatch
+from flashgen.render import render
+from flashgen.store import Record, open_store, seeds, utc_now
+from flashgen.variants import by_name
+
+H100 = Target.named("h100")
+PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
+FIRST = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+SECOND = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty cache, no shipped rows, and nothing remembered from other tests."""
+    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FLASHGEN_DB", raising=False)
+    monkeypatch.setattr(seeds, "load", lambda gpu, op: ())
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def row(problem: Problem = PROBLEM, *, target: Target = H100, **changes: Any) -> Record:
+    spec = problem.spec
+    values: dict[str, Any] = {
+        "op": spec.op,
+        "spec_key": spec.key,
+        "variant": "triton_fwd",
+        "digest": render(spec, by_name("triton_fwd")).digest,
+        "gpu": target.name,
+        "arch": target.arch,
+        "shape": problem.shape,
+        "config": FIRST,
+        "status": "ok",
+        "latency_ms": 1.0,
+        "error_ratio": 0.5,
+        "versions": {},
+        "protocol": "test",
+        "session": "s",
+        "created": utc_now(),
+    }
+    if changes.get("status") == "predicted":
+        values |= {"latency_ms": None, "rank": 1}
+    return Record(**(values | changes))
+
+
+def save(*rows: Record) -> None:
+    with open_store(flashgen.settings.read().database_url, write=True) as store:
+        store.add(rows)
+    dispatch.forget()
+
+
+def test_the_order_of_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def source() -> tuple[str, dict[str, Any]]:
+        plan = dispatch.resolve(PROBLEM, H100)
+        return plan.config_source, plan.config.to_dict()
+
+    shipped: list[Record] = []
+    monkeypatch.setattr(seeds, "load", lambda gpu, op: tuple(shipped) if gpu == "h100" else ())
+    assert source() == ("default", by_name("triton_fwd").default(PROBLEM.spec, H100).to_dict())
+    shipped.append(row(status="predicted", config=SECOND))
+    dispatch.forget()
+    assert source() == ("predicted", SECOND)
+    save(row(status="predicted", config=FIRST))
+    assert source() == ("predicted", FIRST)
+    shipped.append(row(config=SECOND))
+    dispatch.forget()
+    assert source() == ("seed", SECOND)
+    save(row(config=FIRST))
+    assert source() == ("database", FIRST)
+    plan = dispatch.resolve(PROBLEM, H100, config=SECOND)
+    assert (plan.config_source, plan.config.to_dict()) == ("explicit", SECOND)
+
+
+def test_rows_of_other_texts_and_other_gpus_are_not_taken() -> None:
+    save(row(digest="0" * 64), row(target=Target.named("a100")), row(status="wrong_result", error_ratio=9.0), row(error_ratio=None))
+    assert dispatch.resolve(PROBLEM, H100).config_source == "default"
+
+
+def test_interpreted_calls_take_what_was_tuned_for_any_gpu() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    problem = Problem.from_tensors(q, q, q)
+    save(row(problem, status="predicted", config=SECOND))
+    plan = flashgen.explain(q, q, q, backend="triton")
+    assert (plan.config_source, plan.config.to_dict()) == ("predicted", SECOND)
+
+
+def test_a_stored_config_that_is_not_legal_today_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    save(row(config={**FIRST, "BLOCK_M": 48}))
+    with caplog.at_level(logging.WARNING, "flashgen"):
+        assert dispatch.resolve(PROBLEM, H100).config_source == "default"
+    assert "a stored winner is ignored" in caplog.text and "BLOCK_M=48" in caplog.text
+
+
+def test_a_miss_logs_the_exact_command_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with caplog.at_level(logging.WARNING, "flashgen"):
+        for _ in range(3):
+            dispatch.resolve(PROBLEM, H100)
+            dispatch.resolve(PROBLEM, H100, backend="triton")
+    lines = [record.message for record in caplog.records if "flashgen tune" in record.message]
+    assert len(lines) == 1
+    assert lines[0].endswith(f"flashgen tune {PROBLEM.tune_arguments} --target h100")
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
+    with pytest.raises(UnsupportedProblemError, match="FLASHGEN_ON_MISS=error.*flashgen tune --op attention_fwd"):
+        dispatch.resolve(PROBLEM, H100)
+
+
+def test_answers_are_memoised() -> None:
+    assert dispatch.resolve(PROBLEM, H100) is dispatch.resolve(PROBLEM, H100)
+    before = dispatch.resolve(PROBLEM, H100)
+    dispatch.forget()
+    assert dispatch.resolve(PROBLEM, H100) is not before
+
+
+def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Target(**{**{f: getattr(H100, f) for f in H100.__slots__}, "name": "v100", "arch": "sm_70"})
+    with pytest.warns(UserWarning, match="falls to the torch backend on v100.*compute capability 8.0"):
+        assert dispatch.resolve(PROBLEM, old).backend == "torch"
+    dispatch._memo.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.resolve(PROBLEM, old)  # said already
+        monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "silent")
+        dispatch.forget()
+        dispatch.resolve(PROBLEM, old)
+    monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "error")
+    with pytest.raises(UnsupportedProblemError, match="FLASHGEN_ON_FALLBACK=error"):
+        dispatch.resolve(PROBLEM, old)
+    monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "warn")
+    dispatch.forget()
+    training = Problem.preset("llama3-8b", requires_grad=True)
+    with pytest.warns(UserWarning, match="backward of .* falls to the torch backend"):
+        assert dispatch.resolve(training, H100).backend == "triton"
+
+
+def test_plans_read_well() -> None:
+    text = str(dispatch.resolve(PROBLEM, H100))
+    assert "triton_fwd" in text and "BLOCK_M=" in text and "from: default" in text and "h100 (sm_90)" in text
+
+
+def test_a_call_without_a_database_imports_no_sqlalchemy_and_creates_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, flashgen\n"
+        "plan = flashgen.dispatch.resolve(flashgen.Problem.preset('llama3-8b'), flashgen.Target.named('h100'))\n"
+        "assert plan.config_source in ('seed', 'default', 'predicted'), plan\n"
+        "print([m for m in ('sqlalchemy', 'alembic', 'optuna', 'triton') if m in sys.modules])\n"
+    )
+    folder = tmp_path / "cache"
+    environment = {"FLASHGEN_CACHE_DIR": str(folder), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    code = code.replace("import sys, flashgen\n", "import sys, flashgen\nimport flashgen.dispatch\n")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert not folder.exists()
+
+
+def test_an_unbuilt_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_REQUIRE_DB_DIGEST", "abc")
+    with pytest.raises(UnsupportedProblemError, match="FLASHGEN_REQUIRE_DB_DIGEST"):
+        dispatch.resolve(PROBLEM, H100)
