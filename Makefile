@@ -1,0 +1,66 @@
+# Every target makes its own virtual environment first. Needed: make, bash, and python3 (3.11 or newer) with its venv module.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for as torch, and where besides its usual index, e.g. the address of PyTorch's CPU packages:
+# a machine without a GPU needs no gigabytes of CUDA. Where pip is offered both builds, it takes the CPU one by itself.
+TORCH_INSTALL ?= torch==2.13.0
+TORCH_INDEX ?=
+# The oldest and the newest Triton that a rendered text must compile with.
+TRITONS ?= 3.6.0 3.9.0
+# make fuzz SEEDS=first:count
+SEEDS ?= 1000:1000
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export PYTHON TORCH_INSTALL TORCH_INDEX
+# The model of the quickstart lies in a package: nothing is to be asked of a hub.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check lint fix golden gpu wheel-test compile-goldens fuzz torture clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile
+
+$(STAMP): pyproject.toml constraints.txt hatch_build.py scripts/setup_venv.sh
+	@scripts/setup_venv.sh "$(VENV)"
+	@touch "$@"
+
+quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check, tune, store, dispatch, export
+	$(VENV)/bin/flashgen quickstart
+
+test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason where there is none
+	$(PY) -m pytest -q --durations=10
+
+check: lint ## format, lint, strict types, and the fast tests
+	$(PY) -m pytest -q -m "not slow and not gpu" tests/unit tests/golden
+
+lint: $(STAMP) ## format, lint and strict types alone
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+fix: $(STAMP) ## format, and mend what can be mended
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+golden: $(STAMP) ## render the golden files anew; then read the diff
+	$(PY) -m pytest -q tests/golden --update-golden
+
+gpu: $(STAMP) ## the tests that need a GPU
+	$(PY) -m pytest -q -m gpu -rs
+
+wheel-test: $(STAMP) ## build sdist and wheel, install outside the checkout, render a kernel there and read a seed
+	$(PY) scripts/wheel_test.py
+
+compile-goldens: $(STAMP) ## compile every golden file with the oldest and the newest Triton
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/compile_goldens.py || exit 1; done
+
+fuzz: $(STAMP) ## random problems in the interpreter; SEEDS=first:count
+	FLASHGEN_FUZZ=$(SEEDS) $(PY) -m pytest -q tests/interpret/test_fuzz.py
+
+torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template
+	$(PY) tests/mutation/mutate.py
+
+clean: ## remove what make made
+	rm -rf "$(VENV)" .cache dist build

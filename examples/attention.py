@@ -1,0 +1,38 @@
+"""Attention as one call: the same lines on a CPU and on a GPU, with gradients, and an account of what ran.
+
+python examples/attention.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import flashgen
+
+
+def main() -> None:
+    """Compute, compare with PyTorch, and ask why this kernel ran."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    q = torch.randn(2, 256, 8, 64, device=device, requires_grad=True)  # (batch, seqlen, heads, head_dim)
+    k = torch.randn(2, 256, 2, 64, device=device, requires_grad=True)  # 2 heads of keys and values serve 8 of queries
+    v = torch.randn(2, 256, 2, 64, device=device, requires_grad=True)
+
+    out = flashgen.attention(q, k, v, causal=True)
+    assert isinstance(out, torch.Tensor)
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    # PyTorch wants (batch, heads, seqlen, head_dim).
+    inputs = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)  # fp32 on a GPU: both may multiply in TF32
+    for name, mine, theirs in zip("qkv", gradients, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-2, rtol=2e-2, msg=lambda text, name=name: f"d{name}: {text}")
+    print("out and the gradients of q, k and v agree with PyTorch")
+
+    print(flashgen.explain(q, k, v, causal=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: it prints, and leaves the work to the other rooms. One file per command group."""

@@ -1,0 +1,127 @@
+"""The options that name a problem or a spec, shared by several commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from flashgen.config import Tunable
+from flashgen.errors import InvalidProblemError
+from flashgen.problem import ALIGNMENTS, Problem
+from flashgen.spec import DTYPES, AttentionSpec
+from flashgen.target import Target
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--preset", "presets", multiple=True, metavar="NAME", help="Attention of a named model; may be repeated."),
+    click.option("--op", type=click.Choice(["attention_fwd", "attention_bwd", "attention_decode"]), default="attention_fwd", show_default=True),
+    click.option("--dtype", type=click.Choice(DTYPES), help="fp16, bf16 or fp32."),
+    click.option("--head-dim", type=int, help="Of q and k."),
+    click.option("--head-dim-v", type=int, help="Of v and the output; as --head-dim where not given."),
+    click.option("--heads-q", type=int, default=None, help="Query heads [32]."),
+    click.option("--heads-kv", type=int, default=None, help="Key/value heads; as --heads-q where not given."),
+    click.option("--seqlen", type=int, help="Both lengths."),
+    click.option("--seqlen-q", type=int, help="Length of q [4096]."),
+    click.option("--seqlen-k", type=int, help="Length of k and v; as --seqlen-q where not given."),
+    click.option("--batch", type=int, help="Batch size [1]."),
+    click.option("--causal", is_flag=True, default=None, help="Causal mask."),
+    click.option("--causal-alignment", type=click.Choice(ALIGNMENTS), default=None, help="Where the diagonal ends [bottom-right]."),
+    click.option("--return-lse", is_flag=True, default=None, help="The kernel also writes the log-sum-exp."),
+)  # fmt: skip
+
+
+def problem_options(function: _F) -> _F:
+    """`--preset`, or `--dtype --head-dim ...`."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+OPTION_NAMES = (
+    "presets", "op", "dtype", "head_dim", "head_dim_v", "heads_q", "heads_kv", "seqlen", "seqlen_q", "seqlen_k", "batch", "causal",
+    "causal_alignment", "return_lse",
+)  # fmt: skip
+
+
+def take(values: dict[str, Any]) -> dict[str, Any]:
+    """Cut the problem's options out of a command's arguments."""
+    return {name: values.pop(name) for name in OPTION_NAMES}
+
+
+def problems_of(given: dict[str, Any]) -> list[Problem]:
+    """The problems that the options name.
+
+    Raises:
+        InvalidProblemError: an unknown preset, or neither a preset nor dtype and head dim.
+        UnsupportedProblemError: an operation that nothing tunes yet.
+    """
+    if given["op"] != "attention_fwd":
+        from flashgen.problem import not_built
+
+        raise not_built(f"--op {given['op']}")
+    given = {**given, "seqlen_q": given["seqlen_q"] if given["seqlen_q"] is not None else given["seqlen"]}
+    given["seqlen_k"] = given["seqlen_k"] if given["seqlen_k"] is not None else given["seqlen"]
+    if given["presets"]:
+        return [_of_preset(name, given) for name in given["presets"]]
+    if given["dtype"] is None or given["head_dim"] is None:
+        raise InvalidProblemError("name a problem: --preset NAME, or at least --dtype and --head-dim. See `flashgen show presets`.")
+    heads_q = given["heads_q"] if given["heads_q"] is not None else 32
+    seqlen_q = given["seqlen_q"] if given["seqlen_q"] is not None else 4096
+    return [
+        Problem(
+            dtype=given["dtype"],
+            batch=1 if given["batch"] is None else given["batch"],
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_q if given["seqlen_k"] is None else given["seqlen_k"],
+            num_heads_q=heads_q,
+            num_heads_kv=heads_q if given["heads_kv"] is None else given["heads_kv"],
+            head_dim=given["head_dim"],
+            head_dim_v=given["head_dim"] if given["head_dim_v"] is None else given["head_dim_v"],
+            causal=bool(given["causal"]),
+            causal_alignment=given["causal_alignment"] or "bottom-right",
+            return_lse=bool(given["return_lse"]),
+        )
+    ]
+
+
+def _of_preset(name: str, given: dict[str, Any]) -> Problem:
+    fields = {"dtype": "dtype", "head_dim": "head_dim", "head_dim_v": "head_dim_v", "heads_q": "num_heads_q", "heads_kv": "num_heads_kv"}
+    fields |= {field: field for field in ("seqlen_q", "seqlen_k", "causal", "causal_alignment", "return_lse")}
+    overrides = {field: given[option] for option, field in fields.items() if given[option] is not None}
+    if "seqlen_q" in overrides:
+        overrides.setdefault("seqlen_k", overrides["seqlen_q"])
+    if "head_dim" in overrides:
+        overrides.setdefault("head_dim_v", overrides["head_dim"])
+    return Problem.preset(name, batch=given["batch"], **overrides)
+
+
+def spec_of(key: str | None, given: dict[str, Any]) -> AttentionSpec:
+    """The spec that an argument or the options name."""
+    if key is not None:
+        return AttentionSpec.from_key(key)
+    return problems_of(given)[0].spec
+
+
+def target_of(name: str | None) -> Target | None:
+    """A target by name; None stays None (the installed GPU)."""
+    return None if name is None else Target.named(name)
+
+
+def config_of(text: str | None) -> dict[str, Tunable] | None:
+    """`BLOCK_M=128,BLOCK_N=64,...` as tunables.
+
+    Raises:
+        InvalidProblemError: it does not read so.
+    """
+    if text is None:
+        return None
+    tunables: dict[str, Tunable] = {}
+    for item in text.replace(",", " ").split():
+        name, found, value = item.partition("=")
+        if not found or not value.lstrip("-").isdigit():
+            raise InvalidProblemError(f"--config {text!r}: {item!r} is not NAME=INTEGER; e.g. BLOCK_M=128,BLOCK_N=64,num_warps=8,num_stages=3.")
+        tunables[name] = int(value)
+    return tunables

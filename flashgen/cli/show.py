@@ -1,0 +1,105 @@
+"""`flashgen show`: what there is to choose from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from flashgen.cli.output import json_option, print_json, print_table
+from flashgen.cli.problems import problem_options, problems_of, take, target_of
+from flashgen.presets import PRESETS
+from flashgen.target import TARGETS, Target
+from flashgen.variants import REGISTRY, candidates
+
+
+@click.group()
+def show() -> None:
+    """Variants, targets, presets, spaces, plans."""
+
+
+@show.command()
+@json_option
+def variants(as_json: bool) -> None:
+    """The recipes."""
+    rows = [{"name": v.name, "op": v.op, "backend": v.backend, "template": v.template, "knobs": [k.name for k in v.knobs]} for v in REGISTRY]
+    if as_json:
+        print_json({"variants": rows})
+    else:
+        print_table(["variant", "op", "backend", "template"], [[r["name"], r["op"], r["backend"], r["template"] or "-"] for r in rows])
+
+
+@show.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """The known GPUs, with their published figures."""
+    if as_json:
+        print_json({"targets": [asdict(target) for target in TARGETS.values()]})
+        return
+    headers = ["target", "gpu", "arch", "SMs", "smem/block", "HBM GB/s", "bf16 TFLOP/s", "source"]
+    print_table(headers, [[t.name, t.gpu, t.arch, t.num_sms, t.smem_bytes, t.hbm_gbps, t.bf16_tflops, t.source] for t in TARGETS.values()])
+
+
+@show.command()
+@json_option
+def presets(as_json: bool) -> None:
+    """The named model shapes."""
+    if as_json:
+        print_json({"presets": [asdict(preset) for preset in PRESETS.values()]})
+        return
+    headers = ["preset", "heads", "kv heads", "head dim", "causal", "dtype", "source"]
+    print_table(headers, [[p.name, p.num_heads_q, p.num_heads_kv, p.head_dim, p.causal, p.dtype, p.source] for p in PRESETS.values()])
+
+
+@show.command()
+@problem_options
+@click.option("--target", "target_name", metavar="NAME", default="h100", show_default=True)
+@json_option
+def spaces(target_name: str, as_json: bool, **values: Any) -> None:
+    """The knobs of a spec's variants, and how many configurations are legal."""
+    given = take(values)
+    if not given["presets"] and given["dtype"] is None:
+        given["presets"] = ("llama3-8b",)
+    problem, target = problems_of(given)[0], Target.named(target_name)
+    rows = []
+    for variant in candidates(problem.spec):
+        if variant.supports(problem.spec, target) is None and variant.knobs:
+            knobs = [{"name": k.name, "values": list(k.values), "meaning": k.meaning} for k in variant.knobs]
+            known = [{"config": row.config.to_dict(), "source": row.source} for row in variant.known_good(problem.spec, target)]
+            rows.append({"variant": variant.name, "legal": len(variant.space(problem.spec, target)), "knobs": knobs, "known_good": known})
+    if as_json:
+        print_json({"spec": problem.spec.key, "target": target.name, "spaces": rows})
+        return
+    for row in rows:
+        click.echo(f"{row['variant']} for {problem.spec.key} on {target.name}: {row['legal']} legal configurations before compiling")
+        print_table(["knob", "values", "meaning"], [[k["name"], ", ".join(map(str, k["values"])), k["meaning"]] for k in row["knobs"]])  # type: ignore[attr-defined]
+        print_table(["known-good tile", "source"], [[" ".join(f"{n}={x}" for n, x in k["config"].items()), k["source"]] for k in row["known_good"]])  # type: ignore[attr-defined]
+
+
+@show.command()
+@problem_options
+@click.option("--target", "target_name", metavar="NAME", help="The installed GPU, or the CPU, where not given.")
+@click.option("--backend", type=click.Choice(["auto", "gluon", "triton", "torch"]), default="auto", show_default=True)
+@json_option
+def plan(target_name: str | None, backend: str, as_json: bool, **values: Any) -> None:
+    """What a call would run, with which configuration, from where, and why not something else."""
+    from flashgen import dispatch
+
+    problem = problems_of(take(values))[0]
+    answer = dispatch.resolve(problem, target_of(target_name), backend=backend)
+    if as_json:
+        print_json(
+            {
+                "problem": str(problem),
+                "target": answer.target.name,
+                "backend": answer.backend,
+                "variant": answer.variant,
+                "config": answer.config.to_dict(),
+                "config_source": answer.config_source,
+                "rejected": answer.rejected,
+                "notes": list(answer.notes),
+            }
+        )
+    else:
+        click.echo(str(answer))

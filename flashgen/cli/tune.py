@@ -1,0 +1,116 @@
+"""`flashgen tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flashgen.cli.output import json_option, print_json, print_table
+from flashgen.cli.problems import problem_options, problems_of, take, target_of
+from flashgen.problem import not_built
+from flashgen.store import Record, seeds
+from flashgen.target import Target
+from flashgen.tuner import STRATEGIES, TuneResult, choose_mode
+from flashgen.tuner import tune as run_tuner
+from flashgen.tuner.context import choose_variant, legal_list
+
+
+@click.command()
+@problem_options
+@click.option("--target", "target_name", metavar="NAME", help="A GPU by name, e.g. h100; the installed one where not given.")
+@click.option("--mode", type=click.Choice(["auto", "measured", "predicted"]), default="auto", show_default=True)
+@click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
+@click.option("--trials", type=click.IntRange(min=1), help="At most so many configurations per problem.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Of the whole run, seconds.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes; one per core where not given.")
+@click.option("--cluster", metavar="ADDRESS", help="Several hosts (not built yet).")
+@click.option("--study", metavar="FILE", help="Keep Optuna's studies in this storage (never the tuning database).")
+@click.option("--resume", is_flag=True, help="Do not repeat what the database holds already.")
+@click.option("--plan", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--write-seeds", "seeds_folder", type=click.Path(file_okay=False, path_type=Path), help="Also write the winners as seeds.")
+@click.option("--database", metavar="PATH_OR_URL", help="Instead of the user's own.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@json_option
+def tune(as_json: bool, **values: Any) -> int:
+    """Search the best configuration of a problem and store every trial.
+
+    On the installed GPU candidates are measured; for another target they are compiled and ranked, and every figure is
+    called predicted.
+    """
+    problems = problems_of(take(values))
+    if values["cluster"] is not None:
+        raise not_built("--cluster")
+    target = target_of(values["target_name"])
+    if values["plan"]:
+        return _plan(problems, target or Target.detect(), values, as_json)
+    result = run_tuner(
+        problems,
+        target=target,
+        mode=values["mode"],
+        max_trials=values["trials"],
+        timeout_s=values["timeout_s"],
+        database=values["database"],
+        workers=values["workers"],
+        progress=not values["quiet"] and not as_json,
+        strategy=values["strategy"],
+        study=values["study"],
+        resume=values["resume"],
+    )
+    written: tuple[Path, ...] = ()
+    if values["seeds_folder"] is not None:
+        written = seeds.write(values["seeds_folder"], _winners(result))
+    if as_json:
+        print_json({**result.to_json(), "seeds": [str(path) for path in written]})
+    else:
+        _print(result, written)
+    return 130 if result.interrupted else 0
+
+
+def _winners(result: TuneResult) -> list[Record]:
+    return [row.winner for row in result.problems if row.winner is not None]
+
+
+def _plan(problems: list[Any], target: Target, values: dict[str, Any], as_json: bool) -> int:
+    from flashgen import settings
+
+    mode = choose_mode(values["mode"], target)
+    rows = []
+    for problem in problems:
+        variant = choose_variant(problem, target)
+        legal, known = legal_list(variant, problem, target)
+        trials = min(len(legal), max(values["trials"] or len(legal), len(known) if mode == "predicted" else 1))
+        rows.append({"problem": str(problem), "spec": problem.spec.key, "variant": variant.name, "legal": len(legal), "trials": trials})
+    where = values["database"] or settings.read().database_url
+    if as_json:
+        print_json({"target": target.name, "mode": mode, "strategy": values["strategy"], "database": where, "problems": rows})
+        return 0
+    print_table(["problem", "variant", "legal", "trials"], [[r["problem"], r["variant"], r["legal"], r["trials"]] for r in rows])
+    click.echo(f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)")
+    return 0
+
+
+def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
+    rows = []
+    for row in result.problems:
+        config = "none" if row.winner is None else " ".join(f"{name}={value}" for name, value in sorted(row.winner.config.items()))
+        rows.append([str(row.problem), config, _figure(row.winner), len(row.trials), len(row.excluded)])
+    print_table(["problem", "winner", "predicted" if result.mode == "predicted" else "measured", "trials", "excluded"], rows)
+    for row in result.problems:
+        if row.message:
+            click.echo(f"{row.spec_key}: {row.message}")
+    click.echo(f"{result.mode} for {result.target} in {result.elapsed_s:.1f} s; stored in {result.database} (session {result.session})")
+    for path in written:
+        click.echo(f"seeds: {path}")
+    if result.interrupted:
+        click.echo("interrupted: what was finished is stored; --resume goes on", err=True)
+
+
+def _figure(winner: Record | None) -> str:
+    if winner is None:
+        return "-"
+    if winner.status == "predicted":
+        time = f", predicted {winner.predicted_ms:.3g} ms" if winner.predicted_ms is not None else ""
+        return f"predicted rank {winner.rank}, bound by {winner.bound_by}{time}"
+    return f"{winner.latency_ms:.4f} ms" if winner.latency_ms is not None else winner.status

@@ -1,0 +1,188 @@
+"""A pool of worker processes that compile candidates: a compiler that hangs or dies costs one candidate, not the run.
+
+Workers are plain subprocesses with framed pipes, not multiprocessing's spawn, which would import the user's __main__
+again. Nothing here imports triton; the workers do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from flashgen.config import KernelConfig
+from flashgen.errors import BuildError
+from flashgen.facts import CompiledFacts, cached
+from flashgen.interpret_worker import receive, send
+from flashgen.render import KernelSource
+from flashgen.target import Target
+
+# The parent's module path, whatever put it there; `-m` would see only PYTHONPATH.
+_BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from flashgen.compile_worker import main; main(*map(int, sys.argv[2:]))"
+_START_TIMEOUT_S = 60.0
+
+Result = CompiledFacts | BuildError
+
+
+class CompilePool:
+    """Compiles configurations side by side.
+
+    Args:
+        workers: processes; None for one per core.
+        timeout_s: of one candidate; what takes longer is killed and counts as failed.
+    """
+
+    def __init__(self, workers: int | None = None, *, timeout_s: float = 60.0) -> None:
+        self._workers = max(1, workers or os.cpu_count() or 1)
+        self._timeout_s = timeout_s
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> CompilePool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill what still compiles and wait for the threads."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def map(self, source: KernelSource, target: Target, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Result]]:
+        """Facts, or the reason why there are none, per configuration, as they become known; cached ones first.
+
+        Args:
+            source: the rendered kernel.
+            target: for which architecture.
+            configs: what to compile; each once.
+
+        Yields:
+            (config, facts) or (config, BuildError).
+        """
+        todo: queue.Queue[KernelConfig] = queue.Queue()
+        for config in configs:
+            known = cached(source, target, config)
+            if known is None:
+                todo.put(config)
+            else:
+                yield config, known
+        left = todo.qsize()
+        done: queue.Queue[tuple[KernelConfig, Result]] = queue.Queue()
+        for _ in range(min(self._workers, left)):
+            thread = threading.Thread(target=self._serve, args=(source, target, todo, done), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        for _ in range(left):
+            yield done.get()
+
+    def _serve(
+        self, source: KernelSource, target: Target, todo: queue.Queue[KernelConfig], done: queue.Queue[tuple[KernelConfig, Result]]
+    ) -> None:
+        """One thread per worker process: it feeds the process and replaces it when it dies."""
+        worker: _Worker | None = None
+        try:
+            while not self._stop.is_set():
+                try:
+                    config = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    worker = worker or _Worker(self._stop)
+                    result: Result = worker.compile(source, target, config, self._timeout_s)
+                except BuildError as error:
+                    result = error
+                if worker is not None and not worker.alive:
+                    worker.kill()
+                    worker = None
+                done.put((config, result))
+        finally:
+            if worker is not None:
+                worker.kill()
+
+
+class _Worker:
+    """One compiling process and its pipes."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        request_read, self._requests = os.pipe()
+        self._replies, reply_write = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(request_read), str(reply_write)],
+                pass_fds=(request_read, reply_write),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            )
+        except OSError as error:
+            raise BuildError(f"a compiling worker could not be started with {sys.executable}: {error}") from error
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
+        hello = self._receive(_START_TIMEOUT_S, "did not start")
+        if "error" in hello:
+            raise BuildError(f"a compiling worker did not start: {hello['error']}. It needs Triton 3.6 or newer.")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def compile(self, source: KernelSource, target: Target, config: KernelConfig, timeout_s: float) -> CompiledFacts:
+        request = {
+            "spec": source.spec.key,
+            "digest": source.digest,
+            "target": target.name,
+            "arch": target.arch,
+            "variant": config.variant,
+            "config": config.to_dict(),
+        }
+        what = f"died while it compiled {config.label} for {target.arch}"
+        try:
+            send(self._requests, {**request, "text": source.text})
+        except BrokenPipeError:
+            raise BuildError(f"a compiling worker {what}") from None
+        reply = self._receive(timeout_s, what)
+        if "error" in reply:
+            raise BuildError(reply["error"])
+        return CompiledFacts.from_json(reply)
+
+    def _receive(self, timeout_s: float, what: str) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if self._stop.is_set():
+                self.kill()
+                raise BuildError("compiling was stopped")
+            ready, _, _ = select.select([self._replies], [], [], 0.1)
+            if ready:
+                break
+            if time.monotonic() > deadline:
+                self.kill()
+                raise BuildError(f"a compiling worker was killed after {timeout_s:g} s (timeout): it {what}")
+        reply = receive(self._replies)
+        if reply is None:
+            code = self._process.wait()
+            raise BuildError(f"a compiling worker {what} (exit status {code})")
+        return reply
+
+    def kill(self) -> None:
+        """End it; may be called twice."""
+        self._process.kill()
+        self._process.wait()
+        for name in ("_requests", "_replies"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)

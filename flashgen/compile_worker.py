@@ -1,0 +1,44 @@
+"""The other end of `compile_pool.py`: a process that compiles what it is sent and does nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+from flashgen.config import KernelConfig
+from flashgen.facts import inspect
+from flashgen.interpret_worker import receive, send
+from flashgen.render import KernelSource
+from flashgen.spec import AttentionSpec
+from flashgen.target import TARGETS, Target
+
+
+def main(requests: int, replies: int) -> None:
+    """Serve until the parent is gone."""
+    # Ctrl-C reaches the whole group: the parent decides what it means and kills this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import triton
+    except Exception as error:
+        send(replies, {"error": f"{type(error).__name__}: {error}"})
+        return
+    send(replies, {"triton": triton.__version__, "pid": os.getpid()})
+    while (request := receive(requests)) is not None:
+        send(replies, _answer(request))
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        source = KernelSource(text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"])
+        config = KernelConfig(variant=request["variant"], **request["config"])
+        return inspect(source, _target(request["target"], request["arch"]), config).to_json()
+    except Exception as error:
+        return {"error": f"{error}" if str(error) else type(error).__name__}
+
+
+def _target(name: str, arch: str) -> Target:
+    """Only name and architecture matter to the compiler."""
+    known = TARGETS.get(name) or next(t for t in TARGETS.values() if t.backend == "cuda")
+    return replace(known, name=name, arch=arch)

@@ -1,0 +1,284 @@
+"""Compile a configuration without a GPU and read what the compiler knows: registers, spills, shared memory, loop.
+
+`compile_facts` is the door: it answers from the disk cache, or compiles in a worker process, never in the caller, which may have
+no business importing triton. `inspect` is what a worker runs. A cached answer is keyed by the kernel's text, the
+configuration, the architecture and the version of Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flashgen import sass, settings
+from flashgen.build import load_module, write_source
+from flashgen.config import KernelConfig
+from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemError
+from flashgen.render import KernelSource, render
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants import by_name
+
+_FORMAT = 1  # of the cache's files
+_LOG = {
+    "n_regs": re.compile(r"Used (\d+) registers"),
+    "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
+    "spill_store_bytes": re.compile(r"(\d+) bytes spill stores"),
+    "spill_load_bytes": re.compile(r"(\d+) bytes spill loads"),
+}
+_SERIALISED = re.compile(r"\(C75(1\d)\)")
+_POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledFacts:
+    """What the compiler says about one configuration.
+
+    Attributes:
+        arch: e.g. `sm_90`.
+        triton_version: which compiled it.
+        n_regs: registers of a thread.
+        spill_store_bytes, spill_load_bytes: of a thread, over the whole kernel.
+        stack_bytes: local memory of a thread.
+        smem_bytes: shared memory of a block, exact.
+        num_warps: warps of a block.
+        serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products.
+        loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`).
+        compile_s: seconds it took.
+    """
+
+    arch: str
+    triton_version: str
+    n_regs: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    smem_bytes: int
+    num_warps: int
+    serialised: bool
+    loop: dict[str, int]
+    compile_s: float
+
+    @property
+    def spill_bytes(self) -> int:
+        """Bytes spilled, stores and loads."""
+        return self.spill_store_bytes + self.spill_load_bytes
+
+    @property
+    def loop_spill_ops(self) -> int:
+        """Spill instructions of one warp in one pass of the main loop: the ones that cost."""
+        return self.loop.get("spill", 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CompiledFacts:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: it is no such form.
+        """
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
+
+
+def compile_facts(spec: AttentionSpec, config: KernelConfig, target: Target) -> CompiledFacts:
+    """Compile a configuration for a target, with no GPU needed; cached on disk.
+
+    Args:
+        spec: what to compile.
+        config: the knobs; its variant renders the kernel.
+        target: for which architecture.
+
+    Returns:
+        The facts.
+
+    Raises:
+        InvalidProblemError: the config is not legal, or the target is no GPU.
+        UnsupportedProblemError: the variant does not cover the spec on that target.
+        BuildError: the compiler refused or died.
+    """
+    from flashgen.compile_pool import CompilePool  # it imports this module's facts
+
+    variant = by_name(config.variant)
+    require_gpu(target)
+    reason = variant.supports(spec, target)
+    if reason is not None:
+        raise UnsupportedProblemError(f"{spec.key} cannot be compiled for {target.name}:", {variant.name: reason})
+    config = variant.parse_config(config, spec, target)
+    source = render(spec, variant)
+    known = cached(source, target, config)
+    if known is not None:
+        return known
+    with CompilePool(workers=1) as pool:
+        for _, result in pool.map(source, target, [config]):
+            if isinstance(result, BaseException):
+                raise result
+            return result
+    raise BuildError(f"the compiling worker gave no answer for {config.label}.")
+
+
+def require_gpu(target: Target) -> None:
+    """Refuse the CPU.
+
+    Raises:
+        InvalidProblemError: the target is no GPU.
+    """
+    if target.backend != "cuda":
+        raise InvalidProblemError(
+            f"target {target.name!r} is no GPU: nothing is compiled for it. Name one, e.g. Target.named('h100') or --target h100."
+        )
+
+
+def inspect(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts:
+    """Compile in this process and read the facts; answers and writes the disk cache.
+
+    Never call it in a process that interprets kernels: `compile_facts` keeps them apart.
+
+    Raises:
+        BuildError: the compiler refused; the message holds its first useful lines.
+    """
+    known = cached(source, target, config)
+    if known is not None:
+        return known
+    facts = _compile(source, target, config)
+    _write(_cache_path(source, target, config), {"format": _FORMAT, **facts.to_json()})
+    return facts
+
+
+# -- the compiler --
+
+
+def _compile(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts:
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
+    signature, constants, attributes = _signature(kernel, source.spec, config)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    log = io.StringIO()
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(prefix="flashgen-") as scratch, knobs.nvidia.scope(), knobs.compilation.scope():
+            with knobs.cache.scope(), contextlib.redirect_stdout(log):
+                # ptxas's log is only printed when ptxas runs: the compiler's own cache must not answer.
+                knobs.nvidia.dump_ptxas_log = True
+                knobs.compilation.always_compile = True
+                knobs.cache.dir = scratch
+                compiled = triton.compile(
+                    ASTSource(kernel, signature, constants, attributes),
+                    target=GPUTarget("cuda", target.capability, target.warp_size),
+                    options=options,
+                )
+            cubin = Path(scratch) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            text = subprocess.run(
+                [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True
+            ).stdout
+    except Exception as error:
+        lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+        raise BuildError(f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}") from error
+    return CompiledFacts(
+        arch=target.arch,
+        triton_version=triton.__version__,
+        **_resources(log.getvalue()),
+        smem_bytes=int(compiled.metadata.shared),
+        num_warps=int(compiled.metadata.num_warps),
+        serialised=_SERIALISED.search(log.getvalue()) is not None,
+        loop=sass.main_loop(text),
+        compile_s=round(time.perf_counter() - start, 3),
+    )
+
+
+def _signature(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """What a call would specialise on: 16-byte aligned pointers, strides that are multiples of 16."""
+    values = {
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_D": spec.block_head_dim,
+        "BLOCK_DV": spec.block_head_dim_v,
+        **config,
+    }
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[(index,)] = values[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else _POINTER[spec.dtype]
+            attributes[(index,)] = aligned
+        elif name == "sm_scale":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if not parameter.do_not_specialize:
+                attributes[(index,)] = aligned
+    return signature, constants, attributes
+
+
+def _resources(log: str) -> dict[str, int]:
+    found = {name: [int(value) for value in pattern.findall(log)] for name, pattern in _LOG.items()}
+    if not found["n_regs"]:
+        raise BuildError(f"ptxas left no resource report; its log was: {log[:400]!r}")
+    return {name: max(values, default=0) for name, values in found.items()}
+
+
+# -- the disk cache --
+
+
+@cache
+def triton_version() -> str:
+    """Version of the installed Triton, without importing it.
+
+    Raises:
+        BuildError: it is not installed.
+    """
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        raise BuildError("triton is not installed: pip install triton") from None
+
+
+def cached(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts | None:
+    """The facts from the disk cache, or None; a corrupt file counts as none."""
+    try:
+        data = json.loads(_cache_path(source, target, config).read_text())
+        return CompiledFacts.from_json(data) if data["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cache_path(source: KernelSource, target: Target, config: KernelConfig) -> Path:
+    key = json.dumps([_FORMAT, source.digest, config.to_dict(), target.arch, triton_version()], sort_keys=True)
+    return settings.read().cache_dir / "facts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Atomic, so that processes may race; a cache that cannot be written is no failure."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(data, file)
+        os.replace(temporary, path)
+    except OSError:
+        return

@@ -1,0 +1,34 @@
+"""Every example runs as its first lines say, alone, and prints what it tells."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What each prints when its story came true; an example that is not listed fails.
+TELLS = {
+    "attention": ("agree with PyTorch", "runs     torch_blocked"),
+    "check_without_gpu": ("inside the budget", "off by one key is not"),
+    "read_the_kernel": ("attention_fwd-bf16-d96-causal-", "only in the causal kernel:\n", "causal_offset"),
+}
+
+
+def test_every_example_is_listed() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(TELLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TELLS))
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    path = ROOT / "examples" / f"{name}.py"
+    assert f"python examples/{name}.py" in path.read_text(), "the docstring gives the command"
+    result = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for text in TELLS[name]:
+        assert text in result.stdout, f"{text!r} is not in:\n{result.stdout}"
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
