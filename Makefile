@@ -30,7 +30,7 @@ quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check,
 	$(VENV)/bin/flashgen quickstart
 
 test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason where there is none
-	$(PY) -m pytest -q --durations=10
+	$(PY) -m pytest -q -rs --durations=10
 
 check: lint ## format, lint, strict types, and the fast tests
 	$(PY) -m pytest -q -m "not slow and not gpu" tests/unit tests/golden

@@ -14,8 +14,8 @@ from flashgen.variants import candidates
 
 def main() -> None:
     """Render two specs and show where they differ."""
-    causal = AttentionSpec(dtype="bf16", head_dim=96, causal=True)
-    full = AttentionSpec(dtype="bf16", head_dim=96)
+    causal = AttentionSpec(dtype="bf16", head_dim=96, head_dim_v=96, causal=True)
+    full = AttentionSpec(dtype="bf16", head_dim=96, head_dim_v=96)
     variant = next(variant for variant in candidates(causal) if variant.template is not None)
 
     source = render(causal, variant)

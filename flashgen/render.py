@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashgen.assets import templates_dir
 from flashgen.errors import RenderError, UnsupportedProblemError
@@ -70,15 +70,23 @@ def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
         UnsupportedProblemError: the variant has no template.
         RenderError: the template is missing or broken; names file and line.
     """
-    import jinja2
-
     if variant.template is None:
         raise UnsupportedProblemError(f"variant {variant.name} is not generated: it has no template to render.")
-    try:
-        template = _environment().get_template(variant.template)
-        text = template.render(spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"})
-    except jinja2.TemplateSyntaxError as error:
-        raise RenderError(f"{error.filename or variant.template}:{error.lineno}: {error.message}") from error
-    except jinja2.TemplateError as error:
-        raise RenderError(f"{variant.template} could not be rendered for {spec.key}: {error}") from error
+    text = render_template(variant.template, spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"})
     return KernelSource(text=text, spec=spec, variant=variant.name)
+
+
+def render_template(name: str, *, spec: AttentionSpec, variant: Variant, meta: dict[str, Any]) -> str:
+    """Render one template with the three names that templates know.
+
+    Raises:
+        RenderError: the template is missing or broken; names file and line.
+    """
+    import jinja2
+
+    try:
+        return _environment().get_template(name).render(spec=spec, variant=variant, meta=meta)
+    except jinja2.TemplateSyntaxError as error:
+        raise RenderError(f"{error.filename or name}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateError as error:
+        raise RenderError(f"{name} could not be rendered for {spec.key}: {error}") from error

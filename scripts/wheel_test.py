@@ -98,7 +98,9 @@ def contents(wheel: Path) -> set[str]:
         raise SystemExit(f"{wheel.name} holds bytecode: {litter}")
     for source in ("templates", "tuning_db"):
         wanted = {
-            f"flashgen/{path.relative_to(CHECKOUT).as_posix()}" for path in (CHECKOUT / source).rglob("*") if path.is_file()
+            f"flashgen/{path.relative_to(CHECKOUT).as_posix()}"
+            for path in (CHECKOUT / source).rglob("*")
+            if path.is_file()
         }
         if not wanted or wanted - names:
             raise SystemExit(f"{wheel.name} lacks {sorted(wanted - names) or source}")

@@ -15,6 +15,7 @@ _STAGES = (1, 8)
 _COVERED_FLAGS = frozenset({"causal", "has_lse"})
 
 _FLEX = "default tile of FlexAttention in PyTorch 2.13 (torch/_inductor/template_heuristics/triton.py)"
+_FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 where its table has no entry (same file)"
 _SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 8192 (h200_triton_attention_fwd.jsonl)"
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), best first, by (family of architecture, 16-bit?, padded head dim).
@@ -23,15 +24,18 @@ _KNOWN_GOOD: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
     ("sm_90", True, 64): (((64, 64, 4, 3), _SURFACE), ((128, 64, 8, 3), _SURFACE), ((128, 128, 8, 3), _SURFACE), ((128, 128, 4, 3), _FLEX)),
     ("sm_90", True, 128): (((128, 64, 8, 3), _SURFACE), ((128, 128, 8, 3), _SURFACE), ((64, 64, 4, 3), _SURFACE)),
     ("sm_90", True, 256): (((64, 32, 4, 3), _FLEX),),
-    ("sm_90", False, 64): (((128, 32, 4, 3), _FLEX),),
-    ("sm_90", False, 128): (((32, 64, 4, 3), _FLEX),),
-    ("sm_90", False, 256): (((32, 32, 4, 3), _FLEX),),
+    # fp32 is multiplied on the CUDA cores in full precision: the larger tiles spill, the first one never does.
+    ("sm_90", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
+    ("sm_90", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
+    ("sm_90", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((32, 64, 4, 3), _FLEX)),
+    ("sm_90", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((32, 32, 4, 3), _FLEX)),
     ("sm_80", True, 64): (((128, 64, 4, 3), _FLEX),),
     ("sm_80", True, 128): (((128, 64, 8, 3), _FLEX),),
     ("sm_80", True, 256): (((32, 64, 4, 3), _FLEX),),
-    ("sm_80", False, 64): (((128, 32, 4, 3), _FLEX),),
-    ("sm_80", False, 128): (((128, 32, 4, 3), _FLEX),),
-    ("sm_80", False, 256): (((64, 16, 4, 3), _FLEX),),
+    ("sm_80", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
+    ("sm_80", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
+    ("sm_80", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
+    ("sm_80", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((64, 16, 4, 3), _FLEX)),
 }
 
 
@@ -80,6 +84,10 @@ class TritonForward(Variant):
         accumulator = config.BLOCK_M * (spec.block_head_dim_v + config.BLOCK_N) // (config.num_warps * target.warp_size)
         if accumulator > 512:
             return f"accumulators need {accumulator} registers a thread (output and score tiles), twice what exists"
+        operands = _fp32_operands(spec, config, target.warp_size)
+        if operands > 1024:
+            # Compiled for sm_80 and sm_90: from 768 on such a tile spills, beyond 1024 thousands of times, a minute to compile.
+            return f"fp32 operands of one thread's products are {operands} values, four times the registers that exist"
         if facts is not None and facts.smem_bytes > target.smem_bytes:
             return f"needs {facts.smem_bytes} bytes of shared memory, {target.name} has {target.smem_bytes} a block"
         if facts is None and self._least_smem(spec, config) > target.smem_bytes:
@@ -96,7 +104,8 @@ class TritonForward(Variant):
         return self.config(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
-        head_dim = min(256, max(64, spec.block_head_dim, spec.block_head_dim_v))
+        # The tables' smallest head dim is 64 (32 in fp32, where 64 already spills what 32 holds).
+        head_dim = min(256, max(64 if spec.itemsize == 2 else 32, spec.block_head_dim, spec.block_head_dim_v))
         # The interpreter knows no architecture: any tile will do. Newer chips run what Hopper's portable kernel runs.
         family = "sm_80" if target.backend == "cuda" and target.capability < 90 else "sm_90"
         rows = _KNOWN_GOOD[(family, spec.itemsize == 2, head_dim)]
@@ -111,6 +120,15 @@ class TritonForward(Variant):
         # Two loops (unmasked, masked) never overlap, so one set of stages; the last stage may live in registers.
         stages = max(1, config.num_stages - 1)
         return int(stages * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v) * spec.itemsize)
+
+
+def _fp32_operands(spec: AttentionSpec, config: KernelConfig, warp_size: int) -> int:
+    """Values of q and k that one thread multiplies for its scores on the CUDA cores; 0 where tensor cores do it."""
+    if spec.itemsize == 2:
+        return 0
+    scores = max(1, config.BLOCK_M * config.BLOCK_N // (config.num_warps * warp_size))
+    rows = 1 << ((scores.bit_length() - 1) // 2)
+    return int((rows + scores // rows) * max(spec.block_head_dim, spec.block_head_dim_v))
 
 
 def _is_int(value: Tunable) -> bool:

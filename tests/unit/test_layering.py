@@ -1,4 +1,4 @@
-"""The house of ARCHITECTURE.md, held: a module imports only from rows above its own. Read from the text of the imports."""
+"""The house of ARCHITECTURE.md, held: a module imports only from rows above its own. Reads text, imports nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 
-# Rooms (modules and packages directly below flashgen) in import order. Rooms of one row may not import each other; inside a
-# package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
+# Rooms (modules and packages directly below flashgen) in import order. Rooms of one row may not import each other;
+# inside a package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
 ROWS = (
     ("errors",),
     ("settings", "assets"),
@@ -48,13 +48,12 @@ ROWS = (
 )
 FLOOR = {room: number for number, row in enumerate(ROWS) for room in row}
 
-# Imports inside a function that go upwards, each with its reason.
+# Imports that go upwards, inside a function or for the type checker alone, each with its reason.
 UPWARDS = {
     ("api", "tuner"): "tune() alone: a call never loads the tuner",
     ("api", "exporter"): "export() alone",
     ("facts", "compile_pool"): "compile_facts() compiles in a worker, and the pool hands out facts",
 }
-# Names for the type checker alone go upwards only where a function above does.
 STORE_MAY = {"store", "errors", "settings", "assets"}
 PURE = ("errors", "assets", "spec", "config", "presets", "variants", "render")
 
@@ -199,7 +198,9 @@ from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name
 print(render(AttentionSpec.from_key("attention_fwd-bf16-d128-causal"), by_name("triton_fwd")).digest)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.strip()) == 64
 
@@ -218,8 +219,12 @@ def f():
     path = PACKAGE / "store" / "x.py"
     every = {name for name, _ in imports(ast.parse(text), path)}
     assert every == {
-        "flashgen.spec", "flashgen.tuner", "flashgen.store.models", "flashgen.errors.FlashgenError", "flashgen.api.tune",
+        "flashgen.spec",
+        "flashgen.tuner",
+        "flashgen.store.models",
+        "flashgen.errors.FlashgenError",
+        "flashgen.api.tune",
         "flashgen.cli",
-    }  # fmt: skip
+    }
     now = {name for name, _ in imports(loaded_with(ast.parse(text)), path)}
     assert every - now == {"flashgen.api.tune", "flashgen.cli"}

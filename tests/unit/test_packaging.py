@@ -1,4 +1,4 @@
-"""What an installer, CI and a contributor rely on: pins, the wheel's data folders, the command line's entry, the targets."""
+"""What an installer, CI and a contributor rely on: pins, the wheel's data folders, the command, make's targets."""
 
 from __future__ import annotations
 
@@ -74,9 +74,17 @@ def test_the_triton_range_is_what_the_goldens_are_compiled_with() -> None:
 
 def test_no_index_and_no_host_is_named() -> None:
     """Packages come from wherever pip is told to look on this machine."""
-    for path in (ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "Makefile", ROOT / ".ci" / "run", *(ROOT / "scripts").iterdir()):
+    for path in (
+        ROOT / "pyproject.toml",
+        ROOT / "constraints.txt",
+        ROOT / "Makefile",
+        ROOT / ".ci" / "run",
+        *(ROOT / "scripts").iterdir(),
+    ):
         if path.is_file():
-            named = re.search(r"(?i)(https?|file)://|--find-links|--(extra-)?index-url(?! \"\$TORCH_INDEX\")", path.read_text())
+            named = re.search(
+                r"(?i)(https?|file)://|--find-links|--(extra-)?index-url(?! \"\$TORCH_INDEX\")", path.read_text()
+            )
             assert named is None, f"{path}: {named}"
 
 
@@ -116,7 +124,9 @@ def test_a_checkout_is_read_in_place() -> None:
         pytest.skip("flashgen is installed, not read from this checkout")
     assert assets.templates_dir() == ROOT / "templates"
     assert assets.seeds_dir() == ROOT / "tuning_db" / "seeds"
-    assert not (ROOT / "flashgen" / "templates").exists(), "a copy inside the package would hide the checkout's templates"
+    assert not (ROOT / "flashgen" / "templates").exists(), (
+        "a copy inside the package would hide the checkout's templates"
+    )
     assert not (ROOT / "flashgen" / "tuning_db").exists()
 
 
