@@ -1,0 +1,1 @@
+"""Drop-in surfaces: flashgen behind other libraries' own interfaces."""
