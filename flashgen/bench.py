@@ -57,7 +57,9 @@ class Timer:
         return float(start.elapsed_time(stop))
 
 
-def measure(run: Callable[[], object], *, once: Callable[[Callable[[], object]], float], budget_ms: float = 15.0) -> Measurement:
+def measure(
+    run: Callable[[], object], *, once: Callable[[Callable[[], object]], float], budget_ms: float = 15.0
+) -> Measurement:
     """Time one kernel alone, for search.
 
     Args:

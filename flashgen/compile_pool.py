@@ -49,7 +49,9 @@ class CompilePool:
     def __enter__(self) -> CompilePool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -59,7 +61,9 @@ class CompilePool:
             thread.join()
         self._threads.clear()
 
-    def map(self, source: KernelSource, target: Target, configs: Sequence[KernelConfig]) -> Iterator[tuple[KernelConfig, Result]]:
+    def map(
+        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig]
+    ) -> Iterator[tuple[KernelConfig, Result]]:
         """Facts, or the reason why there are none, per configuration, as they become known; cached ones first.
 
         Args:
@@ -87,7 +91,11 @@ class CompilePool:
             yield done.get()
 
     def _serve(
-        self, source: KernelSource, target: Target, todo: queue.Queue[KernelConfig], done: queue.Queue[tuple[KernelConfig, Result]]
+        self,
+        source: KernelSource,
+        target: Target,
+        todo: queue.Queue[KernelConfig],
+        done: queue.Queue[tuple[KernelConfig, Result]],
     ) -> None:
         """One thread per worker process: it feeds the process and replaces it when it dies."""
         worker: _Worker | None = None

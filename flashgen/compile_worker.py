@@ -31,7 +31,9 @@ def main(requests: int, replies: int) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        source = KernelSource(text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"])
+        source = KernelSource(
+            text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
+        )
         config = KernelConfig(variant=request["variant"], **request["config"])
         return inspect(source, _target(request["target"], request["arch"]), config).to_json()
     except Exception as error:

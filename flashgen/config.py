@@ -32,7 +32,9 @@ class KernelConfig(Mapping[str, Tunable]):
     def __init__(self, *, variant: str, **tunables: Tunable) -> None:
         for name, value in tunables.items():
             if not isinstance(value, (int, str, bool)):
-                raise InvalidProblemError(f"config: {name}={value!r} is a {type(value).__name__}; allowed are int, str and bool.")
+                raise InvalidProblemError(
+                    f"config: {name}={value!r} is a {type(value).__name__}; allowed are int, str and bool."
+                )
         items = dict(sorted(tunables.items()))
         object.__setattr__(self, "_variant", variant)
         object.__setattr__(self, "_tunables", items)
@@ -56,7 +58,9 @@ class KernelConfig(Mapping[str, Tunable]):
         try:
             return self._tunables[name]
         except KeyError:
-            raise AttributeError(f"{self.variant} has no tunable {name!r}; it has {', '.join(self._tunables)}") from None
+            raise AttributeError(
+                f"{self.variant} has no tunable {name!r}; it has {', '.join(self._tunables)}"
+            ) from None
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"KernelConfig is immutable; build a new one instead of setting {name!r}")

@@ -126,16 +126,19 @@ def occupancy(facts: CompiledFacts, target: Target) -> int:
     threads = facts.num_warps * target.warp_size
     registers = -(-max(facts.n_regs, 1) // 8) * 8 * threads
     smem = facts.smem_bytes + 1024  # the system's share of each block (CUDA C++ Programming Guide)
-    return max(1, min(target.registers_per_sm // registers, target.smem_per_sm_bytes // smem, target.max_threads_per_sm // threads))
+    return max(
+        1,
+        min(
+            target.registers_per_sm // registers, target.smem_per_sm_bytes // smem, target.max_threads_per_sm // threads
+        ),
+    )
 
 
 def _pipes(facts: CompiledFacts, problem: Problem, target: Target, config: KernelConfig) -> dict[str, float]:
     """Cycles of a quadrant per pass of the main loop over one block of keys, by pipe."""
     spec, passes = problem.spec, _passes(facts, problem, config)
     flops = 2.0 * config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
-    pipes = {
-        name: facts.loop.get(name, 0) * passes * cycles * config.num_warps / 4 for name, cycles in _CYCLES.items()
-    }
+    pipes = {name: facts.loop.get(name, 0) * passes * cycles * config.num_warps / 4 for name, cycles in _CYCLES.items()}
     if spec.itemsize == 2 and target.clock_mhz:
         peak = target.bf16_tflops * 1e12 / (target.num_sms * target.clock_mhz * 1e6)  # FLOP per clock and SM
         pipes["tensor"] = flops / (peak * TENSOR_EFFICIENCY)
@@ -153,16 +156,16 @@ def _passes(facts: CompiledFacts, problem: Problem, config: KernelConfig) -> flo
     if facts.loop.get("hgmma"):
         return 1.0  # never unrolled in what was compiled; their shapes vary, so their number says nothing
     if facts.loop.get("hmma"):
-        return products / (config.num_warps * 16 * 8 * 16) / facts.loop["hmma"]
+        return float(products / (config.num_warps * 16 * 8 * 16) / facts.loop["hmma"])
     if spec.itemsize == 4 and facts.loop.get("fp32"):
-        return max(1.0, products / (config.num_warps * 32) / facts.loop["fp32"])
+        return float(max(1.0, products / (config.num_warps * 32) / facts.loop["fp32"]))
     return 1.0
 
 
 def _makespan(problem: Problem, config: KernelConfig, slots: int, per_pass: float) -> float:
     """Cycles until the last block ends: blocks are handed out in launch order, each to the slot that is free first."""
     rows = -(-problem.seqlen_q // config.BLOCK_M)
-    lengths = []
+    lengths: list[float] = []
     for start in range(0, problem.seqlen_q, config.BLOCK_M):
         keys = problem.seqlen_k
         if problem.causal:
@@ -173,7 +176,7 @@ def _makespan(problem: Problem, config: KernelConfig, slots: int, per_pass: floa
         lengths.reverse()
     heads = problem.batch * problem.num_heads_q
     if rows * heads > 50_000:
-        return sum(lengths) * heads / slots  # so many waves that the tail does not matter
+        return float(sum(lengths) * heads / slots)  # so many waves that the tail does not matter
     free = [0.0] * min(slots, max(1, rows * heads))
     for _ in range(heads):
         for length in lengths:

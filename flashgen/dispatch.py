@@ -205,7 +205,11 @@ def _report_fallback(plan: Plan, env: Settings) -> None:
     """On a GPU a fall to torch is said once per spec: of the forward, or of the backward alone."""
     if plan.target.backend == "cpu" or env.on_fallback == "silent":
         return
-    if plan.backend == "torch" and env.backend != "torch" and not all("was asked for" in r for r in plan.rejected.values()):
+    if (
+        plan.backend == "torch"
+        and env.backend != "torch"
+        and not all("was asked for" in r for r in plan.rejected.values())
+    ):
         reason = "; ".join(f"{name}: {text}" for name, text in plan.rejected.items())
         message = f"{plan.problem.spec.key} falls to the torch backend on {plan.target.name}: {reason}"
     elif plan.backend != "torch" and plan.problem.requires_grad:
@@ -226,7 +230,9 @@ def _configure(
 ) -> tuple[KernelConfig, str]:
     digest = render(spec, variant).digest
     database = _database_rows(variant, spec, digest, target, env)
-    shipped = [r for r in _seed_rows(spec, target) if (r.spec_key, r.variant, r.digest) == (spec.key, variant.name, digest)]
+    shipped = [
+        r for r in _seed_rows(spec, target) if (r.spec_key, r.variant, r.digest) == (spec.key, variant.name, digest)
+    ]
     order = (
         ("database", select.best_measured, database),
         ("seed", select.best_measured, shipped),
@@ -255,11 +261,11 @@ def _legal(row: Record | None, variant: Variant, spec: AttentionSpec, target: Ta
         return None
 
 
-def _database_rows(
-    variant: Variant, spec: AttentionSpec, digest: str, target: Target, env: Settings
-) -> list[Record]:
+def _database_rows(variant: Variant, spec: AttentionSpec, digest: str, target: Target, env: Settings) -> list[Record]:
     if env.require_db_digest is not None:
-        raise UnsupportedProblemError("FLASHGEN_REQUIRE_DB_DIGEST is not supported by this version of flashgen: unset it.")
+        raise UnsupportedProblemError(
+            "FLASHGEN_REQUIRE_DB_DIGEST is not supported by this version of flashgen: unset it."
+        )
     path = env.database_path
     if path is not None and not path.exists():
         return []

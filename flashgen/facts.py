@@ -174,7 +174,11 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
     log = io.StringIO()
     start = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix="flashgen-") as scratch, knobs.nvidia.scope(), knobs.compilation.scope():
+        with (
+            tempfile.TemporaryDirectory(prefix="flashgen-") as scratch,
+            knobs.nvidia.scope(),
+            knobs.compilation.scope(),
+        ):
             with knobs.cache.scope(), contextlib.redirect_stdout(log):
                 # ptxas's log is only printed when ptxas runs: the compiler's own cache must not answer.
                 knobs.nvidia.dump_ptxas_log = True
@@ -192,7 +196,9 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
             ).stdout
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-        raise BuildError(f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}") from error
+        raise BuildError(
+            f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
+        ) from error
     return CompiledFacts(
         arch=target.arch,
         triton_version=triton.__version__,
@@ -205,7 +211,9 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
     )
 
 
-def _signature(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def _signature(
+    kernel: Any, spec: AttentionSpec, config: KernelConfig
+) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call would specialise on: 16-byte aligned pointers, strides that are multiples of 16."""
     values = {
         "HEAD_DIM": spec.head_dim,

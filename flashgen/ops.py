@@ -49,7 +49,9 @@ def _decode_config(text: str) -> KernelConfig | dict[str, Tunable] | None:
     tunables: dict[str, Tunable] = {}
     for item in items:
         name, _, value = item.partition("=")
-        tunables[name] = value == "True" if value in ("True", "False") else value.strip("'") if "'" in value else int(value)
+        tunables[name] = (
+            value == "True" if value in ("True", "False") else value.strip("'") if "'" in value else int(value)
+        )
     return KernelConfig(variant=variant, **tunables) if variant else tunables
 
 
@@ -102,7 +104,14 @@ def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     problem = plan.problem
     if plan.backend == "torch":
         torch_blocked.forward(
-            q, k, v, causal=problem.causal, causal_offset=problem.causal_offset, sm_scale=problem.scale, out=out, lse=lse
+            q,
+            k,
+            v,
+            causal=problem.causal,
+            causal_offset=problem.causal_offset,
+            sm_scale=problem.scale,
+            out=out,
+            lse=lse,
         )
         return
     q, k, v = map(_unit_last_stride, (q, k, v))
@@ -257,4 +266,6 @@ def require_tensors(q: Any, k: Any, v: Any, layout: str) -> None:
             order = "batch, heads, seqlen, head_dim" if layout == "bhsd" else "batch, seqlen, heads, head_dim"
             raise InvalidProblemError(f"{name} has shape {tuple(value.shape)}: it must have 4 dimensions, ({order}).")
         if value.device != q.device:
-            raise InvalidProblemError(f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one.")
+            raise InvalidProblemError(
+                f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one."
+            )

@@ -77,8 +77,15 @@ class Problem:
                 "must be a multiple of that of k and v (grouped-query attention)."
             )
         scale = self.softmax_scale
-        _require(scale is None or math.isfinite(scale), "softmax_scale", scale, "a finite number, or None for 1/sqrt(head_dim)")
-        _require(math.isfinite(self.softcap) and self.softcap >= 0, "softcap", self.softcap, "0 (off) or a positive number")
+        _require(
+            scale is None or math.isfinite(scale),
+            "softmax_scale",
+            scale,
+            "a finite number, or None for 1/sqrt(head_dim)",
+        )
+        _require(
+            math.isfinite(self.softcap) and self.softcap >= 0, "softcap", self.softcap, "0 (off) or a positive number"
+        )
         window_ok = len(self.window_size) == 2 and all(isinstance(w, int) and w >= -1 for w in self.window_size)
         _require(window_ok, "window_size", self.window_size, "(left, right), each -1 (no limit) or 0 and more keys")
         _require(0.0 <= self.dropout_p < 1.0, "dropout_p", self.dropout_p, "from 0 up to, not including, 1")
@@ -118,7 +125,7 @@ class Problem:
 
     @property
     def causal_offset(self) -> int:
-        """d in `causal keeps keys j <= i + d`: seqlen_k - seqlen_q for bottom-right, 0 for top-left."""
+        """D in `causal keeps keys j <= i + d`: seqlen_k - seqlen_q for bottom-right, 0 for top-left."""
         return self.seqlen_k - self.seqlen_q if self.causal_alignment == "bottom-right" else 0
 
     @property
@@ -303,9 +310,13 @@ def _check_tensor(name: str, tensor: Any, q: Any, layout: Layout) -> None:
         )
     _dtype_name(name, tensor)
     if tensor.dtype != q.dtype:
-        raise InvalidProblemError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: q, k and v must have one dtype. Cast one.")
+        raise InvalidProblemError(
+            f"{name} has dtype {tensor.dtype}, q has {q.dtype}: q, k and v must have one dtype. Cast one."
+        )
     if tensor.device != q.device:
-        raise InvalidProblemError(f"{name} is on {tensor.device}, q on {q.device}: q, k and v must be on one device. Move one.")
+        raise InvalidProblemError(
+            f"{name} is on {tensor.device}, q on {q.device}: q, k and v must be on one device. Move one."
+        )
 
 
 def _dtype_name(name: str, tensor: Tensor) -> DType:

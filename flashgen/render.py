@@ -51,7 +51,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701  # Python source, not HTML
+        autoescape=False,  # Python source, not HTML
     )
 
 
@@ -72,7 +72,9 @@ def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
     """
     if variant.template is None:
         raise UnsupportedProblemError(f"variant {variant.name} is not generated: it has no template to render.")
-    text = render_template(variant.template, spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"})
+    text = render_template(
+        variant.template, spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"}
+    )
     return KernelSource(text=text, spec=spec, variant=variant.name)
 
 

@@ -66,12 +66,14 @@ class Settings:
 def _choice(name: str, allowed: tuple[str, ...], default: str) -> str:
     value = os.environ.get(name) or default
     if value not in allowed:
-        raise InvalidProblemError(f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. Unset or correct it.")
+        raise InvalidProblemError(
+            f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. Unset or correct it."
+        )
     return value
 
 
 def default_cache_dir() -> Path:
-    """platformdirs' cache folder for flashgen (not created)."""
+    """Platformdirs' cache folder for flashgen (not created)."""
     import platformdirs  # here, so that importing flashgen stays light
 
     return Path(platformdirs.user_cache_dir("flashgen", appauthor=False))

@@ -20,7 +20,9 @@ DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
 DTYPE_BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 MAX_HEAD_DIM = 256
 
-_KEY_HEAD = re.compile(r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*)$")
+_KEY_HEAD = re.compile(
+    r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*)$"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,9 @@ class AttentionSpec:
             if value < 1:
                 raise InvalidProblemError(f"{name} {value} is out of range: allowed are 1 to {MAX_HEAD_DIM}.")
             if value > MAX_HEAD_DIM:
-                raise UnsupportedProblemError(f"{name} {value} is not supported by any variant: allowed are 1 to {MAX_HEAD_DIM}.")
+                raise UnsupportedProblemError(
+                    f"{name} {value} is not supported by any variant: allowed are 1 to {MAX_HEAD_DIM}."
+                )
 
     @property
     def key(self) -> str:

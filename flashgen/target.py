@@ -94,7 +94,11 @@ def _from_properties(properties: Any) -> Target:
     arch = f"sm_{properties.major}{properties.minor}"
     for target in TARGETS.values():
         pattern = rf"\b{target.name}\b"
-        if target.arch == arch and re.search(pattern, name, re.IGNORECASE) and target.num_sms == properties.multi_processor_count:
+        if (
+            target.arch == arch
+            and re.search(pattern, name, re.IGNORECASE)
+            and target.num_sms == properties.multi_processor_count
+        ):
             return target
     return Target(
         name=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
@@ -114,7 +118,13 @@ def _from_properties(properties: Any) -> Target:
 
 
 _KB = 1024
-_HOPPER = {"arch": "sm_90", "num_sms": 132, "smem_bytes": 227 * _KB, "smem_per_sm_bytes": 228 * _KB, "l2_bytes": 50 * _KB * _KB}
+_HOPPER = {
+    "arch": "sm_90",
+    "num_sms": 132,
+    "smem_bytes": 227 * _KB,
+    "smem_per_sm_bytes": 228 * _KB,
+    "l2_bytes": 50 * _KB * _KB,
+}
 _GUIDE = "; shared memory and registers: CUDA C++ Programming Guide, compute capabilities"
 
 CPU = Target(

@@ -30,7 +30,15 @@ class _Tile(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, causal_offset: int, sm_scale: float, out: Tensor, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    causal_offset: int,
+    sm_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
     """Blocked forward into `out` (and `lse` where given).
 

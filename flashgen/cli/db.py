@@ -45,7 +45,13 @@ def info(as_json: bool) -> None:
         with open_store() as store:
             found = store.info()
     else:
-        found = {"path": str(settings.read().database_path), "schema": None, "trials": 0, "winners": 0, "note": "no database yet: `flashgen tune` makes one"}
+        found = {
+            "path": str(settings.read().database_path),
+            "schema": None,
+            "trials": 0,
+            "winners": 0,
+            "note": "no database yet: `flashgen tune` makes one",
+        }
     if as_json:
         print_json(found)
     else:

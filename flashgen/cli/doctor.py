@@ -25,7 +25,11 @@ def doctor(as_json: bool) -> int:
     """Versions, GPUs, database, templates, and which backends work here. Exit code 1 if something that should work is broken."""
     broken: list[str] = []
     document: dict[str, Any] = {
-        "versions": {"flashgen": flashgen.__version__, "python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "flashgen": flashgen.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "gpus": _gpus(),
         "target": _target(),
         "cache": str(settings.read().cache_dir),
@@ -53,14 +57,24 @@ def _gpus() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return []
-    return [{"index": i, "name": torch.cuda.get_device_name(i), "target": Target.detect(i).name} for i in range(torch.cuda.device_count())]
+    return [
+        {"index": i, "name": torch.cuda.get_device_name(i), "target": Target.detect(i).name}
+        for i in range(torch.cuda.device_count())
+    ]
 
 
 def _target() -> dict[str, Any]:
     target = Target.detect()
     if target.backend == "cpu":
-        return {"name": target.name, "note": "no GPU: kernels are interpreted on request; tuning needs --target and is predicted"}
-    note = "known" if target.bf16_tflops else "not in the list of known targets: tuned as it is, nothing is predicted for it"
+        return {
+            "name": target.name,
+            "note": "no GPU: kernels are interpreted on request; tuning needs --target and is predicted",
+        }
+    note = (
+        "known"
+        if target.bf16_tflops
+        else "not in the list of known targets: tuned as it is, nothing is predicted for it"
+    )
     return {"name": target.name, "arch": target.arch, "note": note}
 
 
@@ -101,7 +115,11 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"{'target':14}{document['target']['name']}: {document['target']['note']}")
     click.echo(f"{'cache':14}{document['cache']}")
     database = document["database"]
-    said = database.get("error") or database.get("note") or f"schema {database['schema']}, {database['trials']} trials, {database['winners']} winners"
+    said = (
+        database.get("error")
+        or database.get("note")
+        or f"schema {database['schema']}, {database['trials']} trials, {database['winners']} winners"
+    )
     click.echo(f"{'database':14}{database['path']}: {said}")
     templates = document["templates"]
     click.echo(f"{'templates':14}{templates['files']} files, digest {templates['digest'][:16]}, {templates['path']}")

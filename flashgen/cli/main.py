@@ -77,12 +77,19 @@ def run(arguments: list[str]) -> int:
     except FlashgenError as error:
         if debug:
             raise
-        print_error(str(error), type(error).__name__, as_json=as_json, reasons=getattr(error, "reasons", None) or getattr(error, "causes", None))
+        print_error(
+            str(error),
+            type(error).__name__,
+            as_json=as_json,
+            reasons=getattr(error, "reasons", None) or getattr(error, "causes", None),
+        )
         return 2 if isinstance(error, InvalidProblemError) else 1
     except Exception as error:
         if debug:
             raise
-        print_error(f"{type(error).__name__}: {error} (a bug: --debug shows where)", type(error).__name__, as_json=as_json)
+        print_error(
+            f"{type(error).__name__}: {error} (a bug: --debug shows where)", type(error).__name__, as_json=as_json
+        )
         return 1
     return value if isinstance(value, int) else 0
 

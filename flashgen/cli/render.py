@@ -18,7 +18,9 @@ from flashgen.variants import by_name, candidates
 @click.command()
 @click.argument("spec", required=False)
 @problem_options
-@click.option("--variant", "variant_name", metavar="NAME", help="The recipe; the first that supports the spec where not given.")
+@click.option(
+    "--variant", "variant_name", metavar="NAME", help="The recipe; the first that supports the spec where not given."
+)
 @click.option("--target", "target_name", metavar="NAME", help="Check the spec (and --config) against this GPU.")
 @click.option("--config", "config_text", metavar="KEY=VALUE,...", help="A configuration to check against the target.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write here instead of printing.")
@@ -31,11 +33,15 @@ def render(spec: str | None, output: Path | None, as_json: bool, **values: Any) 
     if values["variant_name"] is not None:
         generated = [by_name(values["variant_name"])]
         if generated[0].template is None:
-            raise InvalidProblemError(f"--variant {generated[0].name} is no generated kernel: see `flashgen show variants`.")
+            raise InvalidProblemError(
+                f"--variant {generated[0].name} is no generated kernel: see `flashgen show variants`."
+            )
     reasons = {variant.name: variant.supports(wanted, target) for variant in generated}
     chosen = next((variant for variant in generated if reasons[variant.name] is None), None)
     if chosen is None:
-        raise UnsupportedProblemError(f"{wanted.key} cannot be rendered:", {name: str(reason) for name, reason in reasons.items()})
+        raise UnsupportedProblemError(
+            f"{wanted.key} cannot be rendered:", {name: str(reason) for name, reason in reasons.items()}
+        )
     config = config_of(values["config_text"])
     if config is not None:
         chosen.parse_config(config, wanted, target)
@@ -46,7 +52,12 @@ def render(spec: str | None, output: Path | None, as_json: bool, **values: Any) 
         except OSError as error:
             raise RenderError(f"{output} cannot be written: {error}") from error
     if as_json:
-        document: dict[str, Any] = {"spec": wanted.key, "variant": chosen.name, "digest": source.digest, "name": source.name}
+        document: dict[str, Any] = {
+            "spec": wanted.key,
+            "variant": chosen.name,
+            "digest": source.digest,
+            "name": source.name,
+        }
         print_json(document | ({"path": str(output)} if output is not None else {"text": source.text}))
     elif output is None:
         click.echo(source.text, nl=False)

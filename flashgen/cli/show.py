@@ -23,11 +23,17 @@ def show() -> None:
 @json_option
 def variants(as_json: bool) -> None:
     """The recipes."""
-    rows = [{"name": v.name, "op": v.op, "backend": v.backend, "template": v.template, "knobs": [k.name for k in v.knobs]} for v in REGISTRY]
+    rows = [
+        {"name": v.name, "op": v.op, "backend": v.backend, "template": v.template, "knobs": [k.name for k in v.knobs]}
+        for v in REGISTRY
+    ]
     if as_json:
         print_json({"variants": rows})
     else:
-        print_table(["variant", "op", "backend", "template"], [[r["name"], r["op"], r["backend"], r["template"] or "-"] for r in rows])
+        print_table(
+            ["variant", "op", "backend", "template"],
+            [[r["name"], r["op"], r["backend"], r["template"] or "-"] for r in rows],
+        )
 
 
 @show.command()
@@ -38,7 +44,13 @@ def targets(as_json: bool) -> None:
         print_json({"targets": [asdict(target) for target in TARGETS.values()]})
         return
     headers = ["target", "gpu", "arch", "SMs", "smem/block", "HBM GB/s", "bf16 TFLOP/s", "source"]
-    print_table(headers, [[t.name, t.gpu, t.arch, t.num_sms, t.smem_bytes, t.hbm_gbps, t.bf16_tflops, t.source] for t in TARGETS.values()])
+    print_table(
+        headers,
+        [
+            [t.name, t.gpu, t.arch, t.num_sms, t.smem_bytes, t.hbm_gbps, t.bf16_tflops, t.source]
+            for t in TARGETS.values()
+        ],
+    )
 
 
 @show.command()
@@ -49,7 +61,10 @@ def presets(as_json: bool) -> None:
         print_json({"presets": [asdict(preset) for preset in PRESETS.values()]})
         return
     headers = ["preset", "heads", "kv heads", "head dim", "causal", "dtype", "source"]
-    print_table(headers, [[p.name, p.num_heads_q, p.num_heads_kv, p.head_dim, p.causal, p.dtype, p.source] for p in PRESETS.values()])
+    print_table(
+        headers,
+        [[p.name, p.num_heads_q, p.num_heads_kv, p.head_dim, p.causal, p.dtype, p.source] for p in PRESETS.values()],
+    )
 
 
 @show.command()
@@ -62,19 +77,37 @@ def spaces(target_name: str, as_json: bool, **values: Any) -> None:
     if not given["presets"] and given["dtype"] is None:
         given["presets"] = ("llama3-8b",)
     problem, target = problems_of(given)[0], Target.named(target_name)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in candidates(problem.spec):
         if variant.supports(problem.spec, target) is None and variant.knobs:
             knobs = [{"name": k.name, "values": list(k.values), "meaning": k.meaning} for k in variant.knobs]
-            known = [{"config": row.config.to_dict(), "source": row.source} for row in variant.known_good(problem.spec, target)]
-            rows.append({"variant": variant.name, "legal": len(variant.space(problem.spec, target)), "knobs": knobs, "known_good": known})
+            known = [
+                {"config": row.config.to_dict(), "source": row.source}
+                for row in variant.known_good(problem.spec, target)
+            ]
+            rows.append(
+                {
+                    "variant": variant.name,
+                    "legal": len(variant.space(problem.spec, target)),
+                    "knobs": knobs,
+                    "known_good": known,
+                }
+            )
     if as_json:
         print_json({"spec": problem.spec.key, "target": target.name, "spaces": rows})
         return
     for row in rows:
-        click.echo(f"{row['variant']} for {problem.spec.key} on {target.name}: {row['legal']} legal configurations before compiling")
-        print_table(["knob", "values", "meaning"], [[k["name"], ", ".join(map(str, k["values"])), k["meaning"]] for k in row["knobs"]])  # type: ignore[attr-defined]
-        print_table(["known-good tile", "source"], [[" ".join(f"{n}={x}" for n, x in k["config"].items()), k["source"]] for k in row["known_good"]])  # type: ignore[attr-defined]
+        click.echo(
+            f"{row['variant']} for {problem.spec.key} on {target.name}: {row['legal']} legal configurations before compiling"
+        )
+        print_table(
+            ["knob", "values", "meaning"],
+            [[k["name"], ", ".join(map(str, k["values"])), k["meaning"]] for k in row["knobs"]],
+        )
+        print_table(
+            ["known-good tile", "source"],
+            [[" ".join(f"{n}={x}" for n, x in k["config"].items()), k["source"]] for k in row["known_good"]],
+        )
 
 
 @show.command()

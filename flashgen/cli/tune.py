@@ -19,7 +19,9 @@ from flashgen.tuner.context import choose_variant, legal_list
 
 @click.command()
 @problem_options
-@click.option("--target", "target_name", metavar="NAME", help="A GPU by name, e.g. h100; the installed one where not given.")
+@click.option(
+    "--target", "target_name", metavar="NAME", help="A GPU by name, e.g. h100; the installed one where not given."
+)
 @click.option("--mode", type=click.Choice(["auto", "measured", "predicted"]), default="auto", show_default=True)
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
 @click.option("--trials", type=click.IntRange(min=1), help="At most so many configurations per problem.")
@@ -29,7 +31,12 @@ from flashgen.tuner.context import choose_variant, legal_list
 @click.option("--study", metavar="FILE", help="Keep Optuna's studies in this storage (never the tuning database).")
 @click.option("--resume", is_flag=True, help="Do not repeat what the database holds already.")
 @click.option("--plan", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--write-seeds", "seeds_folder", type=click.Path(file_okay=False, path_type=Path), help="Also write the winners as seeds.")
+@click.option(
+    "--write-seeds",
+    "seeds_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write the winners as seeds.",
+)
 @click.option("--database", metavar="PATH_OR_URL", help="Instead of the user's own.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_option
@@ -81,26 +88,48 @@ def _plan(problems: list[Any], target: Target, values: dict[str, Any], as_json: 
         variant = choose_variant(problem, target)
         legal, known = legal_list(variant, problem, target)
         trials = min(len(legal), max(values["trials"] or len(legal), len(known) if mode == "predicted" else 1))
-        rows.append({"problem": str(problem), "spec": problem.spec.key, "variant": variant.name, "legal": len(legal), "trials": trials})
+        rows.append(
+            {
+                "problem": str(problem),
+                "spec": problem.spec.key,
+                "variant": variant.name,
+                "legal": len(legal),
+                "trials": trials,
+            }
+        )
     where = values["database"] or settings.read().database_url
     if as_json:
-        print_json({"target": target.name, "mode": mode, "strategy": values["strategy"], "database": where, "problems": rows})
+        print_json(
+            {"target": target.name, "mode": mode, "strategy": values["strategy"], "database": where, "problems": rows}
+        )
         return 0
-    print_table(["problem", "variant", "legal", "trials"], [[r["problem"], r["variant"], r["legal"], r["trials"]] for r in rows])
-    click.echo(f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)")
+    print_table(
+        ["problem", "variant", "legal", "trials"], [[r["problem"], r["variant"], r["legal"], r["trials"]] for r in rows]
+    )
+    click.echo(
+        f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)"
+    )
     return 0
 
 
 def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
     rows = []
     for row in result.problems:
-        config = "none" if row.winner is None else " ".join(f"{name}={value}" for name, value in sorted(row.winner.config.items()))
+        config = (
+            "none"
+            if row.winner is None
+            else " ".join(f"{name}={value}" for name, value in sorted(row.winner.config.items()))
+        )
         rows.append([str(row.problem), config, _figure(row.winner), len(row.trials), len(row.excluded)])
-    print_table(["problem", "winner", "predicted" if result.mode == "predicted" else "measured", "trials", "excluded"], rows)
+    print_table(
+        ["problem", "winner", "predicted" if result.mode == "predicted" else "measured", "trials", "excluded"], rows
+    )
     for row in result.problems:
         if row.message:
             click.echo(f"{row.spec_key}: {row.message}")
-    click.echo(f"{result.mode} for {result.target} in {result.elapsed_s:.1f} s; stored in {result.database} (session {result.session})")
+    click.echo(
+        f"{result.mode} for {result.target} in {result.elapsed_s:.1f} s; stored in {result.database} (session {result.session})"
+    )
     for path in written:
         click.echo(f"seeds: {path}")
     if result.interrupted:

@@ -16,7 +16,12 @@ FORMATS = ("py", "aot", "hf-kernels")
 
 
 def export(
-    spec_or_problem: AttentionSpec | Problem, path: Path, *, format: str = "py", target: Target | None = None, force: bool = False
+    spec_or_problem: AttentionSpec | Problem,
+    path: Path,
+    *,
+    format: str = "py",
+    target: Target | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a kernel; see `flashgen.export`.
 

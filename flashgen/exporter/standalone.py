@@ -55,7 +55,9 @@ def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, t
             "date": datetime.now(UTC).date().isoformat(),
             "digest": source.digest,
             "gpu": f"{target.gpu} ({target.name}, {target.arch})",
-            "provenance": [line for row in rows for line in (f"{row.shape}: {_words(row.config)}", f"    {row.source}")],
+            "provenance": [
+                line for row in rows for line in (f"{row.shape}: {_words(row.config)}", f"    {row.source}")
+            ],
             "configs": [(row.shape, json.dumps(row.config)) for row in rows],
             "torch_dtype": _TORCH_DTYPE[spec.dtype],
             "kernel": _body(source.text),
@@ -67,11 +69,17 @@ def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, t
 
 def _check_path(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
-        raise InvalidProblemError(f"{path} cannot be written: the folder {path.parent} does not exist. Create it first.")
+        raise InvalidProblemError(
+            f"{path} cannot be written: the folder {path.parent} does not exist. Create it first."
+        )
     if path.suffix != ".py" or not path.stem.isidentifier():
-        raise InvalidProblemError(f"{path.name!r} cannot be imported: name the file like a Python module, e.g. {path.stem.replace('-', '_')}.py.")
+        raise InvalidProblemError(
+            f"{path.name!r} cannot be imported: name the file like a Python module, e.g. {path.stem.replace('-', '_')}.py."
+        )
     if path.exists() and not force and _MARK not in path.read_text(errors="replace")[:2000]:
-        raise InvalidProblemError(f"{path} exists and was not written by flashgen: choose another name, or --force to overwrite it.")
+        raise InvalidProblemError(
+            f"{path} exists and was not written by flashgen: choose another name, or --force to overwrite it."
+        )
 
 
 def _variant(spec: AttentionSpec, target: Target) -> Variant:
@@ -124,7 +132,9 @@ def _stored(spec: AttentionSpec, digest: str, gpu: str | None) -> Iterable[Recor
 
 def _shipped(spec: AttentionSpec, digest: str, gpu: str | None) -> Iterable[Record]:
     names = [gpu] if gpu else seeds.gpus()
-    return [row for name in names for row in seeds.load(name, spec.op) if row.spec_key == spec.key and row.digest == digest]
+    return [
+        row for name in names for row in seeds.load(name, spec.op) if row.spec_key == spec.key and row.digest == digest
+    ]
 
 
 def _key(shape: dict[str, int]) -> tuple[int, int, int]:
@@ -137,7 +147,11 @@ def _words(config: dict[str, Any]) -> str:
 
 def _provenance(row: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(row.versions.items()))
-    figure = f"measured {row.latency_ms:.4f} ms ({row.protocol})" if row.latency_ms is not None else f"predicted (rank {row.rank}, never timed)"
+    figure = (
+        f"measured {row.latency_ms:.4f} ms ({row.protocol})"
+        if row.latency_ms is not None
+        else f"predicted (rank {row.rank}, never timed)"
+    )
     return f"{figure} on {row.gpu}, {row.created[:10]}, {versions}"
 
 

@@ -40,7 +40,9 @@ def register(name: str = "flashgen", *, backend: BackendName = "auto") -> None:
         ) from error
     _backends[name] = backend
 
-    def forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    def forward(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         return attention_forward(module, query, key, value, attention_mask, backend=_backends[name], **kwargs)
 
     _keep_from_flash_attn_loader()
@@ -50,7 +52,7 @@ def register(name: str = "flashgen", *, backend: BackendName = "auto") -> None:
 
 
 def _keep_from_flash_attn_loader() -> None:
-    """transformers takes every name with "flash" in it for a flash-attn package and tries to load that.
+    """Transformers takes every name with "flash" in it for a flash-attn package and tries to load that.
 
     Registered names are kept from its loader. To be removed when `is_flash_attention_requested` (transformers.utils.generic) stops
     matching by substring.
@@ -90,7 +92,7 @@ def attention_forward(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function.
+    """Transformers' attention function.
 
     Args:
         module: the calling layer; its `is_causal` counts where the argument is None.
@@ -113,7 +115,9 @@ def attention_forward(
         )
     packed = [argument for argument in _PACKED if kwargs.get(argument) is not None]
     if packed:
-        raise UnsupportedProblemError(f"packed sequences ({', '.join(packed)}) are not supported by this integration yet: pass unpacked batches.")
+        raise UnsupportedProblemError(
+            f"packed sequences ({', '.join(packed)}) are not supported by this integration yet: pass unpacked batches."
+        )
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None
     options: dict[str, Any] = {}

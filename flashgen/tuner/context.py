@@ -98,7 +98,11 @@ def choose_variant(problem: Problem, target: Target) -> Variant:
     """
     spec, reasons = problem.spec, {}
     for variant in candidates(spec):
-        reason = variant.supports(spec, target) if variant.template is not None else "is no generated kernel: nothing to tune"
+        reason = (
+            variant.supports(spec, target)
+            if variant.template is not None
+            else "is no generated kernel: nothing to tune"
+        )
         if reason is None:
             return variant
         reasons[variant.name] = reason

@@ -18,7 +18,14 @@ from flashgen.spec import AttentionSpec
 from flashgen.tuner.measured import CENSOR_FACTOR, times_json
 
 # After these a CUDA context answers every call with the same error: the process has to go.
-_STICKY = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert", "CUDA error", "hardware")
+_STICKY = (
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+    "device-side assert",
+    "CUDA error",
+    "hardware",
+)
 
 
 @dataclass(slots=True)
@@ -70,7 +77,9 @@ def _prepare(request: dict[str, Any]) -> _Case:
     fields = dict(request["problem"])
     fields |= {"window_size": tuple(fields["window_size"]), "copies": tuple(fields["copies"])}
     problem = Problem(**fields)
-    source = KernelSource(text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"])
+    source = KernelSource(
+        text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
+    )
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.dtype]
     generator = torch.Generator(device="cuda").manual_seed(0)
 
@@ -107,7 +116,11 @@ def _trial(case: _Case, timer: Timer, request: dict[str, Any]) -> dict[str, Any]
     screen = timer.once(run)
     best = request["best_ms"]
     if best is not None and screen > CENSOR_FACTOR * best:
-        return {"status": "censored", "message": f"one launch took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far", **verdict}
+        return {
+            "status": "censored",
+            "message": f"one launch took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far",
+            **verdict,
+        }
     out.fill_(float("nan"))
     times = measure(run, once=timer.once)
     if not torch.equal(out, before):

@@ -54,7 +54,11 @@ def run(context: Context, *, study_storage: str | None = None, bench: Callable[[
     """
     context.result.trials.extend(context.earlier.values())
     compiled, order = _compile(context)
-    study = new_study(order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage) if order else None
+    study = (
+        new_study(order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
+        if order
+        else None
+    )
     worker = (bench or GpuWorker)()
     try:
         for number, (trial, config) in enumerate(proposals(study, order) if study is not None else (), start=1):
@@ -65,7 +69,11 @@ def run(context: Context, *, study_storage: str | None = None, bench: Callable[[
             context.finish([record])
             study.tell(trial, *_told(record))  # type: ignore[union-attr]  # there is a study where there are proposals
             shown = _best(context)
-            text = f"best so far {shown.latency_ms:.4f} ms: {_label(shown)}" if shown is not None and shown.latency_ms else ""
+            text = (
+                f"best so far {shown.latency_ms:.4f} ms: {_label(shown)}"
+                if shown is not None and shown.latency_ms
+                else ""
+            )
             context.tell(number, len(order), text, "measuring")
         _decide(context, worker)
     finally:
@@ -82,18 +90,33 @@ def _compile(context: Context) -> tuple[dict[KernelConfig, CompiledFacts], list[
             if isinstance(result, BuildError):
                 reason, status, facts = str(result), "compile_error", None
             else:
-                reason, status, facts = context.variant.illegal(context.problem.spec, context.target, config, result), "out_of_resources", result
+                reason, status, facts = (
+                    context.variant.illegal(context.problem.spec, context.target, config, result),
+                    "out_of_resources",
+                    result,
+                )
             if reason is None and facts is not None:
                 compiled[config] = facts
             else:
                 context.result.excluded[config.label] = reason or status
-                context.finish([context.record(config, status, protocol=PROTOCOL_SEARCH, facts=facts, message=(reason or "")[:500])])
+                context.finish(
+                    [
+                        context.record(
+                            config, status, protocol=PROTOCOL_SEARCH, facts=facts, message=(reason or "")[:500]
+                        )
+                    ]
+                )
             context.tell(number, len(todo), "", "compiling")
     return compiled, [config for config in todo if config in compiled]
 
 
 def _trial(context: Context, worker: Bench, config: KernelConfig, facts: CompiledFacts, best: Record | None) -> Record:
-    request = {**_request(context), "do": "trial", "config": config.to_dict(), "best_ms": None if best is None else best.latency_ms}
+    request = {
+        **_request(context),
+        "do": "trial",
+        "config": config.to_dict(),
+        "best_ms": None if best is None else best.latency_ms,
+    }
     reply = worker.ask(request, _TRIAL_TIMEOUT_S)
     return _as_record(context, config, reply, facts)
 
@@ -101,7 +124,9 @@ def _trial(context: Context, worker: Bench, config: KernelConfig, facts: Compile
 def _as_record(context: Context, config: KernelConfig, reply: dict[str, Any], facts: CompiledFacts | None) -> Record:
     names = ("latency_ms", "latency_p10_ms", "latency_p90_ms", "max_abs_error", "error_ratio", "message")
     values = {name: reply[name] for name in names if reply.get(name) is not None}
-    return context.record(config, reply["status"], protocol=reply.get("protocol", PROTOCOL_SEARCH), facts=facts, **values)
+    return context.record(
+        config, reply["status"], protocol=reply.get("protocol", PROTOCOL_SEARCH), facts=facts, **values
+    )
 
 
 def _request(context: Context) -> dict[str, Any]:
@@ -130,7 +155,9 @@ def _decide(context: Context, worker: Bench) -> None:
         context.result.message = "no candidate could be measured: " + "; ".join(f"{k}: {v}" for k, v in causes.items())
         return
     context.tell(0, 1, "", "re-timing the best")
-    reply = worker.ask({**_request(context), "do": "final", "configs": [c.to_dict() for c in finalists]}, _TRIAL_TIMEOUT_S)
+    reply = worker.ask(
+        {**_request(context), "do": "final", "configs": [c.to_dict() for c in finalists]}, _TRIAL_TIMEOUT_S
+    )
     rows: list[Record] = []
     if reply["status"] == "ok":
         by_config = {KernelConfig(variant=context.variant.name, **row.config): row for row in reversed(timed)}

@@ -111,8 +111,14 @@ def _choose(
         if config not in facts:
             reasons.setdefault(config.label, context.result.excluded.get(config.label, "was not compiled"))
     told = "; ".join(f"{label}: {reason}" for label, reason in reasons.items()) or "none is listed"
-    context.result.message = f"no known-good tile qualifies as a predicted winner: {told}. Measure on the GPU: flashgen tune --mode measured"
+    context.result.message = (
+        f"no known-good tile qualifies as a predicted winner: {told}. Measure on the GPU: flashgen tune --mode measured"
+    )
     return None, reports
+
+
+def _values(config: KernelConfig) -> dict[str, Any]:
+    return dict(config)
 
 
 def _check(context: Context, config: KernelConfig) -> AccuracyReport | BuildError:
@@ -128,7 +134,7 @@ def _check(context: Context, config: KernelConfig) -> AccuracyReport | BuildErro
             lse_ratio=0.0,
             message="checked before",
         )
-    launch: Any = partial(interpret.launch, context.source, **config)
+    launch: Any = partial(interpret.launch, context.source, **_values(config))
     try:
         return accuracy.check_launch(launch, context.problem.spec)
     except BuildError as error:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flashgen.tuner.context import Event
 
@@ -42,7 +43,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
             key = (event.problem, event.phase)
             if key not in tasks:
                 tasks[key] = bar.add_task(f"{event.phase} {event.problem}", total=event.total, best="")
-            fields = {"best": event.best} if event.best else {}
+            fields: dict[str, Any] = {"best": event.best} if event.best else {}
             bar.update(tasks[key], completed=event.done, total=event.total, **fields)
 
         yield report

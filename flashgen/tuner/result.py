@@ -64,9 +64,18 @@ def winner_json(winner: Record) -> dict[str, Any]:
     """The part of a winning record that a reader wants; a forecast's figures carry `predicted` in their names."""
     shown: dict[str, Any] = {"config": winner.config, "status": winner.status, "error_ratio": winner.error_ratio}
     if winner.status == "predicted":
-        shown |= {"predicted_rank": winner.rank, "bound_by": winner.bound_by, "predicted_ms": winner.predicted_ms, "model": winner.model}
+        shown |= {
+            "predicted_rank": winner.rank,
+            "bound_by": winner.bound_by,
+            "predicted_ms": winner.predicted_ms,
+            "model": winner.model,
+        }
     else:
-        shown |= {"latency_ms": winner.latency_ms, "latency_p10_ms": winner.latency_p10_ms, "latency_p90_ms": winner.latency_p90_ms}
+        shown |= {
+            "latency_ms": winner.latency_ms,
+            "latency_p10_ms": winner.latency_p10_ms,
+            "latency_p90_ms": winner.latency_p90_ms,
+        }
     return shown
 
 

@@ -19,7 +19,16 @@ from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
 from flashgen.tuner.search import check_strategy, ordered
 
-_FINAL_STATUSES = ("ok", "censored", "compile_error", "out_of_resources", "wrong_result", "timeout", "crashed", "predicted")
+_FINAL_STATUSES = (
+    "ok",
+    "censored",
+    "compile_error",
+    "out_of_resources",
+    "wrong_result",
+    "timeout",
+    "crashed",
+    "predicted",
+)
 
 
 def tune(
@@ -105,7 +114,9 @@ def choose_mode(mode: Mode, target: Target) -> Mode:
     return mode
 
 
-def _check_arguments(problems: list[Problem], max_trials: int | None, timeout_s: float | None, workers: int | None) -> None:
+def _check_arguments(
+    problems: list[Problem], max_trials: int | None, timeout_s: float | None, workers: int | None
+) -> None:
     if not problems:
         raise InvalidProblemError("problems is empty: give at least one Problem.")
     for name, value in (("max_trials", max_trials), ("timeout_s", timeout_s), ("workers", workers)):
@@ -135,7 +146,11 @@ def _context(
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
-    order = ordered(legal, [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)], strategy)
+    order = ordered(
+        legal,
+        [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)],
+        strategy,
+    )
     if max_trials is not None:
         # A predicted winner is a known-good tile, so those are compiled however short the list is cut.
         first = [row.config for row in known] if mode == "predicted" else []
@@ -181,6 +196,8 @@ def _near_winners(
     problem: Problem, variant: str, stored: Iterable[Record], op: str, target: Target
 ) -> list[KernelConfig]:
     """Winners of the nearest shapes, the user's and the shipped ones: worth a try first."""
-    shipped = [row for row in seeds.load(target.name, op) if row.spec_key == problem.spec.key and row.variant == variant]
+    shipped = [
+        row for row in seeds.load(target.name, op) if row.spec_key == problem.spec.key and row.variant == variant
+    ]
     rows = (select.best_measured(stored, problem.shape), select.best_measured(shipped, problem.shape))
     return [KernelConfig(variant=variant, **row.config) for row in rows if row is not None]

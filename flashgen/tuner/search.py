@@ -31,10 +31,14 @@ def check_strategy(strategy: str) -> None:
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"strategy={strategy!r} is not known: allowed are {', '.join(STRATEGIES)}.")
     if strategy not in BUILT:
-        raise UnsupportedProblemError(f"strategy {strategy!r} is not supported by this version of flashgen: use one of {', '.join(BUILT)}.")
+        raise UnsupportedProblemError(
+            f"strategy {strategy!r} is not supported by this version of flashgen: use one of {', '.join(BUILT)}."
+        )
 
 
-def ordered(legal: Sequence[KernelConfig], seeds: Sequence[KernelConfig], strategy: str, *, seed: int = 0) -> list[KernelConfig]:
+def ordered(
+    legal: Sequence[KernelConfig], seeds: Sequence[KernelConfig], strategy: str, *, seed: int = 0
+) -> list[KernelConfig]:
     """The legal configurations in the order a strategy tries them.
 
     Args:
@@ -65,7 +69,9 @@ def list_sampler(order: Sequence[KernelConfig]) -> optuna.samplers.BaseSampler:
         """See `list_sampler`."""
 
         def __init__(self) -> None:
-            self._space = {name: tuple(sorted({config[name] for config in order})) for name in (order[0] if order else ())}
+            self._space = {
+                name: tuple(sorted({config[name] for config in order})) for name in (order[0] if order else ())
+            }
 
         def infer_relative_search_space(
             self, study: optuna.Study, trial: optuna.trial.FrozenTrial
@@ -83,7 +89,11 @@ def list_sampler(order: Sequence[KernelConfig]) -> optuna.samplers.BaseSampler:
             return next((config.to_dict() for config in order if _key(config) not in tried), order[-1].to_dict())
 
         def sample_independent(
-            self, study: optuna.Study, trial: optuna.trial.FrozenTrial, param_name: str, param_distribution: BaseDistribution
+            self,
+            study: optuna.Study,
+            trial: optuna.trial.FrozenTrial,
+            param_name: str,
+            param_distribution: BaseDistribution,
         ) -> Any:
             return order[0][param_name]
 
@@ -131,4 +141,6 @@ def new_study(order: Sequence[KernelConfig], name: str, storage: str | None = No
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = storage if storage is None or "://" in storage else f"sqlite:///{storage}"
-    return optuna.create_study(sampler=list_sampler(order), study_name=name, storage=url, load_if_exists=True, direction="minimize")
+    return optuna.create_study(
+        sampler=list_sampler(order), study_name=name, storage=url, load_if_exists=True, direction="minimize"
+    )

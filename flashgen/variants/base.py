@@ -87,10 +87,14 @@ class Variant:
     def space(self, spec: AttentionSpec, target: Target) -> tuple[KernelConfig, ...]:
         """Every legal config, in a fixed order."""
         names = [knob.name for knob in self.knobs]
-        points = (self.config(**dict(zip(names, values, strict=True))) for values in product(*(k.values for k in self.knobs)))
+        points = (
+            self.config(**dict(zip(names, values, strict=True))) for values in product(*(k.values for k in self.knobs))
+        )
         return tuple(config for config in points if self.illegal(spec, target, config) is None)
 
-    def parse_config(self, given: KernelConfig | Mapping[str, Tunable], spec: AttentionSpec, target: Target) -> KernelConfig:
+    def parse_config(
+        self, given: KernelConfig | Mapping[str, Tunable], spec: AttentionSpec, target: Target
+    ) -> KernelConfig:
         """The user's `config=` as a checked KernelConfig.
 
         Raises:

@@ -21,7 +21,12 @@ _SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 81
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), best first, by (family of architecture, 16-bit?, padded head dim).
 _Tile = tuple[int, int, int, int]
 _KNOWN_GOOD: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
-    ("sm_90", True, 64): (((64, 64, 4, 3), _SURFACE), ((128, 64, 8, 3), _SURFACE), ((128, 128, 8, 3), _SURFACE), ((128, 128, 4, 3), _FLEX)),
+    ("sm_90", True, 64): (
+        ((64, 64, 4, 3), _SURFACE),
+        ((128, 64, 8, 3), _SURFACE),
+        ((128, 128, 8, 3), _SURFACE),
+        ((128, 128, 4, 3), _FLEX),
+    ),
     ("sm_90", True, 128): (((128, 64, 8, 3), _SURFACE), ((128, 128, 8, 3), _SURFACE), ((64, 64, 4, 3), _SURFACE)),
     ("sm_90", True, 256): (((64, 32, 4, 3), _FLEX),),
     # fp32 is multiplied on the CUDA cores in full precision: the larger tiles spill, the first one never does.
@@ -60,7 +65,9 @@ class TritonForward(Variant):
         if missing:
             return f"{', '.join(missing)}: not covered by this kernel yet"
         if target.backend == "cuda" and target.capability < 80:
-            return f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
+            return (
+                f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
+            )
         return None
 
     def illegal(
@@ -78,8 +85,10 @@ class TritonForward(Variant):
         if not _is_int(config.num_stages) or not _STAGES[0] <= config.num_stages <= _STAGES[1]:
             return f"num_stages={config.num_stages!r} must be from {_STAGES[0]} to {_STAGES[1]}"
         # Fewer than 8 rows a warp leaves warps computing the same products twice: never the best on any surface read.
-        if config.BLOCK_M < 8 * config.num_warps and config.num_warps > 4:
-            return f"BLOCK_M={config.BLOCK_M} is too small for num_warps={config.num_warps}: at least 8 query rows a warp"
+        if 8 * config.num_warps > config.BLOCK_M and config.num_warps > 4:
+            return (
+                f"BLOCK_M={config.BLOCK_M} is too small for num_warps={config.num_warps}: at least 8 query rows a warp"
+            )
         # fp32 accumulators alone beyond 255 registers a thread cannot be held: the compiler would live in spills.
         accumulator = config.BLOCK_M * (spec.block_head_dim_v + config.BLOCK_N) // (config.num_warps * target.warp_size)
         if accumulator > 512:

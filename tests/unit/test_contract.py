@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import flashgen
 import pytest
 import torch
+
+import flashgen
 from flashgen import InvalidProblemError, KernelConfig, Target, UnsupportedProblemError
 
 ATTENTION_OPTIONS: dict[str, Any] = {
@@ -35,7 +36,9 @@ ATTENTION_OPTIONS: dict[str, Any] = {
 }
 
 
-def qkv(batch: int = 1, seqlen: int = 4, heads_q: int = 2, heads_kv: int = 2, head_dim: int = 8) -> tuple[torch.Tensor, ...]:
+def qkv(
+    batch: int = 1, seqlen: int = 4, heads_q: int = 2, heads_kv: int = 2, head_dim: int = 8
+) -> tuple[torch.Tensor, ...]:
     return (
         torch.randn(batch, seqlen, heads_q, head_dim),
         torch.randn(batch, seqlen, heads_kv, head_dim),
@@ -133,8 +136,16 @@ def test_triton_with_gradients_is_refused_not_approximated() -> None:
 
 
 BAD_CALLS: list[tuple[str, Callable[[], Any], str]] = [
-    ("dtypes", lambda: flashgen.attention(qkv()[0].half(), *qkv()[1:]), r"k has dtype torch\.float32, q has torch\.float16"),
-    ("fp64", lambda: flashgen.attention(*(x.double() for x in qkv())), r"q has dtype torch\.float64: allowed are .*float16"),
+    (
+        "dtypes",
+        lambda: flashgen.attention(qkv()[0].half(), *qkv()[1:]),
+        r"k has dtype torch\.float32, q has torch\.float16",
+    ),
+    (
+        "fp64",
+        lambda: flashgen.attention(*(x.double() for x in qkv())),
+        r"q has dtype torch\.float64: allowed are .*float16",
+    ),
     ("device", lambda: flashgen.attention(qkv()[0], qkv()[1].to("meta"), qkv()[2]), "k is on meta, q on cpu"),
     ("head dims", lambda: flashgen.attention(qkv()[0], *qkv(head_dim=16)[1:]), "head_dim of k is 16, but q's is 8"),
     ("head counts", lambda: flashgen.attention(*qkv(heads_q=3, heads_kv=2)), "3 query heads cannot share 2"),
@@ -153,10 +164,16 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("alignment", lambda: flashgen.attention(*qkv(), causal=True, causal_alignment="top"), "causal_alignment='top'"),  # type: ignore[arg-type]
     ("preset", lambda: flashgen.Problem.preset("gpt-9"), "preset 'gpt-9'.*llama3-8b"),
     ("target", lambda: Target.named("tpu"), "target 'tpu'.*h100"),
-    ("config names", lambda: flashgen.attention(*qkv(), backend="triton", config={"BLOCK_Q": 64}), "unknown tunables .*BLOCK_Q"),
+    (
+        "config names",
+        lambda: flashgen.attention(*qkv(), backend="triton", config={"BLOCK_Q": 64}),
+        "unknown tunables .*BLOCK_Q",
+    ),
     (
         "config value",
-        lambda: flashgen.attention(*qkv(), backend="triton", config={"BLOCK_M": 48, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}),
+        lambda: flashgen.attention(
+            *qkv(), backend="triton", config={"BLOCK_M": 48, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+        ),
         "BLOCK_M=48 must be a power of two",
     ),
     (
@@ -183,7 +200,13 @@ def test_bad_input_is_explained(call: Callable[[], Any], match: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("FLASHGEN_ON_MISS", "maybe"), ("FLASHGEN_ON_FALLBACK", "loud"), ("FLASHGEN_BACKEND", "cuda"), ("FLASHGEN_LOG", "all")]
+    ("name", "value"),
+    [
+        ("FLASHGEN_ON_MISS", "maybe"),
+        ("FLASHGEN_ON_FALLBACK", "loud"),
+        ("FLASHGEN_BACKEND", "cuda"),
+        ("FLASHGEN_LOG", "all"),
+    ],
 )
 def test_bad_settings_are_explained(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
@@ -212,7 +235,10 @@ def test_layouts_agree_and_strides_do_not_matter() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_torch_compile_full_graph_with_dynamic_lengths(training: bool) -> None:
     compiled = torch.compile(
-        lambda q, k, v: flashgen.attention(q, k, v, causal=True, softmax_scale=0.3), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda q, k, v: flashgen.attention(q, k, v, causal=True, softmax_scale=0.3),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for seqlen in (5, 9, 12):
         q, k, v = (x.requires_grad_(training) for x in qkv(seqlen=seqlen))
@@ -229,5 +255,6 @@ def test_operators_pass_torchs_own_check() -> None:
     torch.library.opcheck(torch.ops.flashgen.attention_fwd.default, arguments)
     out, lse = torch.ops.flashgen.attention_fwd(*arguments)
     torch.library.opcheck(
-        torch.ops.flashgen.attention_bwd.default, (torch.ones_like(out), None, q, k, v, out, lse, True, "bottom-right", None, "bshd")
+        torch.ops.flashgen.attention_bwd.default,
+        (torch.ones_like(out), None, q, k, v, out, lse, True, "bottom-right", None, "bshd"),
     )

@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import flashgen
 import pytest
 import torch
+
+import flashgen
 from flashgen import Problem, Target, UnsupportedProblemError, dispatch
 from flashgen.render import render
 from flashgen.store import Record, open_store, seeds, utc_now
@@ -87,7 +88,12 @@ def test_the_order_of_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_other_texts_and_other_gpus_are_not_taken() -> None:
-    save(row(digest="0" * 64), row(target=Target.named("a100")), row(status="wrong_result", error_ratio=9.0), row(error_ratio=None))
+    save(
+        row(digest="0" * 64),
+        row(target=Target.named("a100")),
+        row(status="wrong_result", error_ratio=9.0),
+        row(error_ratio=None),
+    )
     assert dispatch.resolve(PROBLEM, H100).config_source == "default"
 
 

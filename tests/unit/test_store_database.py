@@ -43,7 +43,14 @@ def execute(path: Path, *statements: str) -> None:
 
 
 EVERY = [
-    make(status=status, message=f"m\n{status}", facts={"n_regs": 255}, rank=1, latency_p10_ms=None, target={"a": [1, None]})
+    make(
+        status=status,
+        message=f"m\n{status}",
+        facts={"n_regs": 255},
+        rank=1,
+        latency_p10_ms=None,
+        target={"a": [1, None]},
+    )
     for status in STATUSES
 ]
 
@@ -113,7 +120,9 @@ def test_winners_and_info(path: Path) -> None:
     measured = make(latency_ms=1.0)
     long = {"seqlen_q": 8192}
     guess = predicted(shape=long, rank=0)
-    fill(path, make(latency_ms=2.0), measured, predicted(), guess, predicted(shape=long, rank=1), make(status="crashed"))
+    fill(
+        path, make(latency_ms=2.0), measured, predicted(), guess, predicted(shape=long, rank=1), make(status="crashed")
+    )
     with open_store(path) as store:
         assert store.winners() == [measured, guess]  # one a shape, and a measurement hides its prediction
         assert store.winners(gpu="a100") == []
@@ -189,7 +198,10 @@ DAMAGE = {
     "a faster time": ("trial 1 .*do not match content_sha", "SET latency_ms = 0.001"),
     "an unknown status": ("trial 1 .*status 'great' is not known", "SET status = 'great'"),
     "facts that are no JSON": ("trial 1: a column that should hold JSON", "SET facts = '{'"),
-    "a lost kernel": ("foreign keys: row 1 of flashgen_trials refers to a row of flashgen_kernels", "SET kernel_id = 99"),
+    "a lost kernel": (
+        "foreign keys: row 1 of flashgen_trials refers to a row of flashgen_kernels",
+        "SET kernel_id = 99",
+    ),
 }
 
 
@@ -235,7 +247,11 @@ def test_a_damaged_row_is_told_with_the_way_out(path: Path, change: str) -> None
 def test_another_tools_tables_live_beside_ours(path: Path) -> None:
     fill(path, make())
     names = ("trials", "studies", "alembic_version")  # Optuna's
-    execute(path, *(f"CREATE TABLE {name} (version_num VARCHAR)" for name in names), "INSERT INTO alembic_version VALUES ('v9')")
+    execute(
+        path,
+        *(f"CREATE TABLE {name} (version_num VARCHAR)" for name in names),
+        "INSERT INTO alembic_version VALUES ('v9')",
+    )
     with open_store(path, write=True) as store:
         store.add([predicted()])
     with open_store(path) as store:
@@ -313,7 +329,11 @@ def test_the_settings_say_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("FLASHGEN_DB")
     monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path / "cache"))
     open_store(write=True).close()
-    assert sorted(entry.name for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")) == ["a.db", "b.db", "cache"]
+    assert sorted(entry.name for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")) == [
+        "a.db",
+        "b.db",
+        "cache",
+    ]
     assert (tmp_path / "cache" / "tuning.sqlite3").is_file()
 
 

@@ -43,11 +43,32 @@ def test_every_status_is_storable(status: str) -> None:
 
 def test_every_field_but_origin_is_part_of_the_identity() -> None:
     other = {
-        **{"op": "attention_bwd", "spec_key": "k", "variant": "v", "digest": "e" * 64, "gpu": "a100", "arch": "sm_80"},
-        **{"target": {}, "shape": SHAPE | {"batch": 3}, "config": CONFIG | {"BLOCK_M": 64}, "status": "censored"},
-        **{"latency_ms": 2.0, "latency_p10_ms": 1.0, "latency_p90_ms": 4.0, "max_abs_error": 1.0, "error_ratio": None},
-        **{"facts": None, "rank": 3, "bound_by": "memory", "predicted_ms": 9.0, "model": "m2", "message": None},
-        **{"quality": "low", "versions": {}, "protocol": "p", "session": "s2", "created": "2026-02-01T00:00:00Z"},
+        "op": "attention_bwd",
+        "spec_key": "k",
+        "variant": "v",
+        "digest": "e" * 64,
+        "gpu": "a100",
+        "arch": "sm_80",
+        "target": {},
+        "shape": SHAPE | {"batch": 3},
+        "config": CONFIG | {"BLOCK_M": 64},
+        "status": "censored",
+        "latency_ms": 2.0,
+        "latency_p10_ms": 1.0,
+        "latency_p90_ms": 4.0,
+        "max_abs_error": 1.0,
+        "error_ratio": None,
+        "facts": None,
+        "rank": 3,
+        "bound_by": "memory",
+        "predicted_ms": 9.0,
+        "model": "m2",
+        "message": None,
+        "quality": "low",
+        "versions": {},
+        "protocol": "p",
+        "session": "s2",
+        "created": "2026-02-01T00:00:00Z",
     }
     names = {field.name for field in fields(Record)} - {"origin"}
     assert set(other) == names  # a new field cannot be forgotten

@@ -140,7 +140,7 @@ def test_ties_do_not_depend_on_the_order() -> None:
 
 
 sizes = st.integers(0, 70_000)
-shapes = st.fixed_dictionaries({name: sizes for name in SHAPE_KEYS})
+shapes = st.fixed_dictionaries(dict.fromkeys(SHAPE_KEYS, sizes))
 rows_of_any_kind = st.lists(
     st.builds(
         lambda status, **values: make(status=status, latency_ms=1.0 if status == "ok" else None, **values),

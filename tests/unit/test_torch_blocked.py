@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from flashgen import UnsupportedProblemError, attention, torch_blocked
 from flashgen.accuracy import check
 from flashgen.reference import attention_low_precision, attention_oracle
-from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,7 +29,11 @@ CASES = [
 def tensors(case: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v = case
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, seqlen_q, heads_q, head_dim), (batch, seqlen_k, heads_kv, head_dim), (batch, seqlen_k, heads_kv, head_dim_v))
+    shapes = (
+        (batch, seqlen_q, heads_q, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim),
+        (batch, seqlen_k, heads_kv, head_dim_v),
+    )
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return q, k, v
 
@@ -41,7 +46,14 @@ def test_forward_is_inside_the_budget(case: tuple[int, ...], dtype: str, alignme
     causal = alignment != "full"
     offset = k.shape[1] - q.shape[1] if alignment == "bottom-right" else 0
     scale = q.shape[3] ** -0.5
-    out, lse = attention(q, k, v, causal=causal, causal_alignment="top-left" if alignment == "top-left" else "bottom-right", return_lse=True)
+    out, lse = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        causal_alignment="top-left" if alignment == "top-left" else "bottom-right",
+        return_lse=True,
+    )
     options = {"causal": causal, "causal_offset": offset, "sm_scale": scale}
     report = check(out, lse, attention_oracle(q, k, v, **options), attention_low_precision(q, k, v, **options), dtype)  # type: ignore[arg-type]
     report.require()

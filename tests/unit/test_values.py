@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+
 from flashgen import AttentionSpec, InvalidProblemError, KernelConfig, Problem, Target, UnsupportedProblemError
 from flashgen.presets import PRESETS
 from flashgen.spec import flag_names
@@ -38,7 +39,9 @@ def test_key_reads_like_the_documentation() -> None:
     assert len(flag_names()) == len([f for f in fields(AttentionSpec) if f.name not in OTHER_VALUES])
 
 
-@pytest.mark.parametrize("text", ["", "attention_fwd", "attention_fwd-bf16-d128-nonsense", "attention_fwd-bf16-dx", "x-bf16-d8"])
+@pytest.mark.parametrize(
+    "text", ["", "attention_fwd", "attention_fwd-bf16-d128-nonsense", "attention_fwd-bf16-dx", "x-bf16-d8"]
+)
 def test_bad_keys_are_refused(text: str) -> None:
     with pytest.raises(InvalidProblemError, match="spec key|op "):
         AttentionSpec.from_key(text)
@@ -118,7 +121,9 @@ def test_wrong_values_are_named(change: dict[str, object], match: str) -> None:
 
 def test_the_space_holds_legal_configs_only_and_the_default_is_in_reach() -> None:
     variant = by_name("triton_fwd")
-    for target, dtype, head_dim in itertools.product(("a100", "h100", "h200"), ("fp16", "bf16", "fp32"), (1, 32, 64, 128, 256)):
+    for target, dtype, head_dim in itertools.product(
+        ("a100", "h100", "h200"), ("fp16", "bf16", "fp32"), (1, 32, 64, 128, 256)
+    ):
         spec, where = AttentionSpec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim), Target.named(target)  # type: ignore[arg-type]
         space = variant.space(spec, where)
         assert len(space) == len(set(space)) >= (40 if dtype != "fp32" and head_dim <= 128 else 6)
@@ -133,7 +138,10 @@ def test_shared_memory_is_judged_exactly_where_facts_are_known() -> None:
     class Facts:
         smem_bytes = 200 * 1024
 
-    variant, config = by_name("triton_fwd"), KernelConfig(variant="triton_fwd", BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3)
+    variant, config = (
+        by_name("triton_fwd"),
+        KernelConfig(variant="triton_fwd", BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3),
+    )
     assert variant.illegal(BASE, Target.named("h100"), config, Facts()) is None
     reason = variant.illegal(BASE, Target.named("a100"), config, Facts())
     assert reason is not None and "204800 bytes of shared memory" in reason and "166912" in reason
