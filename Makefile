@@ -27,7 +27,8 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py scripts/setup_venv.sh
 	@touch "$@"
 
 quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check, tune, store, dispatch, export
-	$(VENV)/bin/flashgen quickstart
+	@mkdir -p .cache
+	$(VENV)/bin/flashgen quickstart --output .cache
 
 test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason where there is none
 	$(PY) -m pytest -q -rs --durations=10

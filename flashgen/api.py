@@ -13,6 +13,7 @@ from torch import Tensor
 from flashgen import dispatch, ops
 from flashgen.config import KernelConfig
 from flashgen.dispatch import ConfigLike, Plan
+from flashgen.operands import Operands
 from flashgen.problem import CausalAlignment, Layout, Problem, not_built
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
@@ -79,26 +80,36 @@ def attention(
         BuildError: the kernel could not be compiled or run.
         DatabaseError: the user's tuning database is corrupt or unreadable.
     """
-    extra = (alibi_slopes, sinks, bias, attn_mask, score_mod, mask_mod, block_mask)
-    if window_size != (-1, -1) or softcap != 0.0 or dropout_p != 0.0 or any(value is not None for value in extra):
-        # Raises: what is wrong with the call, or that nothing covers it yet.
-        explain(
-            q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
-            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
-            mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, return_lse=return_lse, layout=layout,
-            backend=backend, config=config,
-        )  # fmt: skip
-        raise not_built("this combination of options")
     ops.require_tensors(q, k, v, layout)
-    knobs = ops.encode_config(config)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = ops.AttentionFunction.apply(
-            q, k, v, bool(causal), causal_alignment, softmax_scale, layout, backend, knobs
-        )
-    else:
-        out, lse = torch.ops.flashgen.attention_fwd(
-            q, k, v, bool(causal), causal_alignment, softmax_scale, layout, return_lse, False, backend, knobs
-        )
+    left, right = ops.window(window_size)
+    out, lse = ops.run(
+        q,
+        k,
+        v,
+        Operands(
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            bias=bias,
+            attn_mask=attn_mask,
+            philox=ops.draw_philox(q, dropout_p, generator),
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            block_mask=block_mask,
+        ),
+        ops.Scalars(
+            causal=bool(causal),
+            causal_alignment=causal_alignment,
+            softmax_scale=softmax_scale,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            layout=layout,
+            return_lse=return_lse,
+            backend=backend,
+            config=ops.encode_config(config),
+        ),
+    )
     return (out, lse) if return_lse else out
 
 
@@ -138,14 +149,81 @@ def varlen_attention(
     max_seqlen_k: int,
     *,
     seqused_k: Tensor | None = None,
-    **options: Any,
+    causal: bool = False,
+    causal_alignment: CausalAlignment = "bottom-right",
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: BackendName = "auto",
+    config: ConfigLike | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over packed sequences (total, num_heads, head_dim) bounded by int32 `cu_seqlens`. Not built yet.
+    """Attention over packed sequences; each attends to its own keys only.
+
+    Args:
+        q: (total_q, num_heads_q, head_dim).
+        k: (total_k, num_heads_kv, head_dim).
+        v: (total_k, num_heads_kv, head_dim_v).
+        cu_seqlens_q: (num_sequences + 1,) int32, where each sequence's queries start and end.
+        cu_seqlens_k: likewise for keys; sequences of length 0 are legal on either side.
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: the longest sequence of keys.
+        seqused_k: (num_sequences,) int32, how many of each sequence's keys count; None for all.
+        bias, attn_mask: broadcastable to (num_sequences, num_heads_q, max_seqlen_q, max_seqlen_k).
+        alibi_slopes: (num_heads_q,) or (num_sequences, num_heads_q).
+        score_mod, mask_mod: see indices relative to the sequence; b is its number.
+        causal, causal_alignment, softmax_scale, window_size, softcap, sinks, dropout_p, generator, return_lse, deterministic,
+            backend, config: as in `attention()`; alignment follows each sequence's own lengths.
+
+    Returns:
+        out (total_q, num_heads_q, head_dim_v); with `return_lse` also lse (num_heads_q, total_q), fp32, natural logarithm.
 
     Raises:
-        UnsupportedProblemError: always.
+        InvalidProblemError, UnsupportedProblemError, BuildError, DatabaseError: as `attention()`.
     """
-    raise not_built("varlen_attention")
+    ops.require_tensors(q, k, v, "bshd", dims=3)
+    left, right = ops.window(window_size)
+    out, lse = ops.run(
+        q,
+        k,
+        v,
+        Operands(
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            bias=bias,
+            attn_mask=attn_mask,
+            philox=ops.draw_philox(q, dropout_p, generator),
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+        ),
+        ops.Scalars(
+            causal=bool(causal),
+            causal_alignment=causal_alignment,
+            softmax_scale=softmax_scale,
+            window_left=left,
+            window_right=right,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            return_lse=return_lse,
+            backend=backend,
+            config=ops.encode_config(config),
+        ),
+    )
+    return (out, lse) if return_lse else out
 
 
 def decode_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
@@ -30,6 +31,7 @@ class Problem:
         causal, causal_alignment, softmax_scale, window_size, softcap, dropout_p, layout: as in `attention()`;
             softmax_scale None means 1/sqrt(head_dim).
         has_alibi, has_sinks, has_bias, has_attn_mask, has_score_mod, has_mask_mod, has_block_mask: an optional operand is given.
+        varlen: packed sequences; batch counts them and the lengths are the longest ones.
         return_lse: the caller wants lse.
         requires_grad: autograd will want a backward.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
@@ -57,6 +59,7 @@ class Problem:
     has_mask_mod: bool = False
     has_block_mask: bool = False
     dropout_p: float = 0.0
+    varlen: bool = False
     return_lse: bool = False
     requires_grad: bool = False
     layout: Layout = "bshd"
@@ -115,6 +118,7 @@ class Problem:
             has_mask_mod=self.has_mask_mod,
             has_block_mask=self.has_block_mask,
             dropout=self.dropout_p > 0.0,
+            varlen=self.varlen,
             has_lse=op == "attention_fwd" and (self.return_lse or self.requires_grad),
         )
 
@@ -212,6 +216,45 @@ class Problem:
             causal=row.causal,
         )
         return replace(problem, **overrides)
+
+    @classmethod
+    def from_packed(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        seqused_k: Tensor | None = None,
+        **options: Any,
+    ) -> Problem:
+        """Check a call of `varlen_attention()`; its arguments are these.
+
+        Raises:
+            InvalidProblemError: the message names the argument, its value and what is allowed.
+        """
+        for name, tensor in {"q": q, "k": k, "v": v}.items():
+            if getattr(tensor, "dim", lambda: 0)() != 3:
+                raise InvalidProblemError(f"{name} must be a packed tensor of 3 dimensions, (total, heads, head_dim).")
+        batch = _check_offsets("cu_seqlens_q", cu_seqlens_q, q, None)
+        if _check_offsets("cu_seqlens_k", cu_seqlens_k, k, None) != batch:
+            raise InvalidProblemError(
+                "cu_seqlens_q and cu_seqlens_k bound different numbers of sequences: they must be equally long."
+            )
+        if seqused_k is not None:
+            _check_offsets("seqused_k", seqused_k, k, batch)
+        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            _require(
+                isinstance(longest, int) and longest >= 0, name, longest, "the length of the longest sequence, an int"
+            )
+        if q.device.type == "cpu":
+            _check_lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+            _check_lengths("k", cast("Tensor", cu_seqlens_k), k.shape[0], max_seqlen_k)
+        one = cls.from_tensors(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), **options)
+        return replace(one, varlen=True, batch=batch, seqlen_q=max_seqlen_q, seqlen_k=max_seqlen_k)
 
     @classmethod
     def from_tensors(
@@ -317,6 +360,34 @@ def _check_tensor(name: str, tensor: Any, q: Any, layout: Layout) -> None:
         raise InvalidProblemError(
             f"{name} is on {tensor.device}, q on {q.device}: q, k and v must be on one device. Move one."
         )
+
+
+def _check_offsets(name: str, value: Any, like: Tensor, length: int | None) -> int:
+    """A 1-d int32 tensor beside `like`; returns the number of sequences."""
+    if getattr(value, "dim", lambda: 0)() != 1 or str(value.dtype) != "torch.int32" or value.device != like.device:
+        given = (
+            f"{tuple(value.shape)} {value.dtype} on {value.device}"
+            if hasattr(value, "dtype")
+            else f"a {type(value).__name__}"
+        )
+        raise InvalidProblemError(f"{name} is {given}: it must be a 1-dimensional int32 tensor on {like.device}.")
+    if length is not None:
+        _require(value.numel() == length, f"length of {name}", value.numel(), f"the number of sequences, {length}")
+        return length
+    _require(value.numel() >= 1, f"length of {name}", value.numel(), "the number of sequences plus one")
+    return int(value.numel()) - 1
+
+
+def _check_lengths(which: str, offsets: Tensor, total: int, longest: int) -> None:
+    """On a CPU the values are looked at too; on a GPU that would synchronise."""
+    ends = offsets.tolist()
+    lengths = [stop - start for start, stop in pairwise(ends)]
+    if ends[0] != 0 or ends[-1] > total or min(lengths, default=0) < 0:
+        raise InvalidProblemError(
+            f"cu_seqlens_{which}={ends} must start at 0, never fall, and end at most at {total}, {which}'s rows."
+        )
+    if max(lengths, default=0) > longest:
+        raise InvalidProblemError(f"max_seqlen_{which}={longest} is less than the longest sequence, {max(lengths)}.")
 
 
 def _dtype_name(name: str, tensor: Tensor) -> DType:

@@ -150,7 +150,7 @@ def _decide(context: Context, worker: Bench) -> None:
     finalists = [KernelConfig(variant=context.variant.name, **row.config) for row in timed]
     finalists = list(dict.fromkeys(finalists))[:_FINALISTS]
     if not finalists:
-        causes = {label: reason for label, reason in list(context.result.excluded.items())[:5]}
+        causes = dict(list(context.result.excluded.items())[:5])
         causes |= {_label(row): row.message or row.status for row in context.result.trials[:5] if row.status != "ok"}
         context.result.message = "no candidate could be measured: " + "; ".join(f"{k}: {v}" for k, v in causes.items())
         return

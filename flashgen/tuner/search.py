@@ -111,7 +111,7 @@ def proposals(study: optuna.Study, order: Sequence[KernelConfig]) -> Iterator[tu
         if len(seen) == len(order):
             return
         trial = study.ask()
-        params = {name: trial.suggest_categorical(name, choices[name]) for name in names}
+        params: dict[str, Any] = {name: trial.suggest_categorical(name, choices[name]) for name in names}
         if _key(params) in seen:
             study.tell(trial, state=_pruned())
             continue

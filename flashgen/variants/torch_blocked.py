@@ -7,7 +7,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants.base import ResourceFacts, Variant
 
-_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+_MISSING_FLAGS = frozenset({"paged"})
 
 
 class TorchBlocked(Variant):
@@ -18,7 +18,7 @@ class TorchBlocked(Variant):
     backend = "torch"
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
-        missing = [flag for flag in spec.flags if flag not in _COVERED_FLAGS]
+        missing = [flag for flag in spec.flags if flag in _MISSING_FLAGS]
         if missing:
             return f"{', '.join(missing)}: not covered by the torch backend yet"
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
@@ -75,7 +77,7 @@ class TritonForward(Variant):
     ) -> str | None:
         low, high = _BLOCK_LIMITS
         for name in ("BLOCK_M", "BLOCK_N"):
-            value = config[name]
+            value: Any = config[name]
             # tl.arange wants powers of two, tl.dot at least 16 on each side.
             if not _is_int(value) or not low <= value <= high or value & (value - 1):
                 return f"{name}={value!r} must be a power of two from {low} to {high}"

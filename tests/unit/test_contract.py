@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashgen
-from flashgen import InvalidProblemError, KernelConfig, Target, UnsupportedProblemError
+from flashgen import InvalidProblemError, KernelConfig, Target, UnsupportedProblemError, ops
 
 ATTENTION_OPTIONS: dict[str, Any] = {
     "causal": False,
@@ -86,21 +86,22 @@ def test_the_error_tree() -> None:
         ("dropout_p", 0.1),
     ],
 )
-@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("backend", ["gluon", "triton"])
 @pytest.mark.parametrize("function", [flashgen.attention, flashgen.explain])
-def test_options_that_are_not_built_are_named_never_ignored(
+def test_options_that_no_kernel_covers_are_named_never_ignored(
     function: Callable[..., Any], backend: str, option: str, value: Any
 ) -> None:
     with pytest.raises(UnsupportedProblemError, match=option) as caught:
         function(*qkv(), **{option: value, "backend": backend})
-    assert {"triton_fwd", "torch_blocked"} == set(caught.value.reasons)
+    assert {"triton_fwd", "torch_blocked"} <= set(caught.value.reasons)
+    plan = flashgen.explain(*qkv(), **{option: value})
+    assert plan.backend == "torch" and "not covered by this kernel yet" in plan.rejected["triton_fwd"]
 
 
 def test_functions_that_are_not_built_are_named() -> None:
     q, k, v = qkv()
     lengths = torch.tensor([0, 4], dtype=torch.int32)
     calls: dict[str, Callable[[], Any]] = {
-        "varlen_attention": lambda: flashgen.varlen_attention(q[0], k[0], v[0], lengths, lengths, 4, 4),
         "decode_attention": lambda: flashgen.decode_attention(q, k, v, seqused_k=lengths[1:]),
         "merge_attention_states": lambda: flashgen.merge_attention_states(q, q[..., 0], q, q[..., 0]),
     }
@@ -251,10 +252,10 @@ def test_torch_compile_full_graph_with_dynamic_lengths(training: bool) -> None:
 
 def test_operators_pass_torchs_own_check() -> None:
     q, k, v = qkv()
-    arguments = (q, k, v, True, "bottom-right", None, "bshd", True, False, "torch", "")
-    torch.library.opcheck(torch.ops.flashgen.attention_fwd.default, arguments)
-    out, lse = torch.ops.flashgen.attention_fwd(*arguments)
-    torch.library.opcheck(
-        torch.ops.flashgen.attention_bwd.default,
-        (torch.ones_like(out), None, q, k, v, out, lse, True, "bottom-right", None, "bshd"),
-    )
+    operands = flashgen.operands.Operands(bias=torch.randn(1, 2, 1, 4), sinks=torch.randn(2))
+    scalars = ops.Scalars(causal=True, return_lse=True, backend="torch")
+    flat = ops.flatten(operands, scalars)
+    torch.library.opcheck(torch.ops.flashgen.attention_fwd.default, (q, k, v, *flat))
+    out, lse = torch.ops.flashgen.attention_fwd(q, k, v, *flat)
+    arguments = (torch.ones_like(out), None, q, k, v, out, lse, *flat, True, True)
+    torch.library.opcheck(torch.ops.flashgen.attention_bwd.default, arguments)

@@ -121,7 +121,7 @@ def test_a_miss_logs_the_exact_command_once(caplog: pytest.LogCaptureFixture, mo
     assert len(lines) == 1
     assert lines[0].endswith(f"flashgen tune {PROBLEM.tune_arguments} --target h100")
     monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
-    with pytest.raises(UnsupportedProblemError, match="FLASHGEN_ON_MISS=error.*flashgen tune --op attention_fwd"):
+    with pytest.raises(UnsupportedProblemError, match=r"FLASHGEN_ON_MISS=error.*flashgen tune --op attention_fwd"):
         dispatch.resolve(PROBLEM, H100)
 
 

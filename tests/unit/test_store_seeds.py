@@ -39,7 +39,7 @@ def test_what_is_written_is_loaded(folder: Path) -> None:
         "h100/attention_fwd.jsonl",
     ]
     assert seeds.gpus() == ("a100", "h100")
-    assert set(row.sha for row in seeds.load("h100", "attention_fwd")) == {rows[0].sha, rows[1].sha}
+    assert {row.sha for row in seeds.load("h100", "attention_fwd")} == {rows[0].sha, rows[1].sha}
     assert seeds.load("a100", "attention_fwd") == (rows[2],)
 
 

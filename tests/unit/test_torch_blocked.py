@@ -11,6 +11,7 @@ from torch import Tensor
 from flashgen import UnsupportedProblemError, attention, torch_blocked
 from flashgen.accuracy import check
 from flashgen.reference import attention_low_precision, attention_oracle
+from flashgen.torch_blocked.options import Block
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -125,17 +126,17 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_memory_does_not_grow_with_the_product_of_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    original = torch_blocked._mask
+    original = Block.scores
 
-    def spy(scores: Tensor, *rest: object) -> None:
+    def spy(self: Block, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         nonlocal largest
-        largest = max(largest, scores.numel())
-        original(scores, *rest)  # type: ignore[arg-type]
+        largest = max(largest, raw.numel())
+        return original(self, raw)
 
-    monkeypatch.setattr(torch_blocked, "_mask", spy)
+    monkeypatch.setattr(Block, "scores", spy)
     q, k, v = tensors((1, 2048, 4096, 4, 1, 8, 8), torch.float32)
     attention(q, k, v, causal=True)
-    assert 0 < largest <= torch_blocked._SCORE_BUDGET
+    assert 0 < largest <= torch_blocked.SCORE_BUDGET
 
 
 def test_repeats_bit_for_bit() -> None:

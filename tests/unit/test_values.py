@@ -43,7 +43,7 @@ def test_key_reads_like_the_documentation() -> None:
     "text", ["", "attention_fwd", "attention_fwd-bf16-d128-nonsense", "attention_fwd-bf16-dx", "x-bf16-d8"]
 )
 def test_bad_keys_are_refused(text: str) -> None:
-    with pytest.raises(InvalidProblemError, match="spec key|op "):
+    with pytest.raises(InvalidProblemError, match=r"spec key|op "):
         AttentionSpec.from_key(text)
 
 

@@ -1,0 +1,169 @@
+"""`Operands`: the optional tensors and functions of a call, checked, and in the form the torch backend wants them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgen.errors import InvalidProblemError
+from flashgen.problem import Problem
+from flashgen.torch_blocked import Options
+
+Mod = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operands:
+    """What a call brings along beside q, k and v; every field as in `attention()`.
+
+    Attributes:
+        philox: (2,) int64 seed and offset of dropout, on the tensors' device.
+        cu_seqlens_q, cu_seqlens_k, seqused_k: of packed sequences.
+    """
+
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    attn_mask: Tensor | None = None
+    philox: Tensor | None = None
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
+    block_mask: Any = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether something is given that an operator's schema cannot carry."""
+        return self.score_mod is not None or self.mask_mod is not None or self.block_mask is not None
+
+    def options_captured(self) -> tuple[Tensor, ...]:
+        """The tensors that score_mod reads and that want gradients, in a fixed order."""
+        return captured_tensors(self.score_mod)
+
+    def require_tensors(self) -> None:
+        """Refuse what is no tensor where one belongs.
+
+        Raises:
+            InvalidProblemError: names the operand.
+        """
+        for name in ("alibi_slopes", "sinks", "bias", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
+
+    def check(self, problem: Problem, device: torch.device) -> None:
+        """Check shapes, dtypes and devices against the problem.
+
+        Raises:
+            InvalidProblemError: the message names the operand, what it is and what is allowed.
+        """
+        heads, batch = problem.num_heads_q, problem.batch
+        scores = (batch, heads, problem.seqlen_q, problem.seqlen_k)
+        for name in ("alibi_slopes", "sinks", "bias", "attn_mask"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.device != device:
+                raise InvalidProblemError(
+                    f"{name} is on {value.device}, q on {device}: they must be on one device. Move it."
+                )
+            if name != "attn_mask" and not value.is_floating_point():
+                raise InvalidProblemError(f"{name} has dtype {value.dtype}: it must be a floating-point tensor.")
+        _shape("alibi_slopes", self.alibi_slopes, [(heads,), (batch, heads)])
+        _shape("sinks", self.sinks, [(heads,)])
+        _broadcasts("bias", self.bias, scores)
+        _broadcasts("attn_mask", self.attn_mask, scores)
+
+    def options(self, problem: Problem) -> Options:
+        """Everything the torch backend's loops need."""
+        return Options(
+            sm_scale=problem.scale,
+            causal=problem.causal,
+            offset=problem.causal_offset,
+            window=problem.window_size,
+            softcap=problem.softcap,
+            alibi=self.alibi_slopes,
+            alibi_shift=problem.seqlen_k - problem.seqlen_q,
+            sinks=self.sinks,
+            bias=self.bias,
+            attn_mask=self.attn_mask,
+            score_mod=self.score_mod,
+            mask_mod=self.mask_mod,
+            block_mask=self.block_mask,
+            dropout_p=problem.dropout_p,
+            philox=self.philox if problem.dropout_p else None,
+            captured=self.options_captured(),
+        )
+
+
+def _shape(name: str, value: Tensor | None, allowed: list[tuple[int, ...]]) -> None:
+    if value is not None and tuple(value.shape) not in allowed:
+        raise InvalidProblemError(
+            f"{name} has shape {tuple(value.shape)}: it must be {' or '.join(map(str, allowed))}."
+        )
+
+
+def _broadcasts(name: str, value: Tensor | None, scores: tuple[int, ...]) -> None:
+    if value is None:
+        return
+    tail = scores[len(scores) - value.dim() :] if value.dim() <= 4 else ()
+    if value.dim() > 4 or any(size not in (1, full) for size, full in zip(value.shape, tail, strict=True)):
+        raise InvalidProblemError(
+            f"{name} has shape {tuple(value.shape)}: it must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {scores}, "
+            "right-aligned, in either layout."
+        )
+
+
+def captured_tensors(function: Any) -> tuple[Tensor, ...]:
+    """The tensors that a function reads from its closure, globals, partial arguments or object and that want gradients."""
+    found: dict[int, Tensor] = {}
+    for tensor in _walk(function, set()):
+        if tensor.requires_grad:
+            found.setdefault(id(tensor), tensor)
+    return tuple(found.values())
+
+
+def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: list[Any] = []
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, (list, tuple, set)):
+        inner = list(value)
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, torch.nn.Module):
+        inner = [*value.parameters(), *value.buffers()]
+    elif hasattr(value, "__code__"):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        names = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        inner = [
+            *cells,
+            *(x for x in names if isinstance(x, Tensor) or hasattr(x, "__code__")),
+            *(value.__defaults__ or ()),
+        ]
+    elif hasattr(value, "__func__"):
+        inner = [value.__func__, value.__self__]
+    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
+        inner = [*vars(value).values(), getattr(type(value).__call__, "__func__", type(value).__call__)]
+    for item in inner:
+        yield from _walk(item, seen)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

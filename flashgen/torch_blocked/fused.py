@@ -1,0 +1,38 @@
+"""PyTorch's own fused CPU attention, where it means exactly the same: plain or top-left causal, equal head dims."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashgen.torch_blocked.options import Options
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether `forward` below computes this call."""
+    o = options
+    plain = (
+        all(x is None for x in (o.alibi, o.sinks, o.bias, o.score_mod, o.philox))
+        and not o.has_free_mask
+        and not o.softcap
+    )
+    no_window = o.window == (-1, -1) and (not o.causal or o.offset == 0)
+    return q.device.type == "cpu" and plain and no_window and q.shape[3] == v.shape[3] and min(*q.shape, *k.shape) > 0
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse: Tensor | None) -> None:
+    """As `blocked.forward`, for calls that `covers` admits."""
+    if options.causal:
+        # Keys behind the last query are seen by nobody and may hold anything, NaN included.
+        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+    # That kernel reads rows as if their elements lay side by side, whatever the last stride says.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    value, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.transpose(1, 2) for x in (q, k, v)), 0.0, options.causal, scale=options.sm_scale
+    )
+    out.copy_(value.transpose(1, 2))
+    if lse is not None:
+        lse.copy_(log_sum)
