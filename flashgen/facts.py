@@ -179,11 +179,11 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
             knobs.nvidia.scope(),
             knobs.compilation.scope(),
         ):
-            with knobs.cache.scope(), contextlib.redirect_stdout(log):
-                # ptxas's log is only printed when ptxas runs: the compiler's own cache must not answer.
+            with contextlib.redirect_stdout(log):
+                # ptxas's log is only printed when ptxas runs: the compiler's own cache must not answer. It is written, so
+                # that a launch of this configuration finds its binary there.
                 knobs.nvidia.dump_ptxas_log = True
                 knobs.compilation.always_compile = True
-                knobs.cache.dir = scratch
                 compiled = triton.compile(
                     ASTSource(kernel, signature, constants, attributes),
                     target=GPUTarget("cuda", target.capability, target.warp_size),

@@ -7,12 +7,14 @@ environment. A message is a 4-byte length and JSON. Tensors lie in the arena, a 
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import mmap
 import os
 import queue
 import signal
 import struct
+import sys
 import threading
 import traceback
 import types
@@ -77,6 +79,8 @@ def main(requests: int, replies: int, arena: int, crash: int) -> None:
     torch.set_num_threads(1)
     # What a kernel prints goes to stderr: stdout is the parent's, which may be writing JSON to it.
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a process that is killed flushes nothing
     send(replies, {"triton": triton.__version__, "pid": os.getpid()})
 
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

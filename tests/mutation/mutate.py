@@ -93,7 +93,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- softmax --
     mutant("acc not rescaled", DOT_PV, DOT_PV.replace(" * alpha[:, None]", "")),
     mutant("l not rescaled", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)", SOFTMAX),
-    mutant("m not carried over", "m_new = tl.maximum(m_i, tl.max(scores, 1))", "m_new = tl.max(scores, 1)", SOFTMAX),
+    mutant("m not carried over", "m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)", "m_new = tl.max(scores, 1) * qk_scale", SOFTMAX),
     mutant(
         "no guard against -inf minus -inf",
         'm_safe = tl.where(m_new == -float("inf"), 0.0, m_new)',
@@ -102,17 +102,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant("the maximum of unmasked blocks not scaled", "tl.max(scores, 1) * qk_scale", "tl.max(scores, 1)", SOFTMAX),
     mutant("a negative scale not flipped", "if sm_scale < 0:", "if sm_scale != sm_scale:"),
-    mutant("no qk_scale in masked blocks", "tl.where(visible, qk * qk_scale,", "tl.where(visible, qk,"),
+    mutant("a negative scale not folded into q", "q, sm_scale = -q, -sm_scale", "q, sm_scale = q, -sm_scale"),
     mutant(
-        "no qk_scale in unmasked blocks",
+        "no qk_scale",
         "p = tl.exp2(scores * qk_scale - m_safe[:, None])",
         "p = tl.exp2(scores - m_safe[:, None])",
         SOFTMAX,
     ),
     mutant(
-        "scaled before the mask",
-        'qk = tl.where(visible, qk * qk_scale, -float("inf"))',
-        'qk = tl.where(visible, qk, -float("inf")) * qk_scale',
+        "a scale of 0 left in the kernel",
+        "q, sm_scale = q * 0.0, 1.0",
+        "pass",
     ),
     mutant("base e where base 2 is meant", "qk_scale = sm_scale * 1.4426950408889634", "qk_scale = sm_scale * 1.0"),
     mutant("lse in base 2", "(m_i + tl.log2(l_i)) * 0.6931471805599453", "(m_i + tl.log2(l_i))"),

@@ -19,19 +19,16 @@ import triton.language as tl
 def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
     """One step of the running softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
 
-    scores: unscaled where nothing is masked (the scale folds into one fused multiply-add);
-        scaled, with -inf at hidden keys, where IS_MASKED.
+    scores: not scaled yet, so that scale and maximum fold into one fused multiply-add, rounded once; -inf at hidden keys.
+    qk_scale: positive.
     Returns p, the correction of what was accumulated so far, and the new running maximum and sum.
     """
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)
+    m_safe = m_new
     if IS_MASKED:
-        m_new = tl.maximum(m_i, tl.max(scores, 1))
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.exp2(scores - m_safe[:, None])
-    else:
-        m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)
-        m_safe = m_new
-        p = tl.exp2(scores * qk_scale - m_safe[:, None])
+    p = tl.exp2(scores * qk_scale - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
@@ -79,10 +76,10 @@ def attend(
         # -- scores, fp32 --
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         if IS_MASKED:
-            # -- mask: after scaling, since -inf times a scale of 0 would be NaN --
+            # -- mask --
             visible = (start_n + offs_n)[None, :] <= (offs_m + causal_offset)[:, None]
             visible &= (start_n + offs_n < kv_end)[None, :]
-            qk = tl.where(visible, qk * qk_scale, -float("inf"))
+            qk = tl.where(visible, qk, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED)
         # -- values: 0 where hidden, since 0 * NaN is NaN --
         v_ptrs = v_ptr + first * stride_vn + v_offs
@@ -236,8 +233,11 @@ def launch(q, k, v, o, lse, *, sm_scale, causal_offset, BLOCK_M, BLOCK_N, num_wa
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
     if sm_scale < 0:
-        # The running maximum is taken before scaling, so the kernel needs a non-negative scale; the flip is exact.
+        # The running maximum is taken before scaling, so the kernel needs a positive scale; the flip is exact.
         q, sm_scale = -q, -sm_scale
+    if sm_scale < 1e-37:
+        # 0 in the kernel's fp32, where -inf * 0 would be NaN; scores of 0 at any other scale are the same.
+        q, sm_scale = q * 0.0, 1.0
     programs = triton.cdiv(seqlen_q, BLOCK_M) * batch * num_heads_q
     if programs == 0:
         return
