@@ -93,7 +93,12 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- softmax --
     mutant("acc not rescaled", DOT_PV, DOT_PV.replace(" * alpha[:, None]", "")),
     mutant("l not rescaled", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)", SOFTMAX),
-    mutant("m not carried over", "m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)", "m_new = tl.max(scores, 1) * qk_scale", SOFTMAX),
+    mutant(
+        "m not carried over",
+        "m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)",
+        "m_new = tl.max(scores, 1) * qk_scale",
+        SOFTMAX,
+    ),
     mutant(
         "no guard against -inf minus -inf",
         'm_safe = tl.where(m_new == -float("inf"), 0.0, m_new)',
@@ -109,6 +114,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "p = tl.exp2(scores - m_safe[:, None])",
         SOFTMAX,
     ),
+    mutant(
+        "no qk_scale, fp32",
+        "p = tl.exp2((scores - m_safe[:, None]) * qk_scale)",
+        "p = tl.exp2(scores - m_safe[:, None])",
+        SOFTMAX,
+    ),
+    mutant(
+        "alpha not scaled, fp32", "alpha = tl.exp2((m_i - m_safe) * qk_scale)", "alpha = tl.exp2(m_i - m_safe)", SOFTMAX
+    ),
+    mutant("lse of an unscaled maximum, fp32", "(m_i * qk_scale + tl.log2(l_i))", "(m_i + tl.log2(l_i) * 1.0)"),
     mutant(
         "a scale of 0 left in the kernel",
         "q, sm_scale = q * 0.0, 1.0",

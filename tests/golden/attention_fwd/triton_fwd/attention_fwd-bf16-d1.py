@@ -8,7 +8,7 @@ Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/o; BLOCK_D, BLOCK_DV: the s
 Tunables       BLOCK_M: query rows of a program; BLOCK_N: keys of a step; num_warps; num_stages.
 Guarantees     unit stride in the last dimension; every other stride and every length is free.
 Letters        b batch, h query head, hkv key/value head, m query row, n key row, d head dim; sizes and strides by letter.
-               m_i running maximum and l_i running sum of a row, base 2; lse is stored in natural log.
+               m_i running maximum and l_i running sum of a row (see online_softmax); lse is stored in natural log.
 """
 
 import triton
@@ -19,8 +19,9 @@ import triton.language as tl
 def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
     """One step of the running softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
 
-    scores: not scaled yet, so that scale and maximum fold into one fused multiply-add, rounded once; -inf at hidden keys.
+    scores: not scaled yet; -inf at hidden keys.
     qk_scale: positive.
+    m_i: running maximum of the scaled scores: scale and maximum fold into one fused multiply-add, rounded once.
     Returns p, the correction of what was accumulated so far, and the new running maximum and sum.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)

@@ -8,7 +8,7 @@ Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/o; BLOCK_D, BLOCK_DV: the s
 Tunables       BLOCK_M: query rows of a program; BLOCK_N: keys of a step; num_warps; num_stages.
 Guarantees     unit stride in the last dimension; every other stride and every length is free.
 Letters        b batch, h query head, hkv key/value head, m query row, n key row, d head dim; sizes and strides by letter.
-               m_i running maximum and l_i running sum of a row, base 2; lse is stored in natural log.
+               m_i running maximum and l_i running sum of a row (see online_softmax); lse is stored in natural log.
 """
 
 import triton
@@ -19,17 +19,18 @@ import triton.language as tl
 def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
     """One step of the running softmax in base 2 (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
 
-    scores: not scaled yet, so that scale and maximum fold into one fused multiply-add, rounded once; -inf at hidden keys.
+    scores: not scaled yet; -inf at hidden keys.
     qk_scale: positive.
+    m_i: running maximum of the unscaled scores, so that the largest differs from it by exactly 0.
     Returns p, the correction of what was accumulated so far, and the new running maximum and sum.
     """
-    m_new = tl.maximum(m_i, tl.max(scores, 1) * qk_scale)
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
     m_safe = m_new
     if IS_MASKED:
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.
         m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(scores * qk_scale - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
+    p = tl.exp2((scores - m_safe[:, None]) * qk_scale)
+    alpha = tl.exp2((m_i - m_safe) * qk_scale)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
@@ -218,7 +219,7 @@ def attention_fwd(
         o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=(offs_m < seqlen_q)[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
     )
     # -- store lse: natural logarithm, -inf for a row that saw no key --
-    lse = tl.where(has_key, (m_i + tl.log2(l_i)) * 0.6931471805599453, -float("inf"))
+    lse = tl.where(has_key, (m_i * qk_scale + tl.log2(l_i)) * 0.6931471805599453, -float("inf"))
     tl.store(lse_ptr + off_bh.to(tl.int64) * seqlen_q + offs_m, lse, mask=offs_m < seqlen_q)
 
 
