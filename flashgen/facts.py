@@ -31,7 +31,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-_FORMAT = 1  # of the cache's files
+_FORMAT = 2  # of the cache's files
 _LOG = {
     "n_regs": re.compile(r"Used (\d+) registers"),
     "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
@@ -55,6 +55,7 @@ class CompiledFacts:
         smem_bytes: shared memory of a block, exact.
         num_warps: warps of a block.
         serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products.
+        undefined_registers: instructions that read a register nothing wrote (`sass.undefined_registers`): miscompiled.
         loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`).
         compile_s: seconds it took.
     """
@@ -68,6 +69,7 @@ class CompiledFacts:
     smem_bytes: int
     num_warps: int
     serialised: bool
+    undefined_registers: int
     loop: dict[str, int]
     compile_s: float
 
@@ -206,6 +208,7 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
         smem_bytes=int(compiled.metadata.shared),
         num_warps=int(compiled.metadata.num_warps),
         serialised=_SERIALISED.search(log.getvalue()) is not None,
+        undefined_registers=len(sass.undefined_registers(text)),
         loop=sass.main_loop(text),
         compile_s=round(time.perf_counter() - start, 3),
     )

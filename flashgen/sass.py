@@ -33,6 +33,10 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     "barrier": ("BAR", "WARPSYNC", "SYNCS"),
 }
 _CLASS_OF = {opcode: name for name, opcodes in _CLASSES.items() for opcode in opcodes}
+_UNIFORM = re.compile(r"UR(\d+)")
+_ANY_UNIFORM = re.compile(r"\bUR(\d+)\b")
+_DESCRIPTOR = re.compile(r"gdesc\[UR(\d+)\]")
+_UNIFORM_WRITERS = ("R2UR", "S2UR", "VOTEU", "REDUX")
 _MASKED_SELECTS = 8  # a masked loop selects once per score a thread holds, an unmasked one hardly ever
 _LEAST_FFMA = 64  # fewer fp32 multiply-adds than this are a softmax, not a product
 
@@ -103,6 +107,37 @@ def main_loop(text: str) -> dict[str, int]:
     if not loops:
         return {}
     return max(loops, key=lambda loop: (not loop.masked, loop.products)).counts
+
+
+def undefined_registers(text: str) -> list[str]:
+    """Uniform registers that an instruction reads though nothing above it wrote them: a miscompiled kernel.
+
+    Code runs from the top, so a first read above the first write cannot be meant. HGMMA's `gdesc[URn]` with the first operand in
+    registers reads n + 2 and n + 3.
+
+    Returns:
+        The offending lines, shortened; empty for sound code.
+    """
+    written: set[int] = set()
+    found = []
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        opcode, operands = match["opcode"], [operand.strip() for operand in match["operands"].split(",")]
+        name = opcode.split(".")[0]
+        target = _UNIFORM.fullmatch(operands[0])
+        writes = target is not None and (name.startswith("U") or name in _UNIFORM_WRITERS)
+        read = [int(n) for operand in operands[1 if writes else 0 :] for n in _ANY_UNIFORM.findall(operand)]
+        if name == "HGMMA":
+            read = [int(n) + extra for n in _DESCRIPTOR.findall(match["operands"]) for extra in (2, 3)]
+        found += [
+            f"{match['address']}: {line.split('*/', 1)[1].split(';')[0].strip()}" for n in read if n not in written
+        ][:1]
+        if writes and target is not None:
+            width = 4 if ".128" in opcode else 2 if ".64" in opcode or "WIDE" in opcode else 1
+            written |= set(range(int(target[1]), int(target[1]) + width))
+    return found
 
 
 def count(instructions: list[Instruction]) -> dict[str, int]:

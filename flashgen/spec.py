@@ -134,8 +134,13 @@ class AttentionSpec:
 
     @property
     def block_head_dim_v(self) -> int:
-        """`head_dim_v` padded like `block_head_dim`."""
-        return padded_head_dim(self.head_dim_v)
+        """`head_dim_v` padded to a power of two; in 16 bit at least 64.
+
+        Triton 3.6's ptxas (12.8) miscompiles narrower value tiles on sm_90 when strides are no multiples of 16: HGMMA reads a
+        descriptor from uniform registers that nothing wrote (found by an illegal access on an H100, shown by
+        `sass.undefined_registers`; Triton 3.9 is not affected). To be narrowed when 3.6 is no longer supported.
+        """
+        return max(64 if self.itemsize == 2 else 16, padded_head_dim(self.head_dim_v))
 
 
 def flag_names() -> tuple[str, ...]:

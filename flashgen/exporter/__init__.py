@@ -27,7 +27,8 @@ def export(
 
     Args:
         spec_or_problem: what; a problem puts its own shape first among the configurations.
-        path: the file, or a folder, into which `<spec.key>.py` is written.
+        path: a file that ends in .py, or a folder, into which the spec's key is written as a module's name, e.g.
+            `attention_fwd_bf16_d128_causal.py`. A file that flashgen wrote is replaced.
         format: one of `FORMATS`.
         target: whose configurations; None for the installed GPU.
         force: overwrite a file that flashgen did not write.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from flashgen.problem import Problem
 from flashgen.render import render, render_template
 from flashgen.spec import AttentionSpec
 from flashgen.store import open_store, seeds, select
-from flashgen.store.records import SHAPE_KEYS, Record
+from flashgen.store.records import Record
 from flashgen.target import Target
 from flashgen.variants import Variant, candidates
 
@@ -27,13 +29,14 @@ _TORCH_DTYPE = {"fp16": "torch.float16", "bf16": "torch.bfloat16", "fp32": "torc
 _MARK = "Written by flashgen "
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """One entry of CONFIGS."""
+    """One entry of CONFIGS: its origin in a word, and where it comes from in full."""
 
     shape: tuple[int, int, int]
     config: dict[str, Any]
-    source: str
+    origin: str
+    provenance: str
 
 
 def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, target: Target, *, force: bool) -> Path:
@@ -44,21 +47,24 @@ def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, t
     variant = _variant(spec, target)
     source = render(spec, variant)
     rows = _rows(spec, problem, variant, source.digest, target)
+    on_gpu = target.backend != "cpu"
     text = render_template(
         "export/standalone.py.jinja",
         spec=spec,
         variant=variant,
         meta={
-            "module": path.stem,
+            "file": path.name,
+            "module": path.stem if _is_module(path.stem) else None,
             "flashgen": flashgen.__version__,
-            "kernel_template": f"templates/{variant.template}",
             "date": datetime.now(UTC).date().isoformat(),
+            "versions": _versions(),
             "digest": source.digest,
-            "gpu": f"{target.gpu} ({target.name}, {target.arch})",
+            "gpu": f"{target.gpu} ({target.name}, {target.arch})" if on_gpu else "no GPU in particular: none was named",
+            "arch": target.arch if on_gpu else None,
             "provenance": [
-                line for row in rows for line in (f"{row.shape}: {_words(row.config)}", f"    {row.source}")
+                line for row in rows for line in (f"{row.shape}: {_words(row.config)}", f"    {row.provenance}")
             ],
-            "configs": [(row.shape, json.dumps(row.config)) for row in rows],
+            "configs": [(row.shape, json.dumps(row.config), row.origin) for row in rows],
             "torch_dtype": _TORCH_DTYPE[spec.dtype],
             "kernel": _body(source.text),
         },
@@ -72,14 +78,30 @@ def _check_path(path: Path, force: bool) -> None:
         raise InvalidProblemError(
             f"{path} cannot be written: the folder {path.parent} does not exist. Create it first."
         )
-    if path.suffix != ".py" or not path.stem.isidentifier():
-        raise InvalidProblemError(
-            f"{path.name!r} cannot be imported: name the file like a Python module, e.g. {path.stem.replace('-', '_')}.py."
-        )
-    if path.exists() and not force and _MARK not in path.read_text(errors="replace")[:2000]:
+    if path.suffix != ".py":
+        raise InvalidProblemError(f"{path.name!r} is no name of a Python file: allowed are names that end in .py.")
+    try:
+        foreign = path.exists() and _MARK not in path.read_text(errors="replace")[:2000]
+    except OSError as error:
+        raise InvalidProblemError(f"{path} exists and cannot be read: {error}. Choose another name.") from error
+    if foreign and not force:
         raise InvalidProblemError(
             f"{path} exists and was not written by flashgen: choose another name, or --force to overwrite it."
         )
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _versions() -> str:
+    found = []
+    for name in ("torch", "triton"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:  # rendering needs neither
+            found.append(f"no {name}")
+    return ", ".join(found)
 
 
 def _variant(spec: AttentionSpec, target: Target) -> Variant:
@@ -105,24 +127,53 @@ def _body(text: str) -> str:
 def _rows(spec: AttentionSpec, problem: Problem | None, variant: Variant, digest: str, target: Target) -> list[_Row]:
     """The winner of every stored shape; what dispatch says for the given problem; at least the default."""
     gpu = None if target.backend == "cpu" else target.name
-    stored = [*_stored(spec, digest, gpu), *_shipped(spec, digest, gpu)]
-    shapes = {tuple(row.shape[name] for name in SHAPE_KEYS): row.shape for row in stored}
+    kept = [row for row in _stored(spec, digest, gpu) if row.variant == variant.name]
+    shipped = [row for row in _shipped(spec, digest, gpu) if row.variant == variant.name]
     rows: dict[tuple[int, int, int], _Row] = {}
-    for shape in shapes.values():
-        at_shape = [row for row in stored if row.shape == shape]
-        best = select.best_measured(at_shape, shape) or select.best_predicted(at_shape, shape)
-        if best is not None and variant.illegal(spec, target, variant.config(**best.config)) is None:
-            rows.setdefault(_key(shape), _Row(_key(shape), dict(sorted(best.config.items())), _provenance(best)))
+    # The order of dispatch: what was measured first, the user's own before what is shipped.
+    for origin, best, records in (
+        ("database", select.best_measured, kept),
+        ("seed", select.best_measured, shipped),
+        ("predicted", select.best_predicted, kept),
+        ("predicted", select.best_predicted, shipped),
+    ):
+        for shape, group in _by_shape(records).items():
+            row = best(group, group[0].shape)
+            if row is not None and shape not in rows and _is_legal(row, spec, variant, target):
+                rows[shape] = _Row(
+                    shape=shape, config=dict(sorted(row.config.items())), origin=origin, provenance=_provenance(row)
+                )
     if problem is not None and _key(problem.shape) not in rows:
         plan = dispatch.resolve(problem, target, backend=variant.backend)
-        rows[_key(problem.shape)] = _Row(_key(problem.shape), plan.config.to_dict(), f"from: {plan.config_source}")
+        shape, what = _key(problem.shape), "nothing was tuned for this kernel on this GPU"
+        if plan.config_source != "default":
+            what = "the nearest tuned shape's, as a call would take it"
+        origin = plan.config_source
+        rows[shape] = _Row(shape=shape, config=plan.config.to_dict(), origin=origin, provenance=f"{origin}: {what}")
     if not rows:
-        default = variant.default(spec, target).to_dict()
-        rows[(4096, 4096, 32)] = _Row((4096, 4096, 32), default, "default: nothing was tuned for this GPU")
-    return [rows[key] for key in sorted(rows)]
+        shape, what = (4096, 4096, 32), "default: nothing was tuned for this kernel on this GPU"
+        config = variant.default(spec, target).to_dict()
+        rows[shape] = _Row(shape=shape, config=config, origin="default", provenance=what)
+    return [rows[shape] for shape in sorted(rows)]
 
 
-def _stored(spec: AttentionSpec, digest: str, gpu: str | None) -> Iterable[Record]:
+def _by_shape(records: Iterable[Record]) -> dict[tuple[int, int, int], list[Record]]:
+    groups: dict[tuple[int, int, int], list[Record]] = {}
+    for row in records:
+        groups.setdefault(_key(row.shape), []).append(row)
+    return groups
+
+
+def _is_legal(row: Record, spec: AttentionSpec, variant: Variant, target: Target) -> bool:
+    """Whether today's predicate still allows a stored winner."""
+    try:
+        variant.parse_config(row.config, spec, target)
+    except InvalidProblemError:
+        return False
+    return True
+
+
+def _stored(spec: AttentionSpec, digest: str, gpu: str | None) -> list[Record]:
     path = settings.read().database_path
     if path is not None and not path.exists():
         return []
@@ -130,7 +181,7 @@ def _stored(spec: AttentionSpec, digest: str, gpu: str | None) -> Iterable[Recor
         return store.trials(spec_key=spec.key, digest=digest, gpu=gpu)
 
 
-def _shipped(spec: AttentionSpec, digest: str, gpu: str | None) -> Iterable[Record]:
+def _shipped(spec: AttentionSpec, digest: str, gpu: str | None) -> list[Record]:
     names = [gpu] if gpu else seeds.gpus()
     return [
         row for name in names for row in seeds.load(name, spec.op) if row.spec_key == spec.key and row.digest == digest

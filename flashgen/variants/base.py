@@ -20,6 +20,10 @@ class ResourceFacts(Protocol):
     def smem_bytes(self) -> int:
         """Shared memory of one thread block."""
 
+    @property
+    def undefined_registers(self) -> int:
+        """Instructions that read a register nothing wrote."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:

@@ -99,6 +99,8 @@ class TritonForward(Variant):
         if operands > 1024:
             # Compiled for sm_80 and sm_90: from 768 on such a tile spills, beyond 1024 thousands of times, a minute to compile.
             return f"fp32 operands of one thread's products are {operands} values, four times the registers that exist"
+        if facts is not None and facts.undefined_registers:
+            return f"ptxas miscompiled it: {facts.undefined_registers} instructions read registers that nothing wrote"
         if facts is not None and facts.smem_bytes > target.smem_bytes:
             return f"needs {facts.smem_bytes} bytes of shared memory, {target.name} has {target.smem_bytes} a block"
         if facts is None and self._least_smem(spec, config) > target.smem_bytes:

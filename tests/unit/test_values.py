@@ -137,6 +137,7 @@ def test_the_space_holds_legal_configs_only_and_the_default_is_in_reach() -> Non
 def test_shared_memory_is_judged_exactly_where_facts_are_known() -> None:
     class Facts:
         smem_bytes = 200 * 1024
+        undefined_registers = 0
 
     variant, config = (
         by_name("triton_fwd"),

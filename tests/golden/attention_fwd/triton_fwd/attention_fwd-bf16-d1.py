@@ -247,7 +247,7 @@ def launch(q, k, v, o, lse, *, sm_scale, causal_offset, BLOCK_M, BLOCK_N, num_wa
         HEAD_DIM=1,
         HEAD_DIM_V=1,
         BLOCK_D=16,
-        BLOCK_DV=16,
+        BLOCK_DV=64,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         num_warps=num_warps,
