@@ -7,15 +7,16 @@ from typing import Any
 import click
 
 from flashgen import settings
-from flashgen.cli.output import json_option, print_json, print_table
+from flashgen.cli.output import Group, json_option, print_json, print_table
 from flashgen.errors import DatabaseError
 from flashgen.problem import not_built
 from flashgen.store import migrate as migrate_schema
 from flashgen.store import open_store
+from flashgen.store.location import locate
 from flashgen.store.records import Record
 
 
-@click.group()
+@click.group(cls=Group)
 def db() -> None:
     """The tuning database."""
 
@@ -29,8 +30,7 @@ def _exists() -> bool:
 @json_option
 def path(as_json: bool) -> None:
     """Where it is (whether or not it exists yet)."""
-    env = settings.read()
-    where = str(env.database_path or env.database_url)
+    where = locate().name
     if as_json:
         print_json({"path": where, "exists": _exists()})
     else:
@@ -46,7 +46,7 @@ def info(as_json: bool) -> None:
             found = store.info()
     else:
         found = {
-            "path": str(settings.read().database_path),
+            "path": locate().name,
             "schema": None,
             "trials": 0,
             "winners": 0,
@@ -90,7 +90,7 @@ def _cells(row: Record) -> list[str]:
 def migrate(as_json: bool) -> None:
     """Bring an older schema up to date; a copy is kept beside the file."""
     if not _exists():
-        raise DatabaseError(f"there is no database at {settings.read().database_path} yet: `flashgen tune` makes one.")
+        raise DatabaseError(f"there is no database at {locate().name} yet: `flashgen tune` makes one.")
     old, new = migrate_schema(settings.read().database_url)
     if as_json:
         print_json({"from": old, "to": new})
@@ -108,8 +108,11 @@ def verify(as_json: bool) -> int:
             found = list(store.verify())
     if as_json:
         print_json({"ok": not found, "problems": found})
+    elif not found:
+        click.echo("ok" if _exists() else f"ok: there is no database at {locate().name} yet")
     else:
-        click.echo("\n".join(found) if found else "ok")
+        click.echo("\n".join(found))
+        click.echo(f"Error: {len(found)} problems in {locate().name}", err=True)
     return 1 if found else 0
 
 

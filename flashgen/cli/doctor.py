@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,15 +16,20 @@ from flashgen import assets, settings
 from flashgen.cli.output import json_option, print_json
 from flashgen.errors import FlashgenError
 from flashgen.store import open_store
+from flashgen.store.location import locate
 from flashgen.target import Target
 
 _PACKAGES = ("torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic", "transformers")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> int:
-    """Versions, GPUs, database, templates, and which backends work here. Exit code 1 if something that should work is broken."""
+    """Versions, GPUs, database, templates, and which backends work here.
+
+    Each backend computes a small problem. Exit code 1 if something that should work is broken.
+    """
     broken: list[str] = []
     document: dict[str, Any] = {
         "versions": {
@@ -30,12 +37,12 @@ def doctor(as_json: bool) -> int:
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
         },
-        "gpus": _gpus(),
+        "gpus": _gpus(broken),
         "target": _target(),
-        "cache": str(settings.read().cache_dir),
+        "cache": _cache(broken),
         "database": _database(broken),
         "templates": _templates(),
-        "backends": _backends(),
+        "backends": _backends(broken),
         "broken": broken,
     }
     if as_json:
@@ -52,10 +59,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _gpus(broken: list[str]) -> list[dict[str, Any]]:
     import torch
 
     if not torch.cuda.is_available():
+        if _NVIDIA_DRIVER.exists():
+            why = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it"
+            broken.append(f"gpu: an NVIDIA driver is loaded, but {why} (torch {torch.__version__})")
         return []
     return [
         {"index": i, "name": torch.cuda.get_device_name(i), "target": Target.detect(i).name}
@@ -68,6 +78,7 @@ def _target() -> dict[str, Any]:
     if target.backend == "cpu":
         return {
             "name": target.name,
+            "arch": target.arch,
             "note": "no GPU: kernels are interpreted on request; tuning needs --target and is predicted",
         }
     note = (
@@ -78,17 +89,25 @@ def _target() -> dict[str, Any]:
     return {"name": target.name, "arch": target.arch, "note": note}
 
 
+def _cache(broken: list[str]) -> str:
+    folder = settings.read().cache_dir
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        broken.append(f"cache: {existing} is not a writable folder. Set FLASHGEN_CACHE_DIR to one.")
+    return str(folder)
+
+
 def _database(broken: list[str]) -> dict[str, Any]:
     env = settings.read()
-    where = str(env.database_path or env.database_url)
-    if env.database_path is not None and not env.database_path.exists():
-        return {"path": where, "schema": None, "note": "none yet: `flashgen tune` makes one"}
     try:
+        where = locate().name  # never shows a password
+        if env.database_path is not None and not env.database_path.exists():
+            return {"path": where, "schema": None, "note": "none yet: `flashgen tune` makes one"}
         with open_store() as store:
             return {key: value for key, value in store.info().items() if key in ("path", "schema", "trials", "winners")}
     except FlashgenError as error:
         broken.append(f"database: {error}")
-        return {"path": where, "error": str(error)}
+        return {"path": str(env.database_path) if env.database_path else None, "schema": None, "error": str(error)}
 
 
 def _templates() -> dict[str, Any]:
@@ -100,12 +119,42 @@ def _templates() -> dict[str, Any]:
     return {"path": str(folder), "files": len(files), "digest": digest.hexdigest()}
 
 
-def _backends() -> dict[str, str]:
-    gpu = Target.detect().backend == "cuda"
-    triton = "works" if gpu else "works on CPU tensors in the interpreter (slow, for checking); compiles for other GPUs"
-    if util.find_spec("triton") is None:
-        triton = "does not work: triton is not installed (pip install triton)"
-    return {"triton": triton, "torch": "works", "gluon": "does not work: no variant is built yet"}
+# -- backends --
+
+
+def _backends(broken: list[str]) -> dict[str, str]:
+    states = {}
+    for name in ("triton", "torch"):
+        if util.find_spec(name) is None:
+            states[name] = f"does not work: {name} is not installed (pip install {name})"
+            continue
+        problem = _try(name)
+        if problem is None:
+            states[name] = "works" if name == "torch" or Target.detect().backend == "cuda" else _INTERPRETED
+        else:
+            states[name] = f"does not work: {problem}"
+            broken.append(f"backend {name}: {problem}")
+    return {**states, "gluon": "does not work: no variant is built yet"}
+
+
+_INTERPRETED = "works on CPU tensors in the interpreter (slow, for checking); compiles for other GPUs"
+
+
+def _try(backend: Any) -> str | None:
+    """Compute a small problem; None, or what went wrong."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q = torch.randn(1, 20, 1, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    # An explicit configuration: the database, which may be the patient, is not asked.
+    config = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2} if backend == "triton" else None
+    try:
+        out = flashgen.attention(q, q, q, backend=backend, config=config)
+        scores = q[0, :, 0] @ q[0, :, 0].T / 4
+        difference = float((out[0, :, 0] - scores.softmax(-1) @ q[0, :, 0]).abs().max())  # type: ignore[index,call-overload]
+    except Exception as error:  # whatever is broken is to be told, not raised
+        return f"{type(error).__name__}: {error}"
+    return None if difference < 1e-3 else f"a small problem is off by {difference:.3g}"
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -120,7 +169,7 @@ def _print(document: dict[str, Any]) -> None:
         or database.get("note")
         or f"schema {database['schema']}, {database['trials']} trials, {database['winners']} winners"
     )
-    click.echo(f"{'database':14}{database['path']}: {said}")
+    click.echo(f"{'database':14}{database['path'] or 'not usable'}: {said}")
     templates = document["templates"]
     click.echo(f"{'templates':14}{templates['files']} files, digest {templates['digest'][:16]}, {templates['path']}")
     for name, state in document["backends"].items():

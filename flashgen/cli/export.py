@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from flashgen.cli.output import json_option, print_json
-from flashgen.cli.problems import problem_options, problems_of, take, target_of
+from flashgen.cli.problems import problem_of, problem_options, spec_of, take, target_of
 from flashgen.exporter import FORMATS
 from flashgen.exporter import export as write_export
 from flashgen.spec import AttentionSpec
@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Write the kernel of a SPEC or problem as a file that works without flashgen."""
     given = take(values)
-    what = AttentionSpec.from_key(spec) if spec is not None else problems_of(given)[0]
+    what = spec_of(spec, given) if spec is not None else problem_of(given)
     path = write_export(what, output, format=format_, target=target_of(target_name), force=force)
     if as_json:
         print_json(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
 import click
 
 from flashgen import __version__
-from flashgen.cli.output import print_error, wants_json
+from flashgen.cli.output import Group, print_error, wants_json
 from flashgen.errors import FlashgenError, InvalidProblemError
 
 # command -> (module below flashgen.cli, one line for --help); the help must not import torch.
@@ -32,7 +33,7 @@ _COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """Imports a command's module when the command is named, not before."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -52,20 +53,24 @@ class LazyGroup(click.Group):
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flashgen")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; may stand anywhere.")
 def cli(debug: bool) -> None:
-    """Exact attention kernels, generated and tuned for your GPU."""
+    """Exact attention kernels, generated and tuned for your GPU.
+
+    Every command takes --json: one JSON document on stdout and nothing else.
+    """
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code."""
     as_json, debug = wants_json(arguments), "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         value: Any = cli.main(args=arguments, prog_name="flashgen", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.UsageError as error:
-        print_error(error.format_message(), "UsageError", as_json=as_json, hint=_hint(error))
+        print_error(_usage(error), "UsageError", as_json=as_json, hint=_hint(error))
         return 2
     except (click.Abort, KeyboardInterrupt):
         print_error("interrupted", "KeyboardInterrupt", as_json=as_json)
@@ -76,7 +81,7 @@ def run(arguments: list[str]) -> int:
         return 0
     except FlashgenError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print_error(
             str(error),
             type(error).__name__,
@@ -86,12 +91,26 @@ def run(arguments: list[str]) -> int:
         return 2 if isinstance(error, InvalidProblemError) else 1
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         print_error(
             f"{type(error).__name__}: {error} (a bug: --debug shows where)", type(error).__name__, as_json=as_json
         )
         return 1
     return value if isinstance(value, int) else 0
+
+
+def _usage(error: click.UsageError) -> str:
+    """Click's message; where a name is not known or missing, with the names that are allowed."""
+    message = error.format_message()
+    if error.ctx is None:
+        return message
+    command = error.ctx.command
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and isinstance(command, click.Group):
+        return f"name a command of {error.ctx.command_path}: {', '.join(command.list_commands(error.ctx))}."
+    if isinstance(error, click.NoSuchOption):
+        names = [name for option in command.get_params(error.ctx) for name in option.opts if name.startswith("--")]
+        return f"{message} Allowed are {', '.join(names)}."
+    return message
 
 
 def _hint(error: click.UsageError) -> str:

@@ -12,6 +12,17 @@ import click
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class Group(click.Group):
+    """A group that names its commands where an unknown one is asked for."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command {args[0]!r}. Allowed are {', '.join(self.list_commands(ctx))}.")
+        return super().resolve_command(ctx, args)
+
+
 def json_option(function: _F) -> _F:
     """`--json`: one JSON document on stdout and nothing else."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")(function)

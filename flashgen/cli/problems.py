@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import click
 
 from flashgen.config import Tunable
-from flashgen.errors import InvalidProblemError
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import ALIGNMENTS, Problem
 from flashgen.spec import DTYPES, AttentionSpec
 from flashgen.target import Target
+from flashgen.variants import REGISTRY, Variant, by_name, candidates
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -106,11 +107,62 @@ def _of_preset(name: str, given: dict[str, Any]) -> Problem:
     return Problem.preset(name, batch=given["batch"], **overrides)
 
 
+def problem_of(given: dict[str, Any]) -> Problem:
+    """The one problem that the options name.
+
+    Raises:
+        InvalidProblemError: several presets, or as `problems_of`.
+    """
+    if len(given["presets"]) > 1:
+        raise InvalidProblemError(f"--preset {', '.join(given['presets'])}: this command takes one preset.")
+    return problems_of(given)[0]
+
+
 def spec_of(key: str | None, given: dict[str, Any]) -> AttentionSpec:
-    """The spec that an argument or the options name."""
-    if key is not None:
-        return AttentionSpec.from_key(key)
-    return problems_of(given)[0].spec
+    """The spec that an argument or the options name.
+
+    Raises:
+        InvalidProblemError: the key is none, or options stand beside it.
+    """
+    if key is None:
+        return problem_of(given).spec
+    spec = AttentionSpec.from_key(key)
+    beside = named(given)
+    if beside:
+        raise InvalidProblemError(f"{key} says it all: {', '.join(beside)} cannot stand beside it.")
+    return spec
+
+
+def named(given: dict[str, Any]) -> list[str]:
+    """The problem's options that were given, as they are written."""
+    spelled = {"presets": "--preset", "op": None if given["op"] == "attention_fwd" else "--op"}
+    return [
+        option
+        for name, value in given.items()
+        if value not in (None, (), False) and (option := spelled.get(name, f"--{name.replace('_', '-')}")) is not None
+    ]
+
+
+def generated_variant(spec: AttentionSpec, target: Target, name: str | None = None) -> Variant:
+    """The variant of a name, or else the first with a template that supports the spec.
+
+    Raises:
+        InvalidProblemError: no variant has the name, or it is no generated kernel.
+        UnsupportedProblemError: none supports the spec; lists the reasons.
+    """
+    generated = [variant for variant in candidates(spec) if variant.template is not None]
+    if name is not None:
+        generated = [by_name(name)]
+        if generated[0].template is None:
+            allowed = ", ".join(variant.name for variant in REGISTRY if variant.template is not None)
+            raise InvalidProblemError(f"--variant {name} is no generated kernel: allowed are {allowed}.")
+    reasons = {}
+    for variant in generated:
+        reason = variant.supports(spec, target)
+        if reason is None:
+            return variant
+        reasons[variant.name] = reason
+    raise UnsupportedProblemError(f"{spec.key} cannot be generated for {target.name}:", reasons)
 
 
 def target_of(name: str | None) -> Target | None:

@@ -8,11 +8,10 @@ from typing import Any
 import click
 
 from flashgen.cli.output import json_option, print_json
-from flashgen.cli.problems import config_of, problem_options, spec_of, take, target_of
-from flashgen.errors import InvalidProblemError, RenderError, UnsupportedProblemError
+from flashgen.cli.problems import config_of, generated_variant, problem_options, spec_of, take, target_of
+from flashgen.errors import RenderError
 from flashgen.render import render as render_source
 from flashgen.target import CPU
-from flashgen.variants import by_name, candidates
 
 
 @click.command()
@@ -29,19 +28,7 @@ def render(spec: str | None, output: Path | None, as_json: bool, **values: Any) 
     """Print the kernel source of a SPEC, e.g. attention_fwd-bf16-d128-causal."""
     wanted = spec_of(spec, take(values))
     target = target_of(values["target_name"]) or CPU
-    generated = [variant for variant in candidates(wanted) if variant.template is not None]
-    if values["variant_name"] is not None:
-        generated = [by_name(values["variant_name"])]
-        if generated[0].template is None:
-            raise InvalidProblemError(
-                f"--variant {generated[0].name} is no generated kernel: see `flashgen show variants`."
-            )
-    reasons = {variant.name: variant.supports(wanted, target) for variant in generated}
-    chosen = next((variant for variant in generated if reasons[variant.name] is None), None)
-    if chosen is None:
-        raise UnsupportedProblemError(
-            f"{wanted.key} cannot be rendered:", {name: str(reason) for name, reason in reasons.items()}
-        )
+    chosen = generated_variant(wanted, target, values["variant_name"])
     config = config_of(values["config_text"])
     if config is not None:
         chosen.parse_config(config, wanted, target)

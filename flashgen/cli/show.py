@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from flashgen.cli.output import json_option, print_json, print_table
-from flashgen.cli.problems import problem_options, problems_of, take, target_of
+from flashgen.cli.output import Group, json_option, print_json, print_table
+from flashgen.cli.problems import named, problem_of, problem_options, take, target_of
 from flashgen.presets import PRESETS
 from flashgen.target import TARGETS, Target
 from flashgen.variants import REGISTRY, candidates
 
 
-@click.group()
+@click.group(cls=Group)
 def show() -> None:
     """Variants, targets, presets, spaces, plans."""
 
@@ -72,11 +72,11 @@ def presets(as_json: bool) -> None:
 @click.option("--target", "target_name", metavar="NAME", default="h100", show_default=True)
 @json_option
 def spaces(target_name: str, as_json: bool, **values: Any) -> None:
-    """The knobs of a spec's variants, and how many configurations are legal."""
+    """The knobs of a spec's variants, and how many configurations are legal; of llama3-8b where nothing is named."""
     given = take(values)
-    if not given["presets"] and given["dtype"] is None:
+    if not named(given):
         given["presets"] = ("llama3-8b",)
-    problem, target = problems_of(given)[0], Target.named(target_name)
+    problem, target = problem_of(given), Target.named(target_name)
     rows: list[dict[str, Any]] = []
     for variant in candidates(problem.spec):
         if variant.supports(problem.spec, target) is None and variant.knobs:
@@ -119,7 +119,7 @@ def plan(target_name: str | None, backend: str, as_json: bool, **values: Any) ->
     """What a call would run, with which configuration, from where, and why not something else."""
     from flashgen import dispatch
 
-    problem = problems_of(take(values))[0]
+    problem = problem_of(take(values))
     answer = dispatch.resolve(problem, target_of(target_name), backend=backend)
     if as_json:
         print_json(

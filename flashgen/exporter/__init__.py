@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashgen.errors import InvalidProblemError
-from flashgen.exporter.standalone import write_standalone
+from flashgen.exporter.standalone import destination, write_standalone
 from flashgen.problem import Problem, not_built
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "destination", "export"]
 
 FORMATS = ("py", "aot", "hf-kernels")
 

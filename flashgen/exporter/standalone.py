@@ -41,9 +41,7 @@ class _Row:
 
 def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, target: Target, *, force: bool) -> Path:
     """Write the file; see `flashgen.exporter.export`."""
-    if path.is_dir():
-        path = path / f"{spec.key.replace('-', '_')}.py"
-    _check_path(path, force)
+    path = destination(spec, path, force=force)
     variant = _variant(spec, target)
     source = render(spec, variant)
     rows = _rows(spec, problem, variant, source.digest, target)
@@ -73,7 +71,14 @@ def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, t
     return path
 
 
-def _check_path(path: Path, force: bool) -> None:
+def destination(spec: AttentionSpec, path: Path, *, force: bool = False) -> Path:
+    """Where an export to `path` goes.
+
+    Raises:
+        InvalidProblemError: it cannot be written there, or a file of somebody else's stands there.
+    """
+    if path.is_dir():
+        path = path / f"{spec.key.replace('-', '_')}.py"
     if not path.parent.is_dir():
         raise InvalidProblemError(
             f"{path} cannot be written: the folder {path.parent} does not exist. Create it first."
@@ -88,6 +93,11 @@ def _check_path(path: Path, force: bool) -> None:
         raise InvalidProblemError(
             f"{path} exists and was not written by flashgen: choose another name, or --force to overwrite it."
         )
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidProblemError(
+            f"{path} cannot be written: the folder {path.parent} is read-only. Choose another folder."
+        )
+    return path
 
 
 def _is_module(name: str) -> bool:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+
 from flashgen import KernelConfig, Problem, Target
 from flashgen.costmodel import occupancy, predict, rank
 from flashgen.facts import CompiledFacts
@@ -29,7 +30,9 @@ FACTS = CompiledFacts(
 )
 
 
-def cost(facts: CompiledFacts = FACTS, problem: Problem = PROBLEM, config: KernelConfig = TILE, target: Target = H100) -> float:
+def cost(
+    facts: CompiledFacts = FACTS, problem: Problem = PROBLEM, config: KernelConfig = TILE, target: Target = H100
+) -> float:
     return predict(facts, problem, target, config).cost
 
 

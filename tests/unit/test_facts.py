@@ -9,8 +9,9 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import flashgen
 import pytest
+
+import flashgen
 from flashgen import AttentionSpec, BuildError, InvalidProblemError, KernelConfig, Target, UnsupportedProblemError, sass
 from flashgen.compile_pool import CompilePool
 from flashgen.facts import CompiledFacts, cached
@@ -86,12 +87,16 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(UnsupportedProblemError, match="softcap"):
         flashgen.compile_facts(replace(SPEC, softcap=True), TILE, Target.named("h100"))
     with pytest.raises(InvalidProblemError, match="power of two"):
-        flashgen.compile_facts(SPEC, KernelConfig(**{"variant": "triton_fwd", **TILE, "BLOCK_M": 48}), Target.named("h100"))
+        flashgen.compile_facts(
+            SPEC, KernelConfig(**{"variant": "triton_fwd", **TILE, "BLOCK_M": 48}), Target.named("h100")
+        )
 
 
 def test_a_compiler_error_is_one_candidates_and_names_it() -> None:
     good = render(SPEC, by_name("triton_fwd"))
-    broken = KernelSource(text=good.text.replace("tl.dot(q, tl.trans(k)", "tl.dot(q, tl.nonsense(k)"), spec=SPEC, variant="triton_fwd")
+    broken = KernelSource(
+        text=good.text.replace("tl.dot(q, tl.trans(k)", "tl.dot(q, tl.nonsense(k)"), spec=SPEC, variant="triton_fwd"
+    )
     with CompilePool(workers=1) as pool:
         ((config, result),) = pool.map(broken, Target.named("h100"), [TILE])
     assert config == TILE and isinstance(result, BuildError)

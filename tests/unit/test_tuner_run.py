@@ -1,0 +1,398 @@
+"""The tuner: what it proposes, keeps, excludes and lets win. The compiler and the GPU are stood in for where they are not the point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashgen
+from flashgen import (
+    BuildError,
+    InvalidProblemError,
+    KernelConfig,
+    Problem,
+    Target,
+    TuningError,
+    UnsupportedProblemError,
+)
+from flashgen.accuracy import AccuracyReport
+from flashgen.bench import PROTOCOL_FINAL
+from flashgen.facts import CompiledFacts
+from flashgen.store import open_store
+from flashgen.tuner import measured, predicted, tune
+from flashgen.tuner.context import Context, choose_variant, legal_list
+from flashgen.tuner.run import _context
+from flashgen.tuner.search import new_study, ordered, proposals
+
+H100, A100 = Target.named("h100"), Target.named("a100")
+PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
+VARIANT = choose_variant(PROBLEM, H100)
+LEGAL, KNOWN = legal_list(VARIANT, PROBLEM, H100)
+FACTS = CompiledFacts(
+    arch="sm_90",
+    triton_version="0",
+    n_regs=128,
+    spill_store_bytes=0,
+    spill_load_bytes=0,
+    stack_bytes=0,
+    smem_bytes=100_000,
+    num_warps=8,
+    serialised=False,
+    undefined_registers=0,
+    loop={"total": 400, "hgmma": 12, "mufu": 34, "fp32": 136},
+    compile_s=0.1,
+)
+GOOD = AccuracyReport(
+    ok=True, max_error=1e-3, mean_error=0.0, max_ratio=0.5, mean_ratio=0.5, lse_error=0.0, lse_ratio=0.0, message="fine"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FLASHGEN_DB", raising=False)
+    monkeypatch.setattr("flashgen.store.seeds.load", lambda gpu, op: ())
+    flashgen.dispatch.forget()
+
+
+class Compiler:
+    """Stands in for the pool: facts by config, as the test says."""
+
+    def __init__(self, facts: Any = None) -> None:
+        self.facts = facts or (lambda config: FACTS)
+        self.asked: list[KernelConfig] = []
+
+    def __call__(self, workers: int | None = None, **options: Any) -> Compiler:
+        return self
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def map(self, source: Any, target: Target, configs: list[KernelConfig]) -> Iterator[tuple[KernelConfig, Any]]:
+        for config in configs:
+            self.asked.append(config)
+            yield config, self.facts(config)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    stand_in = Compiler()
+    monkeypatch.setattr(predicted, "CompilePool", stand_in)
+    monkeypatch.setattr(measured, "CompilePool", stand_in)
+    monkeypatch.setattr(predicted, "_check", lambda context, config: GOOD)
+    return stand_in
+
+
+# -- search --
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_every_legal_point_once_and_no_other(data: st.DataObject) -> None:
+    legal = data.draw(st.lists(st.sampled_from(LEGAL), unique=True, max_size=12))
+    strategy = data.draw(st.sampled_from(["auto", "random", "exhaustive"]))
+    seeds = data.draw(st.lists(st.sampled_from(LEGAL), max_size=4))
+    order = ordered(legal, seeds, strategy)
+    assert set(order) == set(legal) and len(order) == len(legal)
+    if not order:
+        return
+    study = new_study(order, "test")
+    proposed = [config for _, config in proposals(study, order)]
+    assert proposed == order
+    wanted = [seed for seed in dict.fromkeys(seeds) if seed in legal]
+    assert strategy != "auto" or proposed[: len(wanted)] == wanted
+
+
+def test_an_enqueued_trial_comes_first_and_is_not_repeated() -> None:
+    order = list(LEGAL[:5])
+    study = new_study(order, "test")
+    study.enqueue_trial(order[3].to_dict())
+    proposed = [config for _, config in proposals(study, order)]
+    assert proposed[0] == order[3] and sorted(proposed, key=str) == sorted(order, key=str)
+
+
+def test_strategies_by_name() -> None:
+    with pytest.raises(UnsupportedProblemError, match="strategy 'gp'"):
+        tune(PROBLEM, target=H100, strategy="gp")
+    with pytest.raises(InvalidProblemError, match="strategy='best' is not known"):
+        tune(PROBLEM, target=H100, strategy="best")
+
+
+# -- predicted --
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_predicted_run_ranks_stores_and_is_dispatched() -> None:
+    result = tune(PROBLEM, target=H100, progress=False)
+    (row,) = result.problems
+    assert result.mode == "predicted" and len(row.trials) == row.legal == len(LEGAL) >= 40
+    assert {trial.status for trial in row.trials} == {"predicted"}
+    assert all(trial.latency_ms is None for trial in row.trials)
+    assert sorted(trial.rank for trial in row.trials) == list(range(1, len(LEGAL) + 1))  # type: ignore[type-var]
+    assert row.winner is not None and row.winner.error_ratio == 0.5
+    assert row.winner.config in [known.config.to_dict() for known in KNOWN]
+    plan = flashgen.dispatch.resolve(PROBLEM, H100)
+    assert (plan.config_source, plan.config.to_dict()) == ("predicted", row.winner.config)
+    shown = result.to_json()["problems"][0]["winner"]
+    assert "latency_ms" not in shown and shown["predicted_rank"] == row.winner.rank
+
+
+def test_what_does_not_fit_is_excluded_exactly_and_recorded(compiler: Compiler) -> None:
+    compiler.facts = lambda config: replace(FACTS, smem_bytes=H100.smem_bytes + (1 if config.num_stages == 4 else 0))
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    out = [trial for trial in row.trials if trial.status == "out_of_resources"]
+    assert out and all(trial.config["num_stages"] == 4 for trial in out)
+    assert {trial.config["num_stages"] for trial in row.trials if trial.status == "predicted"} == {2, 3}
+    assert all("232449 bytes of shared memory" in reason for reason in row.excluded.values()) and len(
+        row.excluded
+    ) == len(out)
+
+
+def test_failures_are_trials(compiler: Compiler) -> None:
+    texts = {
+        32: "x does not compile",
+        64: "a worker was killed after 60 s (timeout)",
+        128: "a worker died (exit status 7)",
+    }
+    compiler.facts = lambda c: BuildError(texts[c.BLOCK_M]) if c.BLOCK_M in texts and c.BLOCK_N == 16 else FACTS
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert {k: row.counts()[k] for k in ("compile_error", "timeout", "crashed")}.keys() == {
+        "compile_error",
+        "timeout",
+        "crashed",
+    }
+    assert row.winner is not None
+
+
+def test_a_spilling_known_good_tile_does_not_win(compiler: Compiler) -> None:
+    spilling = replace(FACTS, loop={**FACTS.loop, "spill": 3})
+    best = KNOWN[0].config
+    compiler.facts = lambda config: spilling if config == best else FACTS
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert row.winner is not None and row.winner.config != best.to_dict()
+    assert (
+        next(trial for trial in row.trials if trial.config == best.to_dict()).status == "predicted"
+    )  # rank, not exclusion
+    compiler.facts = lambda config: spilling
+    with pytest.raises(TuningError, match="3 spill instructions in its main loop"):
+        tune(PROBLEM, target=H100, progress=False, database=None)
+
+
+def test_a_tile_that_fails_the_accuracy_check_does_not_win(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, checked = replace(GOOD, ok=False, max_ratio=3.0, message="too far off"), []
+
+    def verdict(context: Context, config: KernelConfig) -> AccuracyReport:
+        checked.append(config)
+        return bad if len(checked) == 1 else GOOD
+
+    monkeypatch.setattr(predicted, "_check", verdict)
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert row.winner is not None and row.winner.config == checked[1].to_dict()
+    failed = next(trial for trial in row.trials if trial.config == checked[0].to_dict())
+    assert failed.status == "wrong_result" and failed.error_ratio == 3.0
+
+
+@pytest.mark.usefixtures("compiler")
+def test_without_calibration_there_are_no_milliseconds() -> None:
+    (row,) = tune(PROBLEM, target=A100, progress=False).problems
+    assert all(
+        trial.predicted_ms is None and trial.latency_ms is None and trial.bound_by
+        for trial in row.trials
+        if trial.status == "predicted"
+    )
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert all(trial.predicted_ms for trial in row.trials if trial.status == "predicted")
+
+
+def test_known_good_tiles_are_compiled_however_few_trials(compiler: Compiler) -> None:
+    (row,) = tune(PROBLEM, target=H100, max_trials=1, progress=False).problems
+    assert set(compiler.asked) == {known.config for known in KNOWN} and row.winner is not None
+
+
+def test_ctrl_c_keeps_what_is_done(compiler: Compiler) -> None:
+    def interrupted(config: KernelConfig) -> CompiledFacts:
+        if len(compiler.asked) == 7:
+            raise KeyboardInterrupt
+        return FACTS
+
+    compiler.facts = interrupted
+    result = tune([PROBLEM, Problem.preset("bert-base")], target=H100, progress=False)
+    assert result.interrupted and len(result.problems) == 1
+    with open_store() as store:
+        assert len(store.trials()) == 6
+    assert flashgen.dispatch.resolve(PROBLEM, H100).config_source in (
+        "seed",
+        "default",
+    )  # nothing was checked: nothing wins
+
+
+def test_resume_does_not_check_again(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # the real `_check`, which looks at what is stored first
+    monkeypatch.setattr(predicted, "CompilePool", compiler)
+    calls: list[int] = []
+
+    def check_launch(*arguments: Any, **options: Any) -> AccuracyReport:
+        calls.append(1)
+        return GOOD
+
+    monkeypatch.setattr("flashgen.accuracy.check_launch", check_launch)
+    database = str(tmp_path / "own.sqlite3")
+    for resume, expected in ((False, 1), (True, 1), (False, 2)):
+        (row,) = tune(PROBLEM, target=H100, progress=False, database=database, resume=resume).problems
+        assert row.winner is not None and row.winner.error_ratio == 0.5 and len(calls) == expected
+
+
+def test_two_problems_in_one_run(compiler: Compiler) -> None:
+    result = tune([PROBLEM, Problem.preset("bert-base")], target=H100, progress=False)
+    assert [row.winner is not None for row in result.problems] == [True, True]
+    assert result.problems[0].digest != result.problems[1].digest
+    with open_store() as store:
+        assert store.info()["winners"] == 2
+
+
+# -- measured, with a bench that is told what to answer --
+
+
+class Bench:
+    """Answers trials by config; records what was asked."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.asked, self.closed = answer, [], False
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        self.asked.append(request)
+        if request["do"] == "final":
+            times = [
+                {"latency_ms": 1.0 + i, "latency_p10_ms": 1.0, "latency_p90_ms": 2.0, "protocol": PROTOCOL_FINAL}
+                for i in range(len(request["configs"]))
+            ]
+            return {"status": "ok", "times": times[::-1]}
+        return self.answer(request)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def context_for(trials: int, earlier: bool = False) -> tuple[Context, Any]:
+    store = open_store(write=True)
+    result = flashgen.tuner.TuneResult(problems=[], session="s", mode="measured", target="h100", database="")
+    context = _context(
+        PROBLEM, H100, "measured", store, lambda event: None, result, max_trials=trials, workers=1, strategy="auto", resume=earlier,
+        expired=lambda: False,
+    )  # fmt: skip
+    return context, store
+
+
+def timed(request: dict[str, Any]) -> dict[str, Any]:
+    ms = request["config"]["BLOCK_M"] / 64 + request["config"]["BLOCK_N"] / 1000
+    return {
+        "status": "ok",
+        "latency_ms": ms,
+        "latency_p10_ms": ms,
+        "latency_p90_ms": ms,
+        "error_ratio": 0.5,
+        "max_abs_error": 1e-3,
+    }
+
+
+@pytest.mark.usefixtures("compiler")
+def test_measured_trials_and_the_final_word() -> None:
+    context, store = context_for(8)
+    bench = Bench(timed)
+    measured.run(context, bench=lambda: bench)
+    assert bench.closed and [r["do"] for r in bench.asked] == ["trial"] * 8 + ["final"]
+    finalists = bench.asked[-1]["configs"]
+    assert len(finalists) == 3
+    winner = context.result.winner
+    assert (
+        winner is not None and winner.config == finalists[2] and winner.protocol == PROTOCOL_FINAL
+    )  # re-timing overturned the search
+    assert len(store.trials()) == 8 + 3
+    flashgen.dispatch.forget()
+    plan = flashgen.dispatch.resolve(PROBLEM, H100)
+    assert (plan.config_source, plan.config.to_dict()) == ("database", finalists[2])
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    "status", ["crashed", "timeout", "wrong_result", "out_of_resources", "compile_error", "censored"]
+)
+def test_a_bad_candidate_is_a_trial_and_the_run_goes_on(status: str) -> None:
+    context, store = context_for(6)
+    first = context.order[0].to_dict()
+    bench = Bench(lambda r: {"status": status, "message": "so it was"} if r["config"] == first else timed(r))
+    measured.run(context, bench=lambda: bench)
+    row = next(row for row in store.trials() if row.config == first)
+    assert (row.status, row.message, row.latency_ms) == (status, "so it was", None)
+    assert context.result.winner is not None and context.result.winner.config != first
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_measured_run_resumes() -> None:
+    context, store = context_for(6)
+    measured.run(context, bench=lambda: Bench(timed))
+    again, _ = context_for(9, earlier=True)
+    bench = Bench(timed)
+    measured.run(again, bench=lambda: bench)
+    tried = [r["config"] for r in bench.asked if r["do"] == "trial"]
+    assert len(tried) == 3 and not any(config in [row.config for row in context.result.trials] for config in tried)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_when_nothing_can_be_measured_the_causes_are_told() -> None:
+    context, _ = context_for(4)
+    measured.run(context, bench=lambda: Bench(lambda r: {"status": "crashed", "message": "fell over"}))
+    assert context.result.winner is None and "fell over" in context.result.message
+
+
+def test_the_worker_process_that_cannot_start_says_why() -> None:
+    if Target.detect().backend == "cuda":
+        pytest.skip("there is a GPU: the worker would start")
+    worker = measured.GpuWorker()
+    with pytest.raises(BuildError, match="the measuring process did not start"):
+        worker.ask({"do": "trial"}, 5.0)
+    worker.close()
+
+
+# -- arguments --
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_trials": 0}, "max_trials=0 must be positive"),
+        ({"timeout_s": -1.0}, "timeout_s=-1.0"),
+        ({"workers": 0}, "workers=0"),
+        ({"mode": "guess"}, "mode='guess' is not known"),
+        ({"target": Target.named("cpu")}, "target 'cpu' is no GPU"),
+    ],
+)
+def test_wrong_arguments_are_explained(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidProblemError, match=match):
+        flashgen.tune(PROBLEM, **{"target": H100, **options})
+    with pytest.raises(InvalidProblemError, match="problems is empty"):
+        flashgen.tune([], target=H100)
+
+
+def test_measuring_needs_the_gpu() -> None:
+    if Target.detect().name == "h100":
+        pytest.skip("it is here")
+    with pytest.raises(UnsupportedProblemError, match=r"h100 cannot be measured.*--mode predicted"):
+        flashgen.tune(PROBLEM, target=H100, mode="measured")
+
+
+@pytest.mark.slow
+def test_the_real_compiler_and_the_real_check_end_to_end() -> None:
+    result = flashgen.tune(PROBLEM, target="h100", max_trials=4, progress=False)
+    (row,) = result.problems
+    assert row.winner is not None and row.winner.error_ratio is not None and 0.0 < row.winner.error_ratio <= 1.0
+    assert row.winner.facts is not None and row.winner.facts["loop"]["hgmma"] > 0
