@@ -18,6 +18,7 @@ _COVERED_FLAGS = frozenset({"causal", "has_lse"})
 
 _FLEX = "default tile of FlexAttention in PyTorch 2.13 (torch/_inductor/template_heuristics/triton.py)"
 _FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 where its table has no entry (same file)"
+_H100 = "best of what was measured on one H100 (benchmarks/results/h100_tune.jsonl)"
 _SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 8192 (h200_triton_attention_fwd.jsonl)"
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), best first, by (family of architecture, 16-bit?, padded head dim).
@@ -29,10 +30,10 @@ _KNOWN_GOOD: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
         ((128, 128, 8, 3), _SURFACE),
         ((128, 128, 4, 3), _FLEX),
     ),
-    ("sm_90", True, 128): (((128, 64, 8, 3), _SURFACE), ((128, 128, 8, 3), _SURFACE), ((64, 64, 4, 3), _SURFACE)),
+    ("sm_90", True, 128): (((128, 128, 8, 3), _H100), ((128, 64, 8, 3), _SURFACE), ((64, 64, 4, 3), _SURFACE)),
     ("sm_90", True, 256): (((64, 32, 4, 3), _FLEX),),
     # fp32 is multiplied on the CUDA cores in full precision: the larger tiles spill, the first one never does.
-    ("sm_90", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
+    ("sm_90", False, 32): (((64, 64, 4, 2), _H100), ((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
     ("sm_90", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
     ("sm_90", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((32, 64, 4, 3), _FLEX)),
     ("sm_90", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((32, 32, 4, 3), _FLEX)),
