@@ -202,4 +202,4 @@ def test_python_dash_m_and_debug() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flashgen", "--debug", "render", "x"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and "Traceback" in done.stderr and "InvalidProblemError" in done.stderr
+    assert done.returncode == 2 and "Traceback" in done.stderr and "InvalidProblemError" in done.stderr
