@@ -338,7 +338,7 @@ def test_a_bad_candidate_is_a_trial_and_the_run_goes_on(status: str) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_a_measured_run_resumes() -> None:
-    context, store = context_for(6)
+    context, _ = context_for(6)
     measured.run(context, bench=lambda: Bench(timed))
     again, _ = context_for(9, earlier=True)
     bench = Bench(timed)
