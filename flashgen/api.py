@@ -61,8 +61,18 @@ def attention(
         causal: query i sees keys j <= i + d.
         causal_alignment: d = seqlen_k - seqlen_q for "bottom-right" (FlashAttention's convention), 0 for "top-left".
         softmax_scale: factor of the scores; None for 1/sqrt(head_dim).
-        window_size, softcap, alibi_slopes, sinks, bias, attn_mask, score_mod, mask_mod, block_mask, dropout_p,
-            generator: not built yet: anything but the default raises UnsupportedProblemError.
+        window_size: (left, right): keys i + d - left <= j <= i + d + right, with or without causal; -1 for no limit.
+        softcap: s <- softcap * tanh(s / softcap); 0 for none.
+        alibi_slopes: (num_heads_q,) or (batch, num_heads_q): adds -slope * |i + seqlen_k - seqlen_q - j|; no gradient.
+        sinks: (num_heads_q,) raw logits that join the softmax denominator only; differentiable.
+        bias: additive, floating, broadcastable (right-aligned) to (batch, num_heads_q, seqlen_q, seqlen_k);
+            differentiable, its gradient has its own shape.
+        attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
+        score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients.
+        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, elementwise.
+        block_mask: torch's BlockMask, taken as given.
+        dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
+        generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
         deterministic: every path that exists today repeats bit for bit, whatever is asked for.
         layout: "bshd" or "bhsd".
