@@ -243,6 +243,13 @@ def _locked(location: Location) -> Iterator[None]:
 
     lock = FileLock(f"{location.path}.lock", timeout=_LOCK_TIMEOUT_S)
     try:
+        # FileLock waits for a file that can never be made; say so at once.
+        os.close(os.open(lock.lock_file, os.O_CREAT | os.O_RDWR, 0o644))
+    except OSError as error:
+        raise DatabaseError(
+            f"{lock.lock_file} cannot be made beside the tuning database: {error}. Make the folder writable, or {ELSEWHERE}."
+        ) from error
+    try:
         lock.acquire()
     except Timeout as error:
         raise DatabaseError(

@@ -86,7 +86,7 @@ def test_a_folder_and_a_path_that_cannot_be_made(tmp_path: Path) -> None:
             open_store(tmp_path, write=write).close()
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(DatabaseError, match="FLASHGEN_DB|file"):
+    with pytest.raises(DatabaseError, match=r"FLASHGEN_DB|file"):
         open_store(blocked / "tuning.sqlite3", write=True).close()
 
 
