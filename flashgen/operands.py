@@ -57,6 +57,12 @@ class Operands:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
+        for name in ("score_mod", "mask_mod"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise InvalidProblemError(
+                    f"{name} is a {type(value).__name__}: it must be a function, see FlexAttention."
+                )
 
     def check(self, problem: Problem, device: torch.device) -> None:
         """Check shapes, dtypes and devices against the problem.

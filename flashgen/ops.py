@@ -8,6 +8,7 @@ BlockMask) cannot be an operator's argument: it runs the same code without the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -74,6 +75,10 @@ def encode_config(config: ConfigLike | None) -> str:
     """A config as one string."""
     if config is None:
         return ""
+    if not isinstance(config, Mapping):
+        raise InvalidProblemError(
+            f"config={config!r} is a {type(config).__name__}: it must be a KernelConfig or a dict of its tunables."
+        )
     variant = config.variant if isinstance(config, KernelConfig) else ""
     return ";".join([variant, *[f"{name}={value!r}" for name, value in config.items()]])
 
@@ -376,6 +381,20 @@ def draw_philox(q: Tensor, dropout_p: float, generator: torch.Generator | None) 
     if not dropout_p:
         return None
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device, generator=generator)
+
+
+def number(name: str, value: Any) -> Any:
+    """A scalar option as the operator's schema wants it; symbolic numbers of a compiler pass through.
+
+    Raises:
+        InvalidProblemError: it is no number.
+    """
+    if value is None or isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.") from None
 
 
 def window(value: Any) -> tuple[int, int]:

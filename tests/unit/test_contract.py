@@ -163,6 +163,13 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("backend", lambda: flashgen.attention(*qkv(), backend="cuda"), "backend='cuda'.*auto, gluon, triton, torch"),  # type: ignore[arg-type]
     ("layout", lambda: flashgen.attention(*qkv(), layout="sbhd"), "layout='sbhd'.*bshd, bhsd"),  # type: ignore[arg-type]
     ("alignment", lambda: flashgen.attention(*qkv(), causal=True, causal_alignment="top"), "causal_alignment='top'"),  # type: ignore[arg-type]
+    (
+        "config type",
+        lambda: flashgen.attention(*qkv(), config=5),
+        "config=5 is a int: it must be a KernelConfig or a dict",
+    ),  # type: ignore[arg-type]
+    ("softcap type", lambda: flashgen.attention(*qkv(), softcap="x"), "softcap='x' is a str: it must be a number"),  # type: ignore[arg-type]
+    ("mod type", lambda: flashgen.attention(*qkv(), score_mod=3), "score_mod is a int: it must be a function"),  # type: ignore[arg-type]
     ("preset", lambda: flashgen.Problem.preset("gpt-9"), "preset 'gpt-9'.*llama3-8b"),
     ("target", lambda: Target.named("tpu"), "target 'tpu'.*h100"),
     (
