@@ -27,7 +27,8 @@ ROWS = (
     ("build",),
     # The frames that workers talk in, and the interpreting worker itself.
     ("interpret_worker",),
-    ("sass",),
+    ("disassembly",),
+    ("sass", "gcn"),
     ("facts",),
     ("compile_pool", "compile_worker"),
     ("costmodel",),
