@@ -37,6 +37,7 @@ ROWS = (
     ("store",),
     ("torch_blocked", "bench"),
     ("dispatch",),
+    ("memory",),
     ("operands",),
     ("ops",),
     ("api",),
