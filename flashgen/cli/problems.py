@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
@@ -147,28 +146,6 @@ def _of_preset(name: str, given: dict[str, Any], *, all_kinds: bool) -> list[Pro
         Problem.preset(model.name, layer=row.kind, seqlen=given["seqlen"], batch=given["batch"], **overrides)
         for row in (kinds if all_kinds else kinds[:1])
     ]
-
-
-def uncovered(spec: AttentionSpec, target: Target) -> dict[str, list[str]]:
-    """Kernel variants of a spec's operation -> the options of the spec that they do not cover on a target.
-
-    An option counts where the variant takes the spec without options, but refuses it with this one alone.
-    """
-    options = [name for name in spec.flags if name not in ("causal", "has_lse")]
-    plain = replace(spec, **dict.fromkeys(options, False))
-    return {
-        variant.name: missing
-        for variant in candidates(spec)
-        if variant.template is not None
-        and variant.supports(plain, target) is None
-        and (missing := [_spelled(o) for o in options if variant.supports(replace(plain, **{o: True}), target)])
-    }
-
-
-def _spelled(flag: str) -> str:
-    """What a spec's flag is called in `attention()`."""
-    spelled = {"window": "window_size", "has_alibi": "alibi_slopes", "dropout": "dropout_p"}
-    return spelled.get(flag, flag.removeprefix("has_"))
 
 
 def problem_of(given: dict[str, Any]) -> Problem:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from flashgen.cli.output import Group, json_option, print_json, print_table
-from flashgen.cli.problems import named, problem_of, problem_options, problems_of, take, target_of, uncovered
+from flashgen.cli.problems import named, problem_of, problem_options, problems_of, take, target_of
+from flashgen.coverage import uncovered
 from flashgen.presets import PRESETS, Layers, find
 from flashgen.problem import Problem
 from flashgen.target import TARGETS, Target

@@ -23,6 +23,7 @@ ROWS = (
     ("presets",),
     ("problem",),
     ("variants",),
+    ("coverage",),
     ("render",),
     ("build",),
     # The frames that workers talk in, and the interpreting worker itself.

@@ -11,7 +11,7 @@ import pytest
 
 from flashgen import Problem, Target
 from flashgen.cli.main import run
-from flashgen.cli.problems import uncovered
+from flashgen.coverage import uncovered
 from flashgen.errors import InvalidProblemError
 from flashgen.presets import PRESETS, find
 from flashgen.spec import AttentionSpec
