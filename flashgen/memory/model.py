@@ -134,9 +134,9 @@ def _tile(problem: Problem, target: Target) -> tuple[Tile, str, tuple[str, ...]]
     missing: tuple[str, ...] = ()
     asked = problem
     if not generated(problem.spec, target):
-        lacking = uncovered(problem.spec, target)
+        lacking = sorted(uncovered(problem.spec, target).values(), key=len)
         # What the kernel closest to it lacks.
-        missing = tuple(min(lacking.values(), key=lambda names: len(names), default=[]))
+        missing = tuple(lacking[0]) if lacking else ()
         asked = replace(problem, **_PLAIN)  # type: ignore[arg-type]  # each a field's own off value
     if not generated(asked.spec, target):
         raise UnsupportedProblemError(f"no generated kernel runs {asked} on {target.name}.")
