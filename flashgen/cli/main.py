@@ -27,7 +27,7 @@ _COMMANDS = {
     "render": ("render", "Print the kernel source of a spec."),
     "show": ("show", "Variants, targets, presets, spaces, plans."),
     "export": ("export", "Write a kernel that works without flashgen."),
-    "memory": ("unbuilt", "Activation memory of a model (not built yet)."),
+    "memory": ("memory", "Activation memory and HBM traffic of a model's attention, against materialised."),
     "report": ("unbuilt", "One HTML file of all results (not built yet)."),
     "db": ("db", "The tuning database."),
 }

@@ -21,14 +21,6 @@ def bench(arguments: tuple[str, ...], as_json: bool) -> None:
 @click.command(context_settings=_ANY)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @json_option
-def memory(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Activation memory of a model preset (not built yet)."""
-    raise not_built("flashgen memory")
-
-
-@click.command(context_settings=_ANY)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@json_option
 def report(arguments: tuple[str, ...], as_json: bool) -> None:
     """One HTML file of all results (not built yet)."""
     raise not_built("flashgen report")

@@ -64,7 +64,6 @@ USAGE = [
 ]
 UNBUILT = [
     ["bench"],
-    ["memory", "--preset", "llama3-8b"],
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
     ["check", "--simulate"],

@@ -16,13 +16,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 # inside a package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
 ROWS = (
     ("errors",),
-    ("settings", "assets"),
+    ("settings", "assets", "plot"),
     ("spec",),
     ("config",),
     ("target",),
     ("presets",),
     ("problem",),
     ("variants",),
+    ("coverage",),
     ("render",),
     ("build",),
     # The frames that workers talk in, and the interpreting worker itself.
@@ -38,6 +39,7 @@ ROWS = (
     ("store",),
     ("torch_blocked", "bench"),
     ("dispatch",),
+    ("memory",),
     ("operands",),
     ("ops",),
     ("api",),
