@@ -63,7 +63,6 @@ USAGE = [
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
-    ["bench"],
     ["memory", "--preset", "llama3-8b"],
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],

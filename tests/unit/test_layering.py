@@ -40,7 +40,7 @@ ROWS = (
     ("operands",),
     ("ops",),
     ("api",),
-    ("integrations",),
+    ("integrations", "peers"),
     ("tuner",),
     ("exporter",),
     ("cli",),
