@@ -201,9 +201,9 @@ def _print_one(one: Comparison) -> None:
         "time / flashgen",
         "p10",
         "p90",
-        "",
+        "verdict",
         "budget",
-        "first call",
+        "prepared in",
     ]
     print_table(headers, [_cells(entry) for entry in one.contestants if entry.status != "absent"])
     for entry in one.contestants:
@@ -225,7 +225,9 @@ def _cells(entry: Contestant) -> list[str]:
     )
     cells += ["-" if x is None else f"{x:.4g}" for x in (entry.tflops, entry.gbps)]
     cells += ["-"] * 3 if ratio is None else [f"{x:.3f}" for x in (ratio.median, ratio.p10, ratio.p90)]
-    cells.append(entry.verdict or entry.status)
+    cells.append(
+        ", ".join(filter(None, (entry.verdict, entry.status if entry.verdict is None or entry.status != "ok" else "")))
+    )
     cells.append("-" if entry.budget_used is None else f"{entry.budget_used:.2f}")
     cells.append("-" if entry.prepare_s is None else f"{entry.prepare_s:.2f} s")
     return cells

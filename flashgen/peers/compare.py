@@ -47,7 +47,8 @@ class Contestant:
             `failed` (raised); `unsupported`; `absent` (not installed); `not run` (time was over).
         message: why, where the status is not ok.
         budget_used: part of the error budget; above 1 is outside.
-        prepare_s: seconds from nothing to the first result, compilation included; no part of any time.
+        prepare_s: seconds from nothing to the first result, compilation included (of a backward also the forwards of all
+            copies); no part of any time.
         samples: milliseconds, one per round.
         time: their summary.
         ratio: its times over the baseline's, pair by pair; None for the baseline itself.

@@ -10,7 +10,7 @@ from flashgen.bench.environment import cache_bytes, free_bytes
 from flashgen.peers.base import BenchOp, Tensors
 from flashgen.problem import Layout, Problem
 
-_MOST_COPIES = 64
+_MOST_COPIES = 128
 _MEMORY_SHARE = 0.2  # of what is free, for the inputs in one layout
 
 

@@ -128,8 +128,10 @@ def absent(comparisons: Sequence[Comparison]) -> dict[str, str]:
 
 def _comparison(one: Comparison) -> dict[str, Any]:
     entries = [asdict(entry) for entry in one.contestants if entry.status != "absent"]
-    names = ("op", "protocol", "cuda_graph", "floor", "copies", "overflows", "coverage", "warm_up_rounds", "settled")
-    names += ("gpu_before", "gpu_after", "notes", "interrupted", "expired")
+    names = (
+        "op", "protocol", "cuda_graph", "floor", "copies", "overflows", "coverage", "warm_up_rounds", "settled", "gpu_before",
+        "gpu_after", "notes", "interrupted", "expired",
+    )  # fmt: skip
     return {
         "problem": asdict(one.problem),
         "key": str(one.problem),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashgen import settings
 from flashgen.api import attention
 from flashgen.bench.environment import own_version
 from flashgen.dispatch import Plan, resolve
@@ -32,11 +33,14 @@ class Flashgen(Peer):
         return f"flashgen {own_version()}"
 
     def supports(self, problem: Problem, op: BenchOp) -> str | None:
+        asked = settings.read().backend if self.backend == "auto" else self.backend
+        if not problem.device.startswith("cuda") and asked not in ("auto", "torch"):
+            return INTERPRETED
         try:
-            plan = self._plan(problem, op)
+            self._plan(problem, op)
         except UnsupportedProblemError as error:
             return str(error)
-        return INTERPRETED if plan.backend != "torch" and plan.target.backend == "cpu" else None
+        return None
 
     def _plan(self, problem: Problem, op: BenchOp) -> Plan:
         return resolve(replace(problem, requires_grad=op == "attention_bwd"), backend=self.backend)
