@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from flashgen import plot
 from flashgen.bench.environment import Environment
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import OPTION_NAMES, problems_of, shape_options
 from flashgen.errors import InvalidProblemError
-from flashgen.peers import NAMES, OPS, BenchOp, Flashgen, Peer, choose
+from flashgen.peers import NAMES, OPS, BenchOp, Flashgen, Peer, choose, figure
 from flashgen.peers.compare import Comparison, Contestant, compare
 from flashgen.peers.output import absent, append_csv, check_csv, document
 from flashgen.problem import Problem
@@ -67,12 +68,12 @@ def bench(op: str, as_json: bool, **values: Any) -> int:
     if values["csv_path"] is not None:
         check_csv(values["csv_path"])
     if values["plot_path"] is not None:
-        _check_plot(values["plot_path"])
+        plot.check(values["plot_path"])
     run = _Run(device, contestants, values, quiet=as_json)
     for problem, one_op in _work(problems, op, device):
         run.one(problem, one_op)
     if values["plot_path"] is not None and run.comparisons:
-        _plot(run.comparisons, run.environment, values["plot_path"])
+        figure.draw(run.comparisons, run.environment, values["plot_path"])
     if as_json:
         print_json(document(run.comparisons, run.environment, not_run=run.not_run, interrupted=run.interrupted))
     else:
@@ -231,9 +232,3 @@ def _cells(entry: Contestant) -> list[str]:
     cells.append("-" if entry.budget_used is None else f"{entry.budget_used:.2f}")
     cells.append("-" if entry.prepare_s is None else f"{entry.prepare_s:.2f} s")
     return cells
-
-
-def _check_plot(path: Path) -> None: ...
-
-
-def _plot(comparisons: list[Comparison], environment: Environment, path: Path) -> None: ...

@@ -200,6 +200,20 @@ def test_a_wrong_flashgen_fails_the_command(
     assert rows["sdpa-math"][1] == "100.0000" and rows["sdpa-math"][6] == "-" and "flashgen (A/A)" not in rows
 
 
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed (extra plot)")
+def test_the_plot_names_the_contestants(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "bench.svg"
+    code, _, _ = call(capsys, "--op", "both", "--plot", str(path))
+    text = path.read_text()
+    assert code == 0 and all(f"<!-- {name} -->" in text for name in ("flashgen", "sdpa-flash", "sdpa-math"))
+    assert "A/A" not in text and "fa3" not in text and "side-by-side-1" in text and "backward" in text
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "--plot", "figure.gif")
+    assert code == 2 and out == "" and "figure.gif" in err and "attention_fwd of" not in err
+
+
 # -- the machine --
 
 

@@ -167,7 +167,13 @@ def test_rows_of_every_head_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashgen.peers.judge._ALL_PAIRS", 1000)
     monkeypatch.setattr("flashgen.peers.judge._ROWS", 8)
     problem = replace(SMALL, seqlen_q=61, seqlen_k=90)
-    assert run(problem).coverage == "24 of 61 rows of every head"
+    right = run(problem, SdpaMath(), Flashgen("auto"))
+    assert right.coverage == "24 of 61 rows of every head"
+    assert entry(right, "flashgen").status == entry(right, "flashgen-torch").status == "ok"
+    nan = Planted(
+        "nan", lambda out, n: out.index_fill(1, torch.tensor([10]), float("nan"))
+    )  # a row that is not compared
+    assert "NaN" in entry(run(problem, nan), "nan").message
     for row in (0, 29, 60):
         for head in range(4):
 
