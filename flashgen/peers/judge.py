@@ -1,13 +1,14 @@
 """Whether a contestant computed attention at all: its result against fp64, before its time counts and after.
 
 The unit is that of `flashgen.accuracy`. flashgen must stay inside its own budget; a peer, whose authors promise less, may
-use twice of it, and what lies between is reported as loose. Large problems are judged on rows of every head (forward), on two
+use twice of it, and what lies between is reported as loose. Large problems are judged on rows of every head (forward), on some
 whole heads (backward), and everywhere on shape and finiteness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,15 @@ _BLOCK_PAIRS = 1 << 23  # scores held at once
 Judgement = Literal["ok", "loose", "wrong"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is judged of the results: one index, one exact and one low-precision tensor for each of them."""
+
+    where: tuple[Any, ...]
+    oracle: list[Tensor]
+    low: list[Tensor]
+
+
 class Judge:
     """Holds the reference of one copy of the inputs, in the layout bshd, made when it is first asked for."""
 
@@ -34,7 +44,7 @@ class Judge:
         self._problem, self._op, self._tensors = problem, op, tensors
         pairs = problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_k
         self._whole = pairs <= _ALL_PAIRS
-        self._references: list[tuple[Any, ...]] | None = None
+        self._references: list[_Part] | None = None
 
     @property
     def coverage(self) -> str:
@@ -45,7 +55,7 @@ class Judge:
             return (
                 f"{sum(stop - start for start, stop in self._blocks())} of {self._problem.seqlen_q} rows of every head"
             )
-        return "the first and the last key/value head with their queries"
+        return f"{len(self._heads())} of {self._problem.batch * self._problem.num_heads_kv} key/value heads and their queries"
 
     def judge(self, result: Any, layout: Layout, *, slack: float) -> tuple[Judgement, float, str]:
         """Compare a result with the reference.
@@ -83,17 +93,17 @@ class Judge:
         return [tuple(x.shape) for x in (t.q, t.k, t.v)]
 
     def _reports(self, results: list[Tensor]) -> Iterator[tuple[str, AccuracyReport]]:
+        """One report per tensor, over all its judged parts together: the budget's unit is a maximum over all of them."""
         if self._references is None:
             self._references = list(self._forward() if self._op == "attention_fwd" else self._backward())
-        dtype = self._problem.dtype
-        if self._op == "attention_fwd":
-            for rows, oracle, low in self._references:
-                yield "out", accuracy.check(results[0][:, rows], None, (oracle, None), (low, None), dtype)
-            return
-        for batch, heads, head_kv, oracle, low in self._references:
-            parts = (results[0][batch, :, heads], results[1][batch, :, head_kv], results[2][batch, :, head_kv])
-            for name, part, exact, unit in zip(("dq", "dk", "dv"), parts, oracle, low, strict=True):
-                yield name, accuracy.check(part, None, (exact, None), (unit, None), dtype, gradient=True)
+        names = ("out",) if self._op == "attention_fwd" else ("dq", "dk", "dv")
+        for number, name in enumerate(names):
+            parts = [results[number][part.where[number]] for part in self._references]
+            exact = [part.oracle[number] for part in self._references]
+            unit = [part.low[number] for part in self._references]
+            flat, oracle, low = (torch.cat([x.flatten() for x in pieces]) for pieces in (parts, exact, unit))
+            gradient = self._op == "attention_bwd"
+            yield name, accuracy.check(flat, None, (oracle, None), (low, None), self._problem.dtype, gradient=gradient)
 
     # -- references --
 
@@ -107,28 +117,37 @@ class Judge:
         middle = rows // 2 - _ROWS // 2 + 1  # no multiple of any tile
         return [(0, _ROWS), (middle, middle + _ROWS), (rows - _ROWS, rows)]
 
-    def _forward(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _heads(self) -> list[tuple[int, int]]:
+        """(batch, key/value head): the first, the last, and between them as many as the work allows, evenly spread."""
+        p = self._problem
+        every = [(b, h) for b in range(p.batch) for h in range(p.num_heads_kv)]
+        if self._whole or len(every) <= 2:
+            return every
+        each = p.num_heads_q // p.num_heads_kv * p.seqlen_q * p.seqlen_k
+        count = min(len(every), max(2, _ALL_PAIRS // each))
+        return [every[number * (len(every) - 1) // (count - 1)] for number in range(count)]
+
+    def _forward(self) -> Iterator[_Part]:
         t = self._tensors
         for start, stop in self._blocks():
             # A row's result depends on no other row: a block of rows is a problem of its own with a moved diagonal.
             options = {**self._options(), "causal_offset": self._problem.causal_offset + start}
             q = t.q[:, start:stop]
-            yield (
-                slice(start, stop),
-                attention_oracle(q, t.k, t.v, **options)[0],
-                attention_low_precision(q, t.k, t.v, **options)[0],
-            )
+            oracle = attention_oracle(q, t.k, t.v, **options)[0]
+            low = attention_low_precision(q, t.k, t.v, **options)[0]
+            yield _Part(where=((slice(None), slice(start, stop)),), oracle=[oracle], low=[low])
 
-    def _backward(self) -> Iterator[tuple[int, slice, int, list[Tensor], list[Tensor]]]:
+    def _backward(self) -> Iterator[_Part]:
         p, t = self._problem, self._tensors
         group = p.num_heads_q // p.num_heads_kv
-        every = [(b, h) for b in range(p.batch) for h in range(p.num_heads_kv)]
-        for batch, head in every if self._whole else [every[0], every[-1]]:
-            heads = slice(head * group, (head + 1) * group)
+        for batch, head in self._heads():
             assert t.dout is not None  # a backward's inputs have one
-            parts = (t.q[batch, :, heads], t.k[batch, :, head], t.v[batch, :, head], t.dout[batch, :, heads])
+            queries = (batch, slice(None), slice(head * group, (head + 1) * group))
+            keys = (batch, slice(None), head)
+            parts = (t.q[queries], t.k[keys], t.v[keys], t.dout[queries])
             options = {**self._options(), "causal_offset": p.causal_offset}
-            yield batch, heads, head, gradients(*parts, low=False, **options), gradients(*parts, low=True, **options)
+            oracle, low = (gradients(*parts, low=which, **options) for which in (False, True))
+            yield _Part(where=(queries, keys, keys), oracle=oracle, low=low)
 
 
 def gradients(
