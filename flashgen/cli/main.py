@@ -22,7 +22,7 @@ _COMMANDS = {
     "doctor": ("doctor", "Versions, GPUs, database, and which backends work here."),
     "quickstart": ("quickstart", "The whole chain on this machine, on a real model."),
     "tune": ("tune", "Search the best configuration and store every trial."),
-    "bench": ("unbuilt", "Time flashgen beside its peers (not built yet)."),
+    "bench": ("bench", "Time flashgen beside its peers."),
     "check": ("check", "Accuracy of the generated kernels against the fp64 reference."),
     "render": ("render", "Print the kernel source of a spec."),
     "show": ("show", "Variants, targets, presets, spaces, plans."),

@@ -19,7 +19,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option("--preset", "presets", multiple=True, metavar="NAME[/KIND]", help="Attention of a named model, or of one kind of its layers; may be repeated."),
-    click.option("--op", type=click.Choice(["attention_fwd", "attention_bwd", "attention_decode"]), default="attention_fwd", show_default=True),
     click.option("--dtype", type=click.Choice(DTYPES), help="fp16, bf16 or fp32."),
     click.option("--head-dim", type=int, help="Of q and k."),
     click.option("--head-dim-v", type=int, help="Of v and the output; as --head-dim where not given."),
@@ -43,11 +42,19 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def problem_options(function: _F) -> _F:
-    """`--preset`, or `--dtype --head-dim ...`."""
+_OP = click.option("--op", type=click.Choice(["attention_fwd", "attention_bwd", "attention_decode"]), default="attention_fwd", show_default=True)  # fmt: skip
+
+
+def shape_options(function: _F) -> _F:
+    """`--preset`, or `--dtype --head-dim ...`; a command with an `--op` of its own takes these alone."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def problem_options(function: _F) -> _F:
+    """`shape_options` and `--op`."""
+    return shape_options(_OP(function))
 
 
 # What changes the call beyond its sizes: option -> field of `Problem`, left at the field's default where not given.

@@ -43,7 +43,7 @@ ROWS = (
     ("operands",),
     ("ops",),
     ("api",),
-    ("integrations",),
+    ("integrations", "peers"),
     ("tuner",),
     ("exporter",),
     ("cli",),
