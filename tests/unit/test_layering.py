@@ -39,6 +39,7 @@ ROWS = (
     ("dispatch",),
     ("operands",),
     ("ops",),
+    ("warm",),
     ("api",),
     ("integrations",),
     ("tuner",),
