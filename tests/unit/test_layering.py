@@ -42,6 +42,7 @@ ROWS = (
     ("memory",),
     ("operands",),
     ("ops",),
+    ("warm",),
     ("api",),
     ("integrations", "peers"),
     ("tuner",),
