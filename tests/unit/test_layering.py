@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 # inside a package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
 ROWS = (
     ("errors",),
-    ("settings", "assets"),
+    ("settings", "assets", "plot"),
     ("spec",),
     ("config",),
     ("target",),
@@ -38,6 +38,7 @@ ROWS = (
     ("store",),
     ("torch_blocked", "bench"),
     ("dispatch",),
+    ("memory",),
     ("operands",),
     ("ops",),
     ("api",),
