@@ -2,7 +2,7 @@
 
 1. The *measured table*: winners measured on the same family of architecture with the same dtype width and padded head dim, the nearest
    mask and length first. A winner of the neighbouring length is nearly as good as the problem's own; one of another head dim is not.
-2. Without such an entry, the *known-good* tiles of the architecture, ordered by the model.
+2. Without such an entry, the *known-good* tiles of the architecture: in the model's order where that was judged, else as listed.
 3. Where none of those fits, the *model's* first tile among those with 16 query rows a warp.
 
 The model vetoes throughout (`costmodel.veto`), except a tile that was measured on this very kernel. `benchmarks/model_quality.py` judges
@@ -27,6 +27,8 @@ from flashgen.variants import KnownGood, MeasuredTile, Variant
 from flashgen.variants.triton_fwd_tiles import family
 
 _ROWS_PER_WARP = 16
+# (family of architecture, bytes of an element) where the model's order was judged on measurements; elsewhere a list's own order stands.
+_JUDGED = {("sm_90", 2)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +152,12 @@ def decide(
             )
     sources = {row.config: row.source for row in known_good}
     rest = [config for config in sources if config in facts and config not in choices and survives(config)]
-    for place, config in enumerate(_ranked(problem, target, facts, rest, constants), start=1):
-        place_in_words = f", number {place} of {len(rest)} by the model" if len(rest) > 1 else ""
-        choices[config] = Choice(config=config, rule=f"known good{place_in_words}: {sources[config]}")
+    judged = (family(target), spec.itemsize) in _JUDGED
+    ordered = _ranked(problem, target, facts, rest, constants) if judged else rest
+    for place, config in enumerate(ordered, start=1):
+        order = "by the model" if judged else "as listed"
+        words = f", number {place} of {len(rest)} {order}" if len(rest) > 1 else ""
+        choices[config] = Choice(config=config, rule=f"known good{words}: {sources[config]}")
     if not choices:
         rest = [config for config in shortlist(list(facts)) if survives(config)]
         for config in _ranked(problem, target, facts, rest, constants):

@@ -12,10 +12,11 @@ Tile = tuple[int, int, int, int]
 # (family of architecture, 16-bit?, padded head dim)
 Key = tuple[str, bool, int]
 
-_FLEX = "default tile of FlexAttention in PyTorch 2.13 (torch/_inductor/template_heuristics/triton.py)"
-_FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 where its table has no entry (same file)"
-_FLEX_LARGE = "default of FlexAttention in PyTorch 2.13 for fp32 and head dims over 256 (same file)"
-_FLEX_FEWER = "tile of FlexAttention in PyTorch 2.13 (same file), with 4 warps instead of 8: too few rows for 8"
+# torch/_inductor/template_heuristics/triton.py
+_FLEX = "default tile of FlexAttention in PyTorch 2.13"
+_FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 and head dims over 256"
+_FLEX_LARGE = "default of FlexAttention in PyTorch 2.13 for fp32 and head dims over 256 on ROCm"
+_FLEX_FEWER = "default tile of FlexAttention in PyTorch 2.13, with 4 warps instead of 8: too few rows for 8"
 _H100 = "best of what was measured on one H100 (benchmarks/results/h100_tune.jsonl)"
 _SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 8192 (h200_triton_attention_fwd.jsonl)"
 

@@ -63,6 +63,18 @@ def test_the_table_goes_before_known_good_and_the_model_orders_only_those() -> N
     assert all(choice.rule.startswith("model:") for choice in decision.choices)
 
 
+def test_where_the_model_was_never_judged_the_list_keeps_its_order() -> None:
+    large, small = tile(128), tile(64, num_warps=4)
+    facts = {small: FACTS, large: replace(FACTS, loop={**FACTS.loop, "spill": 40})}
+    known = [KnownGood(config=large, source="x"), KnownGood(config=small, source="y")]
+    for problem, target, first in (
+        (PROBLEM, H100, small),
+        (PROBLEM, A100, large),
+        (replace(PROBLEM, dtype="fp32"), H100, large),
+    ):
+        assert policy.decide(problem, target, facts, measured=[], known_good=known).choices[0].config == first
+
+
 def test_what_was_not_compiled_or_does_not_fit_is_never_chosen() -> None:
     decision = policy.decide(
         PROBLEM, H100, {}, measured=[row(tile(128), 1, True)], known_good=[KnownGood(config=tile(64), source="x")]
