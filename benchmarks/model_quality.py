@@ -93,6 +93,14 @@ class Judge:
             for p in problems
         ]
 
+    def one_for(self, problems: Sequence[Problem]) -> KernelConfig:
+        """The one tile with the least geometric mean slowdown over some problems."""
+        tiles = set.intersection(*(set(self.times[problem]) for problem in problems))
+        return min(
+            sorted(tiles, key=lambda tile: tile.label),
+            key=lambda tile: sum(math.log(self.slowdown(problem, tile)) for problem in problems),
+        )
+
     def policy(
         self, problem: Problem, table: list[MeasuredTile], listed: list[MeasuredTile], constants: Constants
     ) -> Row:
