@@ -83,10 +83,9 @@ TARGETS: dict[str, Target] = {
             hbm_gbps=600.0,
             clock_mhz=1710.0,
             bf16_tflops=70.0,
-            source="NVIDIA A10G datasheet (made for AWS): 70 TFLOP/s"
+            source="NVIDIA A10G datasheet (made for AWS, not openly published: doubtful): 70 TFLOP/s"
             + _HALF
-            + ", 600 GB/s; L2: full GA102 chip, NVIDIA "
-            "Ampere GA102 whitepaper; SMs and clock are not on the datasheet: the driver's, and what the peak implies"
+            + ", which is also what 80 SMs give at 1710 MHz, and 600 GB/s; L2: full GA102 chip, NVIDIA Ampere GA102 whitepaper"
             + _GUIDE,
             **_SM86,
         ),

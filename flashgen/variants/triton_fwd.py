@@ -89,7 +89,10 @@ class TritonForward(Variant):
         return self.config(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
-        rows = triton_fwd_tiles.KNOWN_GOOD[self._key(spec, target)]
+        key = self._key(spec, target)
+        rows = triton_fwd_tiles.KNOWN_GOOD[key]
+        if (spec.head_dim, spec.head_dim_v) != (spec.block_head_dim, spec.block_head_dim_v):
+            rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:

@@ -16,7 +16,12 @@ Key = tuple[str, bool, int]
 _FLEX = "default tile of FlexAttention in PyTorch 2.13"
 _FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 and head dims over 256"
 _FLEX_LARGE = "default of FlexAttention in PyTorch 2.13 for fp32 and head dims over 256 on ROCm"
-_FLEX_FEWER = "default tile of FlexAttention in PyTorch 2.13, with 4 warps instead of 8: too few rows for 8"
+_FLEX_120 = "default of FlexAttention in PyTorch 2.13 for sm_120, which has as little shared memory"
+_FLEX_SPILLS = (
+    "default of FlexAttention in PyTorch 2.13 for head dim 128; the one for 64 spills in the loop when compiled"
+)
+_FLEX_192 = "default of FlexAttention in PyTorch 2.13 for head dim 192; the one for 128 spills when padded"
+_FLEX_AMD = "default of FlexAttention in PyTorch 2.13 for gfx950; the one for gfx942 computes products thrice"
 _H100 = "best of what was measured on one H100 (benchmarks/results/h100_tune.jsonl)"
 _SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 8192 (h200_triton_attention_fwd.jsonl)"
 
@@ -35,7 +40,7 @@ KNOWN_GOOD: dict[Key, tuple[tuple[Tile, str], ...]] = {
     ("sm_90", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
     ("sm_90", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((32, 64, 4, 3), _FLEX)),
     ("sm_90", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((32, 32, 4, 3), _FLEX)),
-    ("sm_100", True, 64): (((128, 128, 4, 3), _FLEX),),
+    ("sm_100", True, 64): (((128, 64, 8, 3), _FLEX_SPILLS),),
     ("sm_100", True, 128): (((128, 64, 8, 3), _FLEX),),
     ("sm_100", True, 256): (((64, 32, 4, 3), _FLEX),),
     ("sm_100", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
@@ -51,18 +56,23 @@ KNOWN_GOOD: dict[Key, tuple[tuple[Tile, str], ...]] = {
     ("sm_120", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((64, 16, 4, 2), _FLEX)),
     ("sm_80", True, 64): (((128, 64, 4, 3), _FLEX),),
     ("sm_80", True, 128): (((128, 64, 8, 3), _FLEX),),
-    ("sm_80", True, 256): (((32, 64, 4, 3), _FLEX),),
+    ("sm_80", True, 256): (((32, 64, 4, 3), _FLEX), ((32, 64, 4, 2), _FLEX_120)),
     ("sm_80", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
     ("sm_80", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
     ("sm_80", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
     ("sm_80", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((64, 16, 4, 3), _FLEX)),
-    ("gfx942", True, 64): (((64, 64, 8, 2), _FLEX), ((64, 32, 8, 1), _FLEX)),
-    ("gfx942", True, 128): (((64, 64, 8, 2), _FLEX), ((64, 32, 8, 1), _FLEX)),
-    ("gfx942", True, 256): (((32, 64, 4, 2), _FLEX_FEWER), ((32, 32, 4, 1), _FLEX_FEWER)),
+    ("gfx942", True, 64): (((128, 64, 4, 2), _FLEX_AMD),),
+    ("gfx942", True, 128): (((128, 64, 4, 2), _FLEX_AMD),),
+    ("gfx942", True, 256): (((32, 64, 4, 2), _FLEX_AMD),),
     ("gfx942", False, 32): (((128, 32, 4, 1), _FLEX), ((32, 16, 4, 1), _FLEX_LARGE)),
     ("gfx942", False, 64): (((128, 32, 4, 1), _FLEX), ((32, 16, 4, 1), _FLEX_LARGE)),
     ("gfx942", False, 128): (((128, 32, 4, 1), _FLEX), ((32, 16, 4, 1), _FLEX_LARGE)),
     ("gfx942", False, 256): (((64, 16, 4, 1), _FLEX), ((32, 16, 4, 1), _FLEX_LARGE)),
+}
+
+# Go first where a head dim is no power of two: masked loads need more registers.
+PADDED: dict[Key, tuple[tuple[Tile, str], ...]] = {
+    ("sm_80", True, 128): (((128, 32, 8, 2), _FLEX_192),),
 }
 
 MEASURED_SOURCE = (
