@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import warnings
-=======
 import shutil
 import sys
 import textwrap
->>>>>>> wip-targets
+import warnings
 from dataclasses import asdict
 from typing import Any
 
