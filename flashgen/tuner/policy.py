@@ -152,6 +152,14 @@ def decide(
             )
     sources = {row.config: row.source for row in known_good}
     rest = [config for config in sources if config in facts and config not in choices and survives(config)]
+    for config in tuple(sources):
+        deeper = deeper_of(config)
+        # A tile that is refused for its two stages is known good but for them.
+        if config.label not in vetoed or deeper is None or deeper not in facts or deeper in (*choices, *rest):
+            continue
+        if survives(deeper):
+            rest.append(deeper)
+            sources = {**sources, deeper: f"{sources[config]}, with three stages instead of two"}
     judged = (family(target), spec.itemsize) in _JUDGED
     ordered = _ranked(problem, target, facts, rest, constants) if judged else rest
     for place, config in enumerate(ordered, start=1):

@@ -75,6 +75,14 @@ def test_where_the_model_was_never_judged_the_list_keeps_its_order() -> None:
         assert policy.decide(problem, target, facts, measured=[], known_good=known).choices[0].config == first
 
 
+def test_three_stages_take_the_place_of_two_that_were_vetoed() -> None:
+    two, three = tile(128, num_stages=2), tile(128)
+    known = [KnownGood(config=two, source="x")]
+    decision = policy.decide(PROBLEM, H100, {two: FACTS, three: FACTS}, measured=[], known_good=known)
+    (choice,) = decision.choices
+    assert choice.config == three and choice.rule == "known good: x, with three stages instead of two"
+
+
 def test_what_was_not_compiled_or_does_not_fit_is_never_chosen() -> None:
     decision = policy.decide(
         PROBLEM, H100, {}, measured=[row(tile(128), 1, True)], known_good=[KnownGood(config=tile(64), source="x")]
