@@ -214,7 +214,7 @@ def _passes(facts: CompiledFacts, problem: Problem, config: KernelConfig) -> flo
     if facts.loop.get("hgmma"):
         return 1.0  # never unrolled in what was compiled; their shapes vary, so their number says nothing
     if facts.loop_macs:
-        return products / facts.loop_macs
+        return float(products / facts.loop_macs)
     if spec.itemsize == 4 and facts.loop.get("fp32"):
         return float(max(1.0, products / (config.num_warps * 32) / facts.loop["fp32"]))
     return 1.0

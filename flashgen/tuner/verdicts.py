@@ -39,7 +39,8 @@ def of(source: KernelSource, config: KernelConfig) -> AccuracyReport | BuildErro
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         data = json.loads(path.read_text())
         return AccuracyReport(**{field.name: data[field.name] for field in fields(AccuracyReport)})
-    launch: Any = partial(interpret.launch, source, **dict(config))
+    knobs: dict[str, Any] = dict(config)
+    launch: Any = partial(interpret.launch, source, **knobs)
     try:
         report = accuracy.check_launch(launch, source.spec)
     except BuildError as error:
