@@ -90,7 +90,7 @@ def attention(
         BuildError: the kernel could not be compiled or run.
         DatabaseError: the user's tuning database is corrupt or unreadable.
     """
-    key = None
+    key, known = None, warm.table()
     if not torch.compiler.is_compiling() and (
         alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
         and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
@@ -136,7 +136,7 @@ def attention(
             q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
             softcap=softcap, return_lse=return_lse, requires_grad=False, layout=layout,
         )  # fmt: skip
-        warm.bind(key, dispatch.resolve(problem, backend=backend))
+        warm.bind(key, dispatch.resolve(problem, backend=backend), known)
     return (out, lse) if return_lse else out
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashgen import torch_blocked
 from flashgen.build import build
@@ -187,12 +188,17 @@ def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
         try:
             build(source).launch(q, k, v, out, lse, **values)
         except Exception as error:
-            if type(error).__module__.startswith("triton"):
-                raise BuildError(
-                    f"{plan.variant} with {plan.config.label} does not run on {plan.target.name}: "
-                    f"{type(error).__name__}: {error}. Pass another config=, or tune: flashgen tune {problem.tune_arguments}"
-                ) from error
-            raise
+            raise explained(error, plan) from error
+
+
+def explained(error: Exception, plan: Plan) -> Exception:
+    """A launch's exception, as a BuildError where the compiler or the driver refused."""
+    if not type(error).__module__.startswith("triton"):
+        return error
+    return BuildError(
+        f"{plan.variant} with {plan.config.label} does not run on {plan.target.name}: {type(error).__name__}: {error}. "
+        f"Pass another config=, or tune: flashgen tune {plan.problem.tune_arguments}"
+    )
 
 
 def _bshd(x: Tensor, layout: str) -> Tensor:
@@ -288,6 +294,7 @@ def flatten(operands: Operands, scalars: Scalars) -> tuple[Any, ...]:
 def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Attention, differentiable where an argument wants a gradient."""
     operands.require_tensors()
+    _refuse_tangents(q, k, v, operands.bias, operands.sinks)
     captured = operands.options_captured() if operands.score_mod is not None else ()
     wants = [x for x in (q, k, v, operands.bias, operands.sinks, *captured) if x is not None and x.requires_grad]
     if torch.is_grad_enabled() and wants:
@@ -302,6 +309,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
             return forward(q, k, v, operands, scalars)
     result: tuple[Tensor, Tensor] = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
     return result
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
 
 
 # -- autograd --
@@ -416,6 +431,11 @@ def require_tensors(q: Any, k: Any, v: Any, layout: str, *, dims: int = 4) -> No
     for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, Tensor):
             raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout)
+            raise InvalidProblemError(
+                f"{name} is a {kind} tensor: it must be a dense one (torch.strided). Make it dense, or pack it: varlen_attention()."
+            )
         if value.dim() != dims:
             order = "batch, heads, seqlen, head_dim" if layout == "bhsd" else "batch, seqlen, heads, head_dim"
             order = order if dims == 4 else "total, heads, head_dim"
