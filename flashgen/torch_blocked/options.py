@@ -103,7 +103,7 @@ class Block:
         for dim, part in ((-1, self.keys), (-2, self.rows), (-4, self.batch)):
             if x.dim() >= -dim and x.shape[dim] != 1:
                 x = x.narrow(dim, part.start, part.stop - part.start)
-        return x.view((1,) * (4 - x.dim()) + tuple(x.shape))
+        return _four(x)
 
     # -- forward --
 
@@ -128,7 +128,7 @@ class Block:
         if o.attn_mask is not None:
             parts.append(self.cut(o.attn_mask))
         if o.mask_mod is not None:
-            parts.append(torch.as_tensor(o.mask_mod(b, h, i, j), device=self.device).bool())
+            parts.append(_four(o.mask_mod(b, h, i, j).to(self.device)))
         if o.block_mask is not None:
             parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j))
         if not parts:
@@ -206,6 +206,11 @@ class GradientSums:
     captured: list[Tensor]
 
 
+def _four(x: Tensor) -> Tensor:
+    """Something that broadcasts to (b, h, m, n), with all four dimensions."""
+    return x.view((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x
+
+
 def _add_reduced(total: Tensor, x: Tensor) -> None:
     """Total += x summed over the dimensions that total broadcasts."""
     dims = [dim for dim in range(4) if total.shape[dim] == 1 and x.shape[dim] != 1]
@@ -216,7 +221,7 @@ def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -
     """A BlockMask as given: listed blocks only, its mask_mod inside the partial ones."""
     size_q, size_k = mask.BLOCK_SIZE
     partial = _listed(mask.kv_num_blocks, mask.kv_indices, b, h, i // size_q, j // size_k)
-    inside = torch.as_tensor(mask.mask_mod(b, h, i, j), device=i.device).bool()
+    inside = _four(mask.mask_mod(b, h, i, j).to(i.device))
     visible = partial & inside
     if mask.full_kv_num_blocks is not None:
         visible = visible | _listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i // size_q, j // size_k)

@@ -257,7 +257,7 @@ def test_wrong_offsets_are_explained() -> None:
     q, good = torch.randn(6, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
     for bad, match in (
         (torch.tensor([0, 4, 2], dtype=torch.int32), "never fall"),
-        (torch.tensor([0, 2, 9], dtype=torch.int32), "end at most at 6"),
+        (torch.tensor([0, 2, 9], dtype=torch.int32), "end at 6"),
         (torch.tensor([0, 2, 6]), "int32"),
         (torch.tensor([0, 6], dtype=torch.int32), "equally long"),
     ):
