@@ -16,6 +16,8 @@ def covers(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         and not o.has_free_mask
         and not o.softcap
     )
+    if o.causal and o.sm_scale <= 0:
+        return False  # it hides scores before it scales them: -inf times a negative scale is inf, and the row NaN
     no_window = o.window == (-1, -1) and (not o.causal or o.offset == 0)
     return q.device.type == "cpu" and plain and no_window and q.shape[3] == v.shape[3] and min(*q.shape, *k.shape) > 0
 

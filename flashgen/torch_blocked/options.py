@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen.torch_blocked.philox import keep_mask
+from flashgen.torch_blocked.philox import keep_block
 
 Mod = Callable[..., Tensor]
 
@@ -73,7 +73,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One step: a slice of the batch, of the query rows and of the keys, and index tensors shaped to broadcast."""
+    """One step: a slice of the batch, of the query rows and of the keys, and index tensors shaped to broadcast.
+
+    `kept` remembers dropout's mask, which the backward needs twice.
+    """
 
     options: Options
     batch: slice
@@ -81,6 +84,7 @@ class Block:
     keys: slice
     num_heads: int
     device: torch.device
+    kept: list[Tensor] = field(default_factory=list)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b, h, q_idx, kv_idx as int32 of shapes (b,1,1,1), (1,h,1,1), (1,1,m,1), (1,1,1,n)."""
@@ -143,8 +147,11 @@ class Block:
         o = self.options
         if o.philox is None:
             return p
-        b, h, i, j = (x.long() for x in self.indices())
-        keep = keep_mask(o.philox.to(self.device), o.dropout_p, b * self.num_heads + h, i, j)
+        if not self.kept:
+            b, h = (x.long() for x in self.indices()[:2])
+            i, j = self.rows, self.keys
+            self.kept.append(keep_block(o.philox.to(self.device), o.dropout_p, b * self.num_heads + h, i, j))
+        keep = self.kept[0]
         return p.masked_fill(~keep, 0.0) / (1.0 - o.dropout_p)
 
     # -- backward --

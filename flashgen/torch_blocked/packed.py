@@ -55,7 +55,7 @@ class Packing:
         checks.packing_values(ends_q, ends_k, used, totals, longest)
         keys = []
         for index, (start, stop) in enumerate(pairwise(ends_k)):
-            keys.append(slice(start, stop if used is None else start + used[index]))
+            keys.append(slice(start, stop if used is None else min(stop, start + used[index])))
         queries = tuple(slice(start, stop) for start, stop in pairwise(ends_q))
         return cls(queries=queries, keys=tuple(keys), bottom_right=bottom_right)
 
