@@ -1,4 +1,9 @@
-"""PyTorch's own fused CPU attention, where it means exactly the same: plain or top-left causal, equal head dims."""
+"""PyTorch's own fused CPU attention, where it means exactly the same: plain or top-left causal, equal head dims.
+
+At (1, 1024, 32, 64) fp32 on one core of a shared machine it took 0.38 and 0.37 s, the blocked loops in turn with it 0.90 and 0.91 s:
+OMP_NUM_THREADS=1 python -c "import time, torch; from flashgen.torch_blocked import Options, blocked, fused; x = torch.randn(1, 1024, 32, 64)
+for f in (fused, blocked) * 2: t = time.perf_counter(); f.forward(x, x, x, Options(sm_scale=.125), x.clone(), None); print(time.perf_counter() - t)"
+"""
 
 from __future__ import annotations
 
