@@ -1,5 +1,9 @@
 """PyTorch's own fused CPU attention, where it means exactly the same: plain or top-left causal, equal head dims.
 
+At (1, 1024, 32, 64) fp32 on one core of a shared machine it took 0.38 and 0.37 s, the blocked loops in turn with it 0.90 and 0.91 s:
+OMP_NUM_THREADS=1 python -c "import time, torch; from flashgen.torch_blocked import Options, blocked, fused; x = torch.randn(1, 1024, 32, 64)
+for f in (fused, blocked) * 2: t = time.perf_counter(); f.forward(x, x, x, Options(sm_scale=.125), x.clone(), None); print(time.perf_counter() - t)"
+
 The backward is taken in fp32 alone: in 16 bit PyTorch's loses two to three times what the blocked one loses against fp64 (bf16, head dims 32 and
 64, lengths 128 and 2048), outside the error budget that every backend is held to.
 """
@@ -20,6 +24,8 @@ def covers(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         and not o.has_free_mask
         and not o.softcap
     )
+    if o.causal and o.sm_scale <= 0:
+        return False  # it hides scores before it scales them: -inf times a negative scale is inf, and the row NaN
     no_window = o.window == (-1, -1) and (not o.causal or o.offset == 0)
     return q.device.type == "cpu" and plain and no_window and q.shape[3] == v.shape[3] and min(*q.shape, *k.shape) > 0
 
