@@ -1,19 +1,23 @@
 """The oracle (fp64) and the honest low-precision run that the error budget of `accuracy.py` is derived from.
 
-Both take `(batch, seqlen, num_heads, head_dim)` tensors and know every option a kernel knows. They are meant to be
-read: plain torch, one formula per line, blocked over query rows only so that a row of 4,096 heads-times-keys fits in
-memory. They are slow; never use them to compute attention, only to judge it.
+`attention_oracle` and `attention_low_precision` know causality alone and are blocked over query rows only, so that long
+sequences fit in memory. `exact` and `same_precision` know every option of `attention()` and the backward, unblocked, for
+small sizes. All take `(batch, seqlen, num_heads, head_dim)` tensors and are meant to be read: plain torch, one formula
+per line, nothing of it shared with a backend. They are slow; never use them to compute attention, only to judge it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 # Scores held at once, per (batch, key/value head): 32 MiB in fp64, whatever the lengths.
@@ -159,3 +163,210 @@ def _full_fp32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+# -- every option: unblocked, for small sizes --
+
+Mod = Callable[..., "Tensor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call with every option of `attention()`, and the gradients that come back to it.
+
+    Attributes:
+        q, k, v: bshd, any float dtype; what no query of a (batch, head) may see is not read.
+        sm_scale, causal, top_left, window, softcap: as in `attention()`.
+        alibi, sinks, bias, attn_mask, mask_mod: as in `attention()`.
+        score_mod: called with (score, b, h, q_idx, kv_idx, *captured).
+        captured: tensors of score_mod whose gradients are wanted.
+        dropout_p, philox: probability; seed and offset.
+        first_batch: index of the first sequence, which mods and dropout see.
+        dout, dlse: gradients of out (bshd) and of lse (batch, num_heads_q, seqlen_q); None for zero.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sm_scale: float
+    causal: bool = False
+    top_left: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: Tensor | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    attn_mask: Tensor | None = None
+    score_mod: Mod | None = None
+    captured: tuple[Tensor, ...] = ()
+    mask_mod: Mod | None = None
+    dropout_p: float = 0.0
+    philox: tuple[int, int] = (0, 0)
+    first_batch: int = 0
+    dout: Tensor | None = None
+    dlse: Tensor | None = None
+
+    @property
+    def indices(self) -> tuple[Tensor, ...]:
+        """Int32 b, h, q_idx and kv_idx, shaped to broadcast to the scores."""
+        batch, seqlen_q, heads, _ = self.q.shape
+        sizes = (batch, heads, seqlen_q, self.k.shape[1])
+        starts = (self.first_batch, 0, 0, 0)
+        return tuple(
+            torch.arange(start, start + size, dtype=torch.int32).view([-1 if axis == dim else 1 for axis in range(4)])
+            for dim, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        )
+
+    def visible(self) -> Tensor:
+        """The whole mask, (batch, num_heads_q, seqlen_q, seqlen_k) bool."""
+        b, h, i, j = self.indices
+        diagonal = i + (0 if self.top_left else self.k.shape[1] - self.q.shape[1])
+        left, right = self.window
+        seen = (b >= 0) & (h >= 0) & (i >= 0) & (j >= 0)
+        if self.causal:
+            seen = seen & (j <= diagonal)
+        if left >= 0:
+            seen = seen & (j >= diagonal - left)
+        if right >= 0:
+            seen = seen & (j <= diagonal + right)
+        if self.attn_mask is not None:
+            seen = seen & self.attn_mask
+        return seen & self.mask_mod(b, h, i, j) if self.mask_mod is not None else seen
+
+    def modified(self, scaled: Tensor, bias: Tensor | None, captured: tuple[Tensor, ...]) -> Tensor:
+        """Everything between scale * q.k and the masks, in the order of the contract."""
+        b, h, i, j = self.indices
+        s = torch.tanh(scaled / self.softcap) * self.softcap if self.softcap else scaled
+        if self.score_mod is not None:
+            s = self.score_mod(s, b, h, i, j, *captured)
+        if self.alibi is not None:
+            slopes = self.alibi.to(s.dtype)[..., None, None]
+            s = s - slopes * (i + self.k.shape[1] - self.q.shape[1] - j).abs()
+        return s if bias is None else s + bias
+
+    def kept(self) -> Tensor | float:
+        """What dropout multiplies probabilities with: 0 or 1 / (1 - p)."""
+        if not self.dropout_p:
+            return 1.0
+        b, h, i, j = (x.long().numpy() for x in self.indices)
+        words = dropout_words(self.philox, b * self.q.shape[2] + h, i, j)
+        keep = torch.from_numpy(words >= round(self.dropout_p * 2.0**32))
+        return keep.double() / (1.0 - self.dropout_p)
+
+    def heads_first(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Bshd as (batch, num_heads_q, seqlen, dim): shared heads repeated, keys that nobody sees zeroed."""
+        x = x.transpose(1, 2).repeat_interleave(self.q.shape[2] // x.shape[2], 1)
+        return x if seen is None else torch.where(seen.any(2).unsqueeze(-1), x, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """out, lse, and gradients by name: q, k, v, bias, sinks, captured0, captured1, ..."""
+
+    out: Tensor
+    lse: Tensor
+    gradients: dict[str, Tensor]
+
+
+def exact(call: Call) -> Result:
+    """Every option in fp64, gradients by autograd; a row without a key gives 0, -inf (or the sink) and no gradient."""
+    leaves = {name: x.detach().double().requires_grad_() for name, x in _leaves(call).items()}
+    captured = tuple(x for name, x in leaves.items() if name.startswith("captured"))
+    seen = call.visible()
+    q, k, v = call.heads_first(leaves["q"]), *(call.heads_first(leaves[name], seen) for name in "kv")
+    s = call.modified(q @ k.mT * call.sm_scale, leaves.get("bias"), captured)
+    s = torch.where(seen, s, -torch.inf)
+    if "sinks" in leaves:
+        s = torch.cat([s, leaves["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1)
+    dead = (s == -torch.inf).all(-1, keepdim=True)
+    s = torch.cat([torch.where(dead, 0.0, s), torch.where(dead, 0.0, -torch.inf)], -1)  # never without an entry
+    p = torch.where(dead, 0.0, s.softmax(-1))[..., : k.shape[2]]
+    lse = torch.where(dead[..., 0], -torch.inf, s.logsumexp(-1))
+    out = ((p * call.kept()) @ v).transpose(1, 2)
+    loss = out.sum() * 0.0
+    if call.dout is not None:
+        loss = loss + (out * call.dout.double()).sum()
+    if call.dlse is not None:
+        loss = loss + (torch.where(dead[..., 0], 0.0, lse) * call.dlse.double()).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return Result(out=out.detach(), lse=lse.detach(), gradients=dict(zip(leaves, grads, strict=True)))
+
+
+def same_precision(call: Call) -> Result:
+    """What an honest kernel of the inputs' dtype computes: the unit of the budget, forward and backward.
+
+    Backward: delta from the rounded output, P and dS rounded to the input dtype, sums in fp32. The gradients are left
+    in fp32, for packed sequences to be summed.
+    """
+    dtype = call.q.dtype
+    with _full_fp32():
+        seen = call.visible()
+        q, k, v = call.heads_first(call.q.float()), *(call.heads_first(x.float(), seen) for x in (call.k, call.v))
+        raw = (q @ k.mT * call.sm_scale).requires_grad_()
+        leaves = {name: x.detach().float().requires_grad_() for name, x in _leaves(call).items() if name not in "qkv"}
+        captured = tuple(x for name, x in leaves.items() if name.startswith("captured"))
+        live = call.modified(raw, leaves.get("bias"), captured).float().expand(raw.shape)
+        s = torch.where(seen, live.detach(), -torch.inf)
+        sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
+        sink = sink.view(1, -1, 1, 1).expand(*s.shape[:3], 1)
+        weights, m, total = _softmax_parts(torch.cat([s, sink], -1))
+        kept = torch.as_tensor(call.kept()).float()
+        out = _divide(((weights[..., :-1] * kept).to(dtype).float() @ v), total).to(dtype)
+        lse = m + torch.log(total)
+
+        # Backward.
+        dout = torch.zeros_like(out).float() if call.dout is None else call.dout.float().transpose(1, 2)
+        delta = (dout * out.float()).sum(-1, keepdim=True)
+        if call.dlse is not None:
+            delta = delta - call.dlse.float().unsqueeze(-1)
+        safe = torch.where(lse == -torch.inf, 0.0, lse)
+        p = torch.exp(s - safe)
+        dv = (p * kept).to(dtype).float().mT @ dout
+        ds = p * ((dout @ v.mT) * kept - delta)
+        inputs = [raw, *(x for name, x in leaves.items() if name != "sinks")]
+        draw, *others = torch.autograd.grad(
+            live, inputs, torch.where(seen, ds, 0.0), allow_unused=True, materialize_grads=True
+        )
+        draw = draw.to(dtype).float() * call.sm_scale
+    gradients = {
+        "q": (draw @ k).transpose(1, 2),
+        "k": _grouped_sum(draw.mT @ q, call.k.shape[2]),
+        "v": _grouped_sum(dv, call.k.shape[2]),
+        **dict(zip((name for name in leaves if name != "sinks"), others, strict=True)),
+    }
+    if call.sinks is not None:
+        gradients["sinks"] = -(torch.exp(sink - safe) * delta).sum((0, 2, 3))
+    return Result(out=out.transpose(1, 2), lse=lse.squeeze(-1), gradients=gradients)
+
+
+def _leaves(call: Call) -> dict[str, Tensor]:
+    named = {"q": call.q, "k": call.k, "v": call.v, "bias": call.bias, "sinks": call.sinks}
+    named |= {f"captured{index}": x for index, x in enumerate(call.captured)}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _grouped_sum(x: Tensor, heads_kv: int) -> Tensor:
+    """(batch, num_heads_q, seqlen, dim) summed over query heads that share one: bshd."""
+    summed: Tensor = x.unflatten(1, (heads_kv, -1)).sum(2)
+    return summed.transpose(1, 2)
+
+
+def dropout_words(
+    philox: tuple[int, int], heads: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]
+) -> NDArray[Any]:
+    """Philox4x32-10's word of every element (b * num_heads_q + h, i, j), from the definition; uint64, below 2^32.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. An element is kept when its word is at least
+    round(p * 2^32). Four elements share one call: {i, i + 8} x {j, j + 8} of a 16 x 16 square.
+    """
+    low = np.uint64(0xFFFFFFFF)
+    c = [columns // 16 * 8 + columns % 8, rows // 16 * 8 + rows % 8, heads, np.int64(philox[1])]
+    x0, x1, x2, x3 = (np.asarray(x).astype(np.uint64) & low for x in c)
+    key0, key1 = philox[0] & 0xFFFFFFFF, philox[0] >> 32 & 0xFFFFFFFF
+    for step in range(10):
+        k0 = np.uint64((key0 + step * 0x9E3779B9) & 0xFFFFFFFF)
+        k1 = np.uint64((key1 + step * 0xBB67AE85) & 0xFFFFFFFF)
+        a, b = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x1, x2, x3 = (b >> np.uint64(32)) ^ x1 ^ k0, b & low, (a >> np.uint64(32)) ^ x3 ^ k1, a & low
+    number = rows // 8 % 2 * 2 + columns // 8 % 2
+    return np.choose(number, np.broadcast_arrays(x0, x1, x2, x3))
