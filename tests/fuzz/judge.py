@@ -142,12 +142,12 @@ def _settings(t: Tensors, tile: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _block_mask(case: Case) -> Any:
-    if not case.block_mask:
+    if not case.listed_mask:
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(
-        MASK_MODS[case.block_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device="cpu", BLOCK_SIZE=BLOCK_MASK_TILE
+        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device="cpu", BLOCK_SIZE=BLOCK_MASK_TILE
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _block_mask(case: Case) -> Any:
 
 def reference_calls(case: Case, t: Tensors) -> list[Call]:
     """The calls for the references: one, or one a packed sequence."""
-    mods = [MASK_MODS[name] for name in (case.mask_mod, case.block_mask) if name]
+    mods = [MASK_MODS[name] for name in (case.mask_mod, case.listed_mask) if name]
     call = Call(
         **{name: t.bshd(name, case).clone() for name in ("q", "k", "v")},
         sm_scale=case.head_dim**-0.5 if case.scale is None else case.scale,
