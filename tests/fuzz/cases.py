@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen.accuracy import TORCH_DTYPES, _place
+from flashgen.accuracy import TORCH_DTYPES, place
 
 HEAD_DIMS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 40, 64, 71, 80, 96, 113, 128, 160, 193, 256)
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 53, 63, 64, 65, 97)
@@ -220,7 +220,7 @@ def make(case: Case) -> Tensors:
         ("k", seqlen_k, case.heads_kv, case.head_dim),
         ("v", seqlen_k, case.heads_kv, case.head_dim_v),
     ):
-        tensor, allocations[name] = _place(
+        tensor, allocations[name] = place(
             (batch, seqlen, heads, dim), dtype, "cpu", case.layout == "bhsd", case.strides, name  # type: ignore[arg-type]
         )  # fmt: skip
         drawn = torch.randn(tensor.shape, generator=g)

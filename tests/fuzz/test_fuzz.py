@@ -1,55 +1,102 @@
-"""Random problems over every option at once; a fixed set of seeds.
-
-FLASHGEN_FUZZ=1000:200 pytest tests/interpret/test_fuzz.py      (200 seeds from 1000 on)
-"""
+"""Edge cases and a fixed sample of random calls, on every backend that covers them; see `fuzz.py` for longer runs."""
 
 from __future__ import annotations
 
 import os
-import random
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import fuzz
 import pytest
-from problems import BR, TL, Row, row
-from test_attention_interpret import launch
-
-from flashgen.accuracy import make_buffers
+import torch
+from cases import Case, draw
+from edges import EDGES
+from judge import covered, judge
 
 # Read while pytest collects, before conftest hides the user's settings.
-FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:60").split(":"))
-HEAD_DIMS = (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 40, 64, 71, 80, 96, 128)
-LENGTHS = (0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 53, 63, 64, 65, 97, 128, 131)
-SCALES = (None, None, None, 0.0, -0.2, 0.01, 1.0)
+FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:160").split(":"))
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def draw(seed: int) -> Row:
-    """One random row."""
-    r = random.Random(seed)
-    heads_kv, group = r.choice((1, 1, 2, 3)), r.choice((1, 1, 2, 3, 4))
-    head_dim = r.choice(HEAD_DIMS)
-    return row(
-        f"fuzz seed {seed}; repeat: FLASHGEN_FUZZ={seed}:1 pytest tests/interpret/test_fuzz.py",
-        r.choice(("fp16", "bf16", "fp32")),
-        head_dim,
-        r.choice(LENGTHS),
-        r.choice(LENGTHS),
-        dv=r.choice((head_dim, head_dim, r.choice(HEAD_DIMS))),
-        causal=r.choice((None, BR, TL)),
-        lse=r.random() < 0.7,
-        heads=(heads_kv * group, heads_kv) if r.random() < 0.5 else (1, 1),
-        batch=r.choice((1, 1, 2)),
-        blocks=(r.choice((16, 32, 64)), r.choice((16, 32, 64))),
-        scale=r.choice(SCALES),
-        layout=r.choice(("bshd", "bhsd")),
-        strides=r.choice(("dense", "padded", "misaligned", "sbhd", "expanded", "packed", "corrupt")),
-        values=r.choice(("normal", "normal", "normal", "low", "large")),
-    )
+@pytest.mark.parametrize("backend", ["torch", "triton", "gluon"])
+@pytest.mark.parametrize("name", EDGES)
+def test_edge(name: str, backend: str) -> None:
+    case = replace(EDGES[name], backend=backend)
+    if not covered(case):
+        pytest.skip(f"no {backend} kernel covers this case")
+    said = fuzz.verdict(case)
+    assert said is None, f"{said}\n{fuzz.command(case)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
-def test_random_problem(seed: int) -> None:
+def test_random_case(seed: int) -> None:
     case = draw(seed)
-    # With a scale of 0 there are no logits whose range could be set.
-    values = "normal" if case.problem.scale == 0.0 else case.values
-    buffers = make_buffers(case.problem, seed=seed, strides=case.strides, values=values)
-    launch(buffers, case.blocks)
-    buffers.check().require(f"{case.id}: {case.why}")
+    said = fuzz.verdict(case)
+    if said is not None:
+        pytest.fail(fuzz.report(case, said))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_case_survives_its_text(seed: int) -> None:
+    assert Case.loads(draw(seed).dumps()) == draw(seed)
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ValueError, match="a case has no colour"):
+        Case.loads('{"colour": 1}')
+
+
+def test_a_planted_bug_is_found_shrunk_and_repeated(tmp_path: Path) -> None:
+    """Softcap without its factor: the shrunken case keeps softcap and little else, and the printed command repeats it."""
+    sitecustomize = tmp_path / "planted.py"
+    sitecustomize.write_text(
+        "import sys, runpy\n"
+        "import torch\n"
+        "from flashgen.torch_blocked.options import Block\n"
+        "Block._capped = lambda self, raw: torch.tanh(raw / self.options.softcap) if self.options.softcap else raw\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path[:0] = [sys.argv[0].rpartition('/')[0]]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    seed = next(seed for seed in range(200) if draw(seed).softcap == 30.0 and draw(seed).values == "normal" and not draw(seed).lengths and draw(seed).seqlen_k > 8 and draw(seed).seqlen_q > 8 and draw(seed).mask_mod != "nothing" and draw(seed).batch)  # fmt: skip
+
+    def planted(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(sitecustomize), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+    found = planted(["tests/fuzz/fuzz.py", "--seeds", f"{seed}:1"])
+    assert found.returncode == 1, found.stdout + found.stderr
+    line = next(line for line in found.stdout.splitlines() if line.startswith("python tests/fuzz/fuzz.py --case"))
+    words = shlex.split(line)
+    small = Case.loads(words[-1])
+    assert small.softcap and small.batch == small.seqlen_q == small.heads_kv == small.group == 1
+    assert not (small.sinks or small.bias or small.alibi or small.dropout_p or small.mask_mod or small.causal)
+    again = planted(words[1:])
+    assert again.returncode == 1 and "failed: " in again.stdout, again.stdout + again.stderr
+    whole = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert whole.returncode == 0 and "passed" in whole.stdout, whole.stdout + whole.stderr
+
+
+def test_what_the_judge_holds() -> None:
+    """Every kind of tensor of a call is compared: each one broken alone is noticed."""
+    import judge as module
+
+    case = replace(EDGES["bf16, everything"], dtype="fp32", score_mod="table")
+    for name in ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks", "dcaptured0"):
+        run = module.run
+
+        def broken(
+            case: Case, tensors: object, tile: object = None, *, name: str = name, run: object = run
+        ) -> dict[str, torch.Tensor]:
+            result: dict[str, torch.Tensor] = run(case, tensors, tile)  # type: ignore[operator]
+            return result | {name: result[name] * 1.01 + 0.001}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "run", broken)
+            said = judge(case)
+        assert said is not None and said.startswith(f"{name}:"), (name, said)
