@@ -90,7 +90,14 @@ class AccuracyReport:
 
 
 def check(
-    out: Tensor, lse: Tensor | None, oracle: Pair, low: Pair, dtype: DType, *, gradient: bool = False, floor: float = 0.0
+    out: Tensor,
+    lse: Tensor | None,
+    oracle: Pair,
+    low: Pair,
+    dtype: DType,
+    *,
+    gradient: bool = False,
+    floor: float = 0.0,
 ) -> AccuracyReport:
     """Hold one result against the budget.
 

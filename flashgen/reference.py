@@ -305,7 +305,9 @@ def same_precision(call: Call) -> Result:
         raw = (q @ k.mT * call.sm_scale).requires_grad_()
         leaves = {name: x.detach().float().requires_grad_() for name, x in _leaves(call).items() if name not in "qkv"}
         captured = tuple(x for name, x in leaves.items() if name.startswith("captured"))
-        live = call.modified(raw, leaves.get("bias"), captured).float().expand(raw.shape) + 0.0 * raw  # a constant score_mod, too
+        live = (
+            call.modified(raw, leaves.get("bias"), captured).float().expand(raw.shape) + 0.0 * raw
+        )  # a constant score_mod, too
         s = torch.where(seen, live.detach(), -torch.inf)
         sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
         sink = sink.view(1, -1, 1, 1).expand(*s.shape[:3], 1)

@@ -34,7 +34,23 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
 }
-BROADCASTS = ("bhij", "1hij", "b1ij", "11ij", "bh1j", "bhi1", "111j", "11i1", "1h11", "1111", "ij", "1j", "i1", "j", "1")
+BROADCASTS = (
+    "bhij",
+    "1hij",
+    "b1ij",
+    "11ij",
+    "bh1j",
+    "bhi1",
+    "111j",
+    "11i1",
+    "1h11",
+    "1111",
+    "ij",
+    "1j",
+    "i1",
+    "j",
+    "1",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

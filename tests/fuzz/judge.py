@@ -43,7 +43,9 @@ def judge(case: Case) -> str | None:
         if not _same_bits(x, second[name]):
             return f"{name} differs between two runs"
     want, unit = (_joined(case, calls, [make_one(call) for call in calls]) for make_one in (exact, same_precision))
-    return _compare(case, first, want, unit) or (None if other is None else _compare(case, other, want, unit, "16x24 blocks: "))
+    return _compare(case, first, want, unit) or (
+        None if other is None else _compare(case, other, want, unit, "16x24 blocks: ")
+    )
 
 
 def covered(case: Case) -> bool:
@@ -202,8 +204,12 @@ def reference_calls(case: Case, t: Tensors) -> list[Call]:
 
 def _slices(case: Case) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
     """Per packed sequence: its queries, its keys in use, and how many of both."""
-    ends_q, ends_k = ([sum(length[axis] for length in case.lengths[:n]) for n in range(len(case.lengths) + 1)] for axis in (0, 1))
-    for (length_q, length_k, used), (first_q, _), (first_k, _) in zip(case.lengths, pairwise(ends_q), pairwise(ends_k), strict=True):
+    ends_q, ends_k = (
+        [sum(length[axis] for length in case.lengths[:n]) for n in range(len(case.lengths) + 1)] for axis in (0, 1)
+    )
+    for (length_q, length_k, used), (first_q, _), (first_k, _) in zip(
+        case.lengths, pairwise(ends_q), pairwise(ends_k), strict=True
+    ):
         count = used if case.seqused else length_k
         yield slice(first_q, first_q + length_q), slice(first_k, first_k + count), (length_q, count)
 
@@ -262,7 +268,9 @@ def _joined(case: Case, calls: list[Call], results: list[Result]) -> dict[str, T
 # -- the comparison --
 
 
-def _compare(case: Case, got: dict[str, Tensor], want: dict[str, Tensor], unit: dict[str, Tensor], where: str = "") -> str | None:
+def _compare(
+    case: Case, got: dict[str, Tensor], want: dict[str, Tensor], unit: dict[str, Tensor], where: str = ""
+) -> str | None:
     dtypes = {x: name for name, x in accuracy.TORCH_DTYPES.items()}
     for name, x in got.items():
         if x.shape != want[name].shape:
@@ -274,7 +282,9 @@ def _compare(case: Case, got: dict[str, Tensor], want: dict[str, Tensor], unit: 
             # A captured fp32 tensor of a bf16 call: the errors are those of bf16.
             rounded = unit[name].to(x.dtype)
             dtype = case.dtype if name != "out" else dtypes[x.dtype]
-            report = accuracy.check(x, None, (want[name], None), (rounded, None), dtype, gradient=name != "out", floor=_floor(case, name, x))  # type: ignore[arg-type]
+            report = accuracy.check(
+                x, None, (want[name], None), (rounded, None), dtype, gradient=name != "out", floor=_floor(case, name, x)
+            )  # type: ignore[arg-type]
         if not report.ok:
             return f"{where}{name}: {report.message}"
     return None

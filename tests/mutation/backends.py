@@ -153,13 +153,20 @@ def main(arguments: list[str]) -> int:
     if whole is not None:
         print(f"the whole package fails {whole[0]}: {whole[1]}")
         return 1
-    results = {mutant.name: caught_by(mutant) for mutant in MUTANTS[:: given.every]}
+    results = {}
+    for mutant in MUTANTS[:: given.every]:
+        results[mutant.name] = found = caught_by(mutant)
+        if not given.json:
+            said = (
+                f"SURVIVED  {mutant.name}"
+                if found is None
+                else f"caught    {mutant.name}\n          by {found[0]}: {found[1]}"
+            )
+            print(said, flush=True)
     survivors = [name for name, found in results.items() if found is None]
     if given.json:
         print(json.dumps(results))
         return 1 if survivors else 0
-    for name, found in results.items():
-        print(f"SURVIVED  {name}" if found is None else f"caught    {name}\n          by {found[0]}: {found[1]}")
     print(f"{len(survivors)} of {len(results)} survived")
     return 1 if survivors else 0
 
