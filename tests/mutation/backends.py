@@ -92,7 +92,7 @@ def apply(mutant: Mutant, folder: Path) -> None:
     Raises:
         ValueError: the text to break does not stand there exactly once.
     """
-    shutil.copytree(ROOT / "flashgen", folder / "flashgen", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "flashgen", folder / "flashgen")
     path = folder / "flashgen" / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    import torch  # once, before the forks: flashgen itself is imported by each of them
+    import torch.nn.attention.flex_attention  # once, before the forks: flashgen itself is imported by each of them
 
     torch.set_num_threads(1)
     whole = caught_by(None)
