@@ -50,6 +50,7 @@ def test_an_unknown_field_is_refused() -> None:
         Case.loads('{"colour": 1}')
 
 
+@pytest.mark.slow
 def test_a_planted_bug_is_found_shrunk_and_repeated(tmp_path: Path) -> None:
     """Softcap without its factor: the shrunken case keeps softcap and little else, and the printed command repeats it."""
     script = tmp_path / "planted.py"
