@@ -179,6 +179,9 @@ def draw(seed: int) -> Case:
     }
     if plain:  # few programs: the interpreter is slow
         small = {"heads_kv": min(2, heads_kv), "group": min(2, group), "batch": 1 if heads_kv > 1 else common["batch"]}
+        widest = max(head_dim, common["head_dim_v"])
+        if dtype == "fp32" and widest > 64:  # larger tiles are not legal: fp32 operands live in registers
+            small["tile"] = (min(common["tile"][0], 32), min(common["tile"][1], 32 if widest <= 128 else 16))
         return Case(backend="triton", **(common | small))
     bounded = common["values"] == "normal"  # a squared or capped score of thousands is no longer a fair question
     mods = sorted(SCORE_MODS) if bounded else ["relative", "table"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cases import Case
+from cases import STRIDES, Case
 
 _TALL = Case(seqlen_q=37, seqlen_k=9, head_dim=8, head_dim_v=5, causal=True, lse=True, grad=True)
-_WIDE = replace(_TALL, seqlen_q=21, seqlen_k=53, group=2, batch=2, causal=False)
+_WIDE = replace(_TALL, seqlen_q=21, seqlen_k=53, heads_kv=2, group=2, batch=2, causal=False)
 _PACKED = replace(_WIDE, batch=1, lengths=((13, 30, 17), (0, 5, 5), (20, 0, 0), (7, 19, 3)), seqused=True, causal=True)
 
 EDGES: dict[str, Case] = {
@@ -32,6 +32,9 @@ EDGES: dict[str, Case] = {
     "a negative scale": replace(_WIDE, scale=-0.4),
     "bottom-right": replace(_WIDE, causal=True),
     "top-left": replace(_WIDE, causal=True, top_left=True),
+    "heads first": replace(_WIDE, layout="bhsd", causal=True),
+    "heads first, forward": Case(layout="bhsd", batch=2, seqlen_q=21, seqlen_k=37, heads_kv=2, group=2, head_dim=16, head_dim_v=16, causal=True, lse=True),
+    **{f"{strides} strides": replace(_WIDE, strides=strides, causal=True) for strides in STRIDES if strides != "dense"},
     "left window": replace(_WIDE, window=(4, -1)),
     "right window": replace(_WIDE, window=(-1, 3)),
     "both windows": replace(_WIDE, window=(5, 2), causal=True),

@@ -62,7 +62,7 @@ def _less(size: int, least: int) -> list[int]:
 
 
 def shrink(case: Case, judge: Judge = judge, *, seconds: float = 60.0) -> tuple[Case, str]:
-    """The simplest case found that still fails, and how it does.
+    """The simplest case found that still fails in the same tensor or the same way, and what is said of it.
 
     Raises:
         ValueError: the case does not fail.
@@ -75,7 +75,7 @@ def shrink(case: Case, judge: Judge = judge, *, seconds: float = 60.0) -> tuple[
         moved = False
         for candidate in simpler(case):
             found = verdict(candidate, judge)
-            if found is not None:
+            if found is not None and found.partition(": ")[0] == said.partition(": ")[0]:  # the same failure
                 case, said, moved = candidate, found, True
                 break
     return case, said
