@@ -159,8 +159,8 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
     Args:
         call: of q, k and v of one dtype.
         runs: how many. The first rounds to nearest. Each further one draws the errors of P, out and dS uniformly within
-            half a unit in the last place, and those of S, in fp32, within the root of its number of steps, as another
-            order of sums or another running maximum would leave them (random rounding: Vignes, "A stochastic arithmetic
+            half a unit in the last place, and that of every fp32 sum within the root of its number of steps of 16 terms,
+            as another order of sums or another running maximum would leave them (random rounding: Vignes, "A stochastic arithmetic
             for reliable scientific computation", 1993). Where few elements decide, the error of one run may be near 0
             by luck; of eight it is not.
 
@@ -175,33 +175,36 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
 
 def _same_precision(call: Call, seen: Tensor, kept: Tensor, rounding: _Rounding) -> Result:
     q, k, v = call.heads_first(call.q.float()), *(call.heads_first(x.float(), seen) for x in (call.k, call.v))
-    s = rounding.scores(_scores(call, _product(q, k) * call.sm_scale)[0].detach(), q.shape[3])
+    s = rounding.sum(_scores(call, _product(q, k) * call.sm_scale)[0].detach(), q.shape[3])
     sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
     sink = sink.view(1, -1, 1, 1).expand(*s.shape[:3], 1)
     weights, m, total = softmax_parts(torch.cat([torch.where(seen, s, -torch.inf), sink], -1))
-    unrounded = divide(rounding.input(weights[..., :-1] * kept) @ v, total)
+    unrounded = divide(rounding.sum(rounding.input(weights[..., :-1] * kept) @ v, k.shape[2]), total)
     lse = m + torch.log(total)
 
     # Backward.
     dout = torch.zeros_like(unrounded) if call.dout is None else call.dout.float().transpose(1, 2)
-    delta = (dout * rounding.input(unrounded)).sum(-1, keepdim=True)
+    delta = rounding.sum((dout * rounding.input(unrounded)).sum(-1, keepdim=True), v.shape[3])
     if call.dlse is not None:
         delta = delta - call.dlse.float().unsqueeze(-1)
     live, raw, leaves = _scores(call, _product(q * call.sm_scale, k))
     safe = torch.where(lse == -torch.inf, 0.0, lse)
-    p = torch.exp(torch.where(seen, rounding.scores(live.detach(), q.shape[3]), -torch.inf) - safe)
+    p = torch.exp(torch.where(seen, rounding.sum(live.detach(), q.shape[3]), -torch.inf) - safe)
     dv = rounding.input(p * kept).mT @ dout
-    ds = torch.where(seen, p * ((dout @ v.mT) * kept - delta), 0.0)
+    dp = rounding.sum(dout @ v.mT, v.shape[3])
+    ds = torch.where(seen, p * (dp * kept - delta), 0.0)
     draw, *others = torch.autograd.grad(live, [raw, *leaves.values()], ds, allow_unused=True, materialize_grads=True)
     draw = rounding.input(draw) * call.sm_scale
+    scores, rows = seen.numel(), q.shape[2]
     gradients = {
-        "q": (draw @ k).transpose(1, 2),
-        "k": _grouped_sum(draw.mT @ q, call.k.shape[2]),
-        "v": _grouped_sum(dv, call.k.shape[2]),
-        **dict(zip(leaves, others, strict=True)),
+        "q": rounding.sum((draw @ k).transpose(1, 2), k.shape[2]),
+        "k": rounding.sum(_grouped_sum(draw.mT @ q, call.k.shape[2]), rows),
+        "v": rounding.sum(_grouped_sum(dv, call.k.shape[2]), rows),
+        **{name: rounding.sum(x, scores // max(1, x.numel())) for name, x in zip(leaves, others, strict=True)},
     }
     if call.sinks is not None:
-        gradients["sinks"] = -(torch.exp(sink - safe) * delta).sum((0, 2, 3))
+        dsinks = -(torch.exp(sink - safe) * delta).sum((0, 2, 3))
+        gradients["sinks"] = rounding.sum(dsinks, q.shape[0] * rows)
     return Result(out=unrounded.to(call.q.dtype).transpose(1, 2), lse=lse.squeeze(-1), gradients=gradients)
 
 
@@ -216,9 +219,9 @@ class _Rounding:
         """Rounded to the input dtype, as fp32."""
         return x.to(self.dtype).float() if self.generator is None else self._drawn(x, self.dtype)
 
-    def scores(self, x: Tensor, head_dim: int) -> Tensor:
-        """Fp32 sums over the head dim, each step of which was rounded; another order of sums would round otherwise."""
-        steps = math.ceil(head_dim / _STEP)
+    def sum(self, x: Tensor, terms: int) -> Tensor:
+        """Fp32 sums of so many terms, every step of which was rounded; another order would round otherwise."""
+        steps = max(1.0, terms / _STEP)
         return x if self.generator is None else self._drawn(x, torch.float32, math.sqrt(steps))
 
     def _drawn(self, x: Tensor, dtype: torch.dtype, units: float = 0.5) -> Tensor:

@@ -38,4 +38,5 @@ def dropout_words(
     counter = (columns // 16 * 8 + columns % 8, rows // 16 * 8 + rows % 8, heads, np.asarray(philox[1]))
     words = philox4x32(counter, (philox[0] & 0xFFFFFFFF, philox[0] >> 32 & 0xFFFFFFFF))
     number = rows // 8 % 2 * 2 + columns // 8 % 2
-    return np.choose(number, np.broadcast_arrays(*words))
+    chosen: NDArray[Any] = np.choose(number, np.broadcast_arrays(*words))
+    return chosen

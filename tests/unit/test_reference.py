@@ -270,7 +270,7 @@ def test_the_first_honest_run_is_the_one_of_long_sequences(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_further_honest_runs_err_as_the_first_does(dtype: torch.dtype) -> None:
-    """Over many elements every run has the same mean error, so a judge who takes the largest loosens nothing."""
+    """Over many elements every run has nearly the same mean error: a judge who takes the largest loosens little."""
     q, k, v = tensors(64, 96, 4, 2, 32, 32, batch=2, dtype=dtype)
     dout = tensors(64, 96, 4, 2, 32, 32, batch=2, dtype=dtype)[0].flip(1)
     call = Call(q=q, k=k, v=v, sm_scale=0.2, dout=dout, bias=torch.zeros(4, 64, 96, dtype=dtype))
