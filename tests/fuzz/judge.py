@@ -52,8 +52,9 @@ def judge(case: Case) -> str | None:
 
 
 def covered(case: Case) -> bool:
-    """Whether some variant of the case's backend takes it."""
+    """Whether some variant of the case's backend takes it, its backward included where the case has one."""
     tensors = make(case)
+    tensors = replace(tensors, **{name: getattr(tensors, name).detach().requires_grad_(case.grad) for name in "qkv"})
     args = options(case, tensors)
     try:
         if case.lengths:
