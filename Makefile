@@ -7,8 +7,9 @@ TORCH_INSTALL ?= torch==2.13.0
 TORCH_INDEX ?=
 # The oldest and the newest Triton that a rendered text must compile with.
 TRITONS ?= 3.6.0 3.9.0
-# make fuzz SEEDS=first:count
+# make fuzz SEEDS=first:count, or FUZZ_SECONDS=600 for as many as fit
 SEEDS ?= 1000:1000
+FUZZ_SECONDS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -57,11 +58,12 @@ wheel-test: $(STAMP) ## build sdist and wheel, install outside the checkout, ren
 compile-goldens: $(STAMP) ## compile every golden file with the oldest and the newest Triton
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/compile_goldens.py || exit 1; done
 
-fuzz: $(STAMP) ## random problems in the interpreter; SEEDS=first:count
-	FLASHGEN_FUZZ=$(SEEDS) $(PY) -m pytest -q tests/interpret/test_fuzz.py
+fuzz: $(STAMP) ## random calls over every option; SEEDS=first:count or FUZZ_SECONDS=600
+	$(PY) tests/fuzz/fuzz.py $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS),--seeds $(SEEDS))
 
-torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template
+torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template and backend
 	$(PY) tests/mutation/mutate.py
+	$(PY) tests/mutation/backends.py
 
 clean: ## remove what make made
 	rm -rf "$(VENV)" .cache dist build

@@ -1,6 +1,6 @@
 """The error budget of a kernel, and poisoned problems to hold it against.
 
-The unit is never a hand-picked tolerance: it is the error of an honest low-precision run (`reference.py`) against the
+The unit is never a hand-picked tolerance: it is the error of an honest low-precision run (`flashgen.reference`) against the
 fp64 oracle on the same inputs. With (f, g) of the dtype,
 
     every element:  |out - oracle| <= f * max|low - oracle| + eps/2 * |oracle|
@@ -13,7 +13,7 @@ seqlen 2048" pass in bf16; this one does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +90,14 @@ class AccuracyReport:
 
 
 def check(
-    out: Tensor, lse: Tensor | None, oracle: Pair, low: Pair, dtype: DType, *, gradient: bool = False
+    out: Tensor,
+    lse: Tensor | None,
+    oracle: Pair,
+    low: Pair,
+    dtype: DType,
+    *,
+    gradient: bool = False,
+    others: Sequence[Tensor] = (),
 ) -> AccuracyReport:
     """Hold one result against the budget.
 
@@ -101,6 +108,10 @@ def check(
         low: (out, lse) of `reference.attention_low_precision`; its lse is not used.
         dtype: of q, k and v.
         gradient: `out` is a gradient: wider factors.
+        others: what further honest runs gave, `reference.same_precision` with several runs. The unit is then the largest
+            maximum and the largest mean of any run. Where few elements or few rows decide, one run's error may be near 0
+            by luck, and no other honest run would be inside the budget. Where many do, all runs have nearly the same mean:
+            within 30 % of the first, which a test holds. An error of a thousandth fails in fp32 all the same.
 
     Returns:
         The report; never raises on a bad result (see `AccuracyReport.require`).
@@ -110,7 +121,7 @@ def check(
 
     """
     exact, unit = oracle[0], low[0]
-    if not out.shape == exact.shape == unit.shape:
+    if {out.shape, unit.shape, *(x.shape for x in others)} != {exact.shape}:
         raise InvalidProblemError(
             f"results of different shapes cannot be compared: out {tuple(out.shape)}, oracle {tuple(exact.shape)}, "
             f"low-precision reference {tuple(unit.shape)}."
@@ -121,11 +132,11 @@ def check(
     max_error = mean_error = max_ratio = mean_ratio = lse_error = lse_ratio = 0.0
     if out.numel():
         error = _absolute_error(out, exact)
-        unit_error = _absolute_error(unit, exact)
+        units = [_absolute_error(x, exact) for x in (unit, *others)]
         max_error, mean_error = error.max().item(), error.mean().item()
-        allowed = f * unit_error.max() + _EPS[dtype] / 2 * exact.abs()
+        allowed = f * max(x.max().item() for x in units) + _EPS[dtype] / 2 * exact.abs()
         max_ratio = _ratio(error, allowed).max().item()
-        mean_ratio = _ratio(error.mean(), g * unit_error.mean() + _MEAN_FLOOR[dtype]).item()
+        mean_ratio = _ratio(error.mean(), g * torch.stack([x.mean() for x in units]).max() + _MEAN_FLOOR[dtype]).item()
     if lse is not None and oracle[1] is not None and lse.numel():
         exact_lse = oracle[1]
         finite = exact_lse[torch.isfinite(exact_lse)].abs()
@@ -278,7 +289,7 @@ def make_buffers(
     }
     tensors, allocations = {}, {}
     for name, shape in shapes.items():
-        tensors[name], allocations[name] = _place(shape, dtype, device, p.layout == "bhsd", strides, name)
+        tensors[name], allocations[name] = place(shape, dtype, device, p.layout == "bhsd", strides, name)
     seen = visible_keys(p.seqlen_q, p.seqlen_k, p.causal, p.causal_offset)
     for name in ("q", "k", "v"):
         drawn = _draw(shapes[name], generator, name, values, p).to(dtype)
@@ -287,7 +298,7 @@ def make_buffers(
         _writable(tensors[name]).copy_(_writable_like(drawn, tensors[name]))
     lse = None
     if p.spec.has_lse:
-        lse, allocations["lse"] = _place(
+        lse, allocations["lse"] = place(
             (p.batch, p.num_heads_q, p.seqlen_q), torch.float32, device, False, "dense", "lse"
         )
     before = {name: allocations[name].clone() for name in ("q", "k", "v")}
@@ -306,7 +317,7 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator, name: str, values:
     return drawn * math.sqrt(15000.0 / (abs(problem.scale) * math.sqrt(problem.head_dim)))
 
 
-def _place(
+def place(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str | torch.device,

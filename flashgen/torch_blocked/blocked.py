@@ -104,6 +104,9 @@ def backward(
             p = (scores - lse_i).exp_()
             dv[batch, keys] += _grouped_sum(block.dropped(p), dout_i, heads_kv)
             dp = _times(dout_i, _seen(v[batch, keys], heads_kv, visible, options).mT)
+            if visible is not None:
+                # A hidden score may be NaN, and 0 * NaN would reach the gradients of what score_mod captured.
+                raw = raw.masked_fill(~visible, 0.0)
             ds = block.raw_gradient(raw, p * (block.dropped(dp) - delta), sums)
             if visible is not None:
                 # A hidden score has no gradient, whatever NaN its key would bring along.

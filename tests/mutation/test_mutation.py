@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import backends
 import pytest
 from mutate import CHECKS, MUTANTS, Mutant, apply, caught_by
 
@@ -28,3 +32,22 @@ def test_the_edit_changes_the_template(broken: Mutant, tmp_path: Path) -> None:
 
 def test_names_are_unique() -> None:
     assert len({broken.name for broken in MUTANTS}) == len(MUTANTS)
+
+
+# -- broken torch backends --
+
+
+@pytest.mark.parametrize("broken", backends.MUTANTS, ids=lambda broken: broken.name)
+def test_the_edit_changes_the_backend(broken: backends.Mutant) -> None:
+    text = (backends.ROOT / "flashgen" / broken.file).read_text()
+    assert broken.old != broken.new and text.count(broken.old) == 1
+
+
+@pytest.mark.slow
+def test_broken_backends_are_caught() -> None:
+    """A sample of them; `make torture` tries all."""
+    command = [sys.executable, backends.__file__, "--every", "4", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) >= 10 and all(results.values())

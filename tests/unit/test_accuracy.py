@@ -329,3 +329,43 @@ def test_check_launch_catches(launch: Any, message: str) -> None:
 def test_poison_is_nan_in_every_dtype() -> None:
     for dtype in TORCH_DTYPES.values():
         assert torch.full((4,), accuracy._POISON, dtype=torch.uint8).view(dtype)[0].isnan()
+
+
+# -- several honest runs --
+
+
+def test_a_lucky_unit_is_no_trap_where_there_are_other_honest_runs() -> None:
+    """One element whose honest error is a few units in the last place, but 0 in the first run."""
+    exact, lucky, honest = (torch.tensor([x], dtype=torch.float64) for x in (2.0, 2.0, 2.0 + 6e-7))
+    alone = check(honest, None, (exact, None), (lucky, None), "fp32", gradient=True)
+    assert not alone.ok
+    others = (torch.tensor([2.0 - 5e-7], dtype=torch.float64), lucky)
+    assert check(honest, None, (exact, None), (lucky, None), "fp32", gradient=True, others=others).ok
+
+
+@pytest.mark.parametrize("numel", [1, 3, 4096])
+def test_other_honest_runs_hide_no_error_of_a_thousandth(numel: int) -> None:
+    g = torch.Generator().manual_seed(numel)
+    exact = torch.randn(numel, generator=g).double() + 3.0
+    runs = [exact + 3e-7 * torch.randn(numel, generator=g).double() for _ in range(9)]
+    report = check(exact * 1.001, None, (exact, None), (runs[0], None), "fp32", gradient=True, others=runs[1:])
+    assert not report.ok and report.max_ratio > 100 and report.mean_ratio > 100
+    assert check(runs[0], None, (exact, None), (runs[1], None), "fp32", gradient=True, others=runs[2:]).ok
+
+
+def test_many_elements_are_judged_the_same_by_one_honest_run_and_by_eight() -> None:
+    g = torch.Generator().manual_seed(0)
+    exact = torch.randn(64, 1024, generator=g).double()
+    runs = [exact + 1e-2 * (torch.rand(64, 1024, generator=g).double() - 0.5) for _ in range(8)]
+    bad = exact + 2e-2 * (torch.rand(64, 1024, generator=g).double() - 0.5)
+    one = check(bad, None, (exact, None), (runs[0], None), "bf16")
+    eight = check(bad, None, (exact, None), (runs[0], None), "bf16", others=runs[1:])
+    assert not one.ok and not eight.ok
+    assert eight.mean_ratio == pytest.approx(one.mean_ratio, rel=0.02)
+    assert eight.max_ratio == pytest.approx(one.max_ratio, rel=0.02)
+
+
+def test_an_honest_run_of_another_shape_is_refused() -> None:
+    x = torch.zeros(3)
+    with pytest.raises(InvalidProblemError, match="different shapes"):
+        check(x, None, (x, None), (x, None), "fp32", others=(torch.zeros(1),))

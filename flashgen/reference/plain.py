@@ -1,9 +1,4 @@
-"""The oracle (fp64) and the honest low-precision run that the error budget of `accuracy.py` is derived from.
-
-Both take `(batch, seqlen, num_heads, head_dim)` tensors and know every option a kernel knows. They are meant to be
-read: plain torch, one formula per line, blocked over query rows only so that a row of 4,096 heads-times-keys fits in
-memory. They are slow; never use them to compute attention, only to judge it.
-"""
+"""Causal attention in fp64 and as an honest kernel computes it; blocked over query rows, so that long sequences fit."""
 
 from __future__ import annotations
 
@@ -44,8 +39,8 @@ def attention_oracle(
     for rows in _row_blocks(q, k, causal, causal_offset):
         q_rows, keys, values = (x.double() for x in rows.slice(q, k, v))
         scores = rows.mask((q_rows @ keys.mT) * sm_scale)
-        weights, m, total = _softmax_parts(scores)
-        rows.store(out, lse, _divide(weights @ values, total), m + torch.log(total))
+        weights, m, total = softmax_parts(scores)
+        rows.store(out, lse, divide(weights @ values, total), m + torch.log(total))
     return out, lse
 
 
@@ -65,13 +60,13 @@ def attention_low_precision(
 
     """
     out, lse = _allocate(q, v, q.dtype, torch.float32)
-    with _full_fp32():
+    with full_fp32():
         for rows in _row_blocks(q, k, causal, causal_offset):
             q_rows, keys, values = (x.float() for x in rows.slice(q, k, v))
             scores = rows.mask((q_rows @ keys.mT) * sm_scale)
-            weights, m, total = _softmax_parts(scores)
+            weights, m, total = softmax_parts(scores)
             rounded = weights.to(q.dtype).float()
-            rows.store(out, lse, _divide(rounded @ values, total).to(q.dtype), m + torch.log(total))
+            rows.store(out, lse, divide(rounded @ values, total).to(q.dtype), m + torch.log(total))
     return out, lse
 
 
@@ -135,7 +130,7 @@ def _allocate(q: Tensor, v: Tensor, out_dtype: torch.dtype, lse_dtype: torch.dty
     return out, lse
 
 
-def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(s - m), the maximum m and the sum of each row; a row without a key has m = 0 and sum 0."""
     m = scores.amax(-1, keepdim=True)
     m = m.masked_fill(m == -torch.inf, 0.0)
@@ -143,12 +138,13 @@ def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights, m, weights.sum(-1, keepdim=True)
 
 
-def _divide(accumulated: Tensor, total: Tensor) -> Tensor:
+def divide(accumulated: Tensor, total: Tensor) -> Tensor:
+    """Accumulated / total; a row without a key, whose total is 0, stays 0."""
     return accumulated / total.masked_fill(total == 0, 1.0)
 
 
 @contextlib.contextmanager
-def _full_fp32() -> Iterator[None]:
+def full_fp32() -> Iterator[None]:
     """Products in real fp32: a caller who allowed TF32 must not loosen the yardstick."""
     before = torch.get_float32_matmul_precision()
     if before == "highest":

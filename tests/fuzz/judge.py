@@ -1,0 +1,313 @@
+"""Run one case on its backend and hold everything it gives against the oracle: `judge(case)`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import torch
+from cases import MASK_MODS, SCORE_MODS, Case, Tensors, make
+from torch import Tensor
+
+import flashgen
+from flashgen import accuracy, dispatch, ops
+from flashgen.errors import FlashgenError, UnsupportedProblemError
+from flashgen.problem import Problem
+from flashgen.reference import Call, Result, exact, same_precision
+from flashgen.torch_blocked import blocked
+
+BLOCK_MASK_TILE = (16, 8)
+# A unit of one run may be small by luck; see `same_precision`.
+HONEST_RUNS = 8
+
+
+def judge(case: Case) -> str | None:
+    """What is wrong with the backend's answer, in one line; None when nothing is. A refusal is wrong: see `covered`."""
+    tensors = make(case)
+    calls = reference_calls(case, tensors)
+    poison(case, tensors, calls)
+    before = {name: x.clone() for name, x in tensors.allocations.items()}
+    try:
+        first = run(case, tensors)
+        second = run(case, tensors)
+        other = run(case, tensors, tile=(16, 24)) if case.backend == "torch" else None
+    except FlashgenError as error:
+        return f"refused: {type(error).__name__}: {error}"
+    if any(not torch.equal(x, before[name]) for name, x in tensors.allocations.items()):
+        return "an input's memory was written"
+    for name, x in first.items():
+        if not _same_bits(x, second[name]):
+            return f"{name} differs between two runs"
+    want = _joined(case, calls, [exact(call) for call in calls])
+    runs = zip(*(same_precision(call, runs=HONEST_RUNS) for call in calls), strict=True)
+    units = [_joined(case, calls, list(run)) for run in runs]
+    return _compare(case, first, want, units) or (
+        None if other is None else _compare(case, other, want, units, "16x24 blocks: ")
+    )
+
+
+def covered(case: Case) -> bool:
+    """Whether some variant of the case's backend takes it, its backward included where the case has one."""
+    tensors = make(case)
+    tensors = replace(tensors, **{name: getattr(tensors, name).detach().requires_grad_(case.grad) for name in "qkv"})
+    args = options(case, tensors)
+    try:
+        if case.lengths:
+            ends, used = _offsets(case)
+            sizes = (case.sizes["i"], case.sizes["j"])
+            problem = Problem.from_packed(tensors.q, tensors.k, tensors.v, *ends, *sizes, seqused_k=used, **args)
+            dispatch.resolve(problem, backend=case.backend)  # type: ignore[arg-type]
+        else:
+            args |= {"block_mask": _block_mask(case)}
+            flashgen.explain(tensors.q, tensors.k, tensors.v, backend=case.backend, layout=case.layout, **args)  # type: ignore[arg-type]
+    except UnsupportedProblemError:
+        return False
+    return True
+
+
+# -- the call --
+
+
+def options(case: Case, t: Tensors) -> dict[str, Any]:
+    """Every keyword that `attention()` and `varlen_attention()` share."""
+    return {
+        "causal": case.causal,
+        "causal_alignment": "top-left" if case.top_left else "bottom-right",
+        "softmax_scale": case.scale,
+        "window_size": case.window,
+        "softcap": case.softcap,
+        "alibi_slopes": t.alibi,
+        "sinks": t.sinks,
+        "bias": t.bias,
+        "attn_mask": t.attn_mask,
+        "score_mod": _score_mod(case, t.table),
+        "mask_mod": MASK_MODS.get(case.mask_mod),
+        "dropout_p": case.dropout_p,
+        "return_lse": case.lse,
+    }
+
+
+def _score_mod(case: Case, table: Tensor) -> Any:
+    mod = SCORE_MODS.get(case.score_mod)
+    if mod is None or case.score_mod not in ("table", "gated"):
+        return mod
+    return lambda s, b, h, i, j: mod(s, b, h, i, j, table)
+
+
+def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """out, lse and the gradients of one call, by name."""
+    t = replace(tensors)  # leaves of its own
+    leaves = {"q": t.q, "k": t.k, "v": t.v, "bias": t.bias, "sinks": t.sinks}
+    if case.score_mod in ("table", "gated"):
+        leaves["captured0"] = t.table
+    named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
+    t = replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
+    keywords = options(case, t) | {"backend": case.backend}
+    if case.backend == "triton":
+        keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
+    with _settings(t, tile):
+        if case.lengths:
+            ends, used = _offsets(case)
+            got = flashgen.varlen_attention(
+                named["q"], named["k"], named["v"], *ends, case.sizes["i"], case.sizes["j"],
+                seqused_k=used, **keywords,
+            )  # fmt: skip
+        else:
+            got = flashgen.attention(
+                named["q"], named["k"], named["v"], layout=case.layout, block_mask=_block_mask(case), **keywords
+            )  # type: ignore[arg-type]
+        out, lse = got if isinstance(got, tuple) else (got, None)
+        result = {"out": out.detach()} | ({} if lse is None else {"lse": lse.detach()})
+        if not case.grad:
+            return result
+        outputs, gradients = [out], [t.dout]
+        if lse is not None:
+            outputs, gradients = [out, lse], [t.dout, t.dlse]
+        grads = torch.autograd.grad(outputs, list(named.values()), gradients, allow_unused=True, materialize_grads=True)
+    return result | {f"d{name}": x for name, x in zip(named, grads, strict=True)}
+
+
+@contextlib.contextmanager
+def _settings(t: Tensors, tile: tuple[int, int] | None) -> Iterator[None]:
+    """Outputs begin as NaN, dropout draws the case's seed, and the torch backend walks in the given blocks."""
+    allocate = ops._allocate
+
+    def poisoned(*args: Any) -> tuple[Tensor, Tensor]:
+        pair: tuple[Tensor, Tensor] = allocate(*args)
+        return pair[0].fill_(math.nan), pair[1].fill_(math.nan)
+
+    seed = torch.tensor(t.philox)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ops, "_allocate", poisoned))
+        stack.enter_context(mock.patch.object(ops, "draw_philox", lambda q, p, generator: seed if p else None))
+        if tile is not None:
+            stack.enter_context(mock.patch.object(blocked, "_BLOCK_Q", tile[0]))
+            stack.enter_context(mock.patch.object(blocked, "_BLOCK_K", tile[1]))
+        yield
+
+
+def _offsets(case: Case) -> tuple[list[Tensor], Tensor | None]:
+    """cu_seqlens_q and cu_seqlens_k, and seqused_k where the case has it."""
+    rows = torch.tensor(case.lengths, dtype=torch.int32)
+    ends = [torch.nn.functional.pad(rows[:, axis].cumsum(0), (1, 0)).int() for axis in (0, 1)]
+    return ends, rows[:, 2].contiguous() if case.seqused else None
+
+
+def _block_mask(case: Case) -> Any:
+    if not case.listed_mask:
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(
+        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device="cpu", BLOCK_SIZE=BLOCK_MASK_TILE
+    )  # fmt: skip
+
+
+# -- the references --
+
+
+def reference_calls(case: Case, t: Tensors) -> list[Call]:
+    """The calls for the references: one, or one a packed sequence."""
+    mods = [MASK_MODS[name] for name in (case.mask_mod, case.listed_mask) if name]
+    call = Call(
+        **{name: t.bshd(name, case).clone() for name in ("q", "k", "v")},
+        sm_scale=case.head_dim**-0.5 if case.scale is None else case.scale,
+        causal=case.causal,
+        top_left=case.top_left,
+        window=case.window,
+        softcap=case.softcap,
+        alibi=t.alibi,
+        sinks=t.sinks,
+        bias=t.bias,
+        attn_mask=t.attn_mask,
+        score_mod=SCORE_MODS.get(case.score_mod),
+        captured=(t.table,) if case.score_mod in ("table", "gated") else (),
+        mask_mod=(lambda b, h, i, j: torch.stack([mod(b, h, i, j).expand(torch.broadcast_shapes(*(x.shape for x in (b, h, i, j)))) for mod in mods]).all(0)) if mods else None,
+        dropout_p=case.dropout_p,
+        philox=t.philox,
+        dout=t.bshd("dout", case) if case.grad else None,
+        dlse=t.dlse if case.grad and case.lse else None,
+    )  # fmt: skip
+    if not case.lengths:
+        return [call]
+    calls = []
+    for index, (queries, keys, own) in enumerate(_slices(case)):
+
+        def corner(x: Tensor | None, index: int = index, own: tuple[int, int] = own) -> Tensor | None:
+            if x is None:
+                return None
+            sizes = case.sizes
+            whole = x.expand(sizes["b"], sizes["h"], sizes["i"], sizes["j"])
+            return whole[index : index + 1, :, : own[0], : own[1]]
+
+        calls.append(
+            replace(
+                call, q=call.q[None, queries], k=call.k[None, keys], v=call.v[None, keys], first_batch=index,
+                alibi=call.alibi[index] if call.alibi is not None and call.alibi.dim() == 2 else call.alibi,
+                bias=corner(call.bias), attn_mask=corner(call.attn_mask),
+                dout=None if call.dout is None else call.dout[None, queries],
+                dlse=None if call.dlse is None else call.dlse[None, :, queries],
+            )
+        )  # fmt: skip
+    return calls
+
+
+def _slices(case: Case) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Per packed sequence: its queries, its keys in use, and how many of both."""
+    ends_q, ends_k = (
+        [sum(length[axis] for length in case.lengths[:n]) for n in range(len(case.lengths) + 1)] for axis in (0, 1)
+    )
+    for (length_q, length_k, used), (first_q, _), (first_k, _) in zip(
+        case.lengths, pairwise(ends_q), pairwise(ends_k), strict=True
+    ):
+        count = used if case.seqused else length_k
+        yield slice(first_q, first_q + length_q), slice(first_k, first_k + count), (length_q, count)
+
+
+def poison(case: Case, t: Tensors, calls: list[Call]) -> None:
+    """NaN in keys and values that no query of their (batch, key/value head) may see, and beyond seqused_k."""
+    if case.strides == "expanded":
+        return  # one value stands in memory for all batches
+    k, v = (t.bshd(name, case) for name in "kv")
+    if case.lengths:
+        hidden = torch.ones(k.shape[:2], dtype=torch.bool)
+        for call, (_, keys, _) in zip(calls, _slices(case), strict=True):
+            hidden[keys] = _hidden(case, call)[0]
+    else:
+        hidden = _hidden(case, calls[0])
+    for x in (k, v):
+        x[hidden] = math.nan
+
+
+def _hidden(case: Case, call: Call) -> Tensor:
+    seen = call.visible().unflatten(1, (case.heads_kv, case.group)).any(3).any(2)  # (b, heads_kv, keys)
+    return ~seen.transpose(1, 2)
+
+
+def _joined(case: Case, calls: list[Call], results: list[Result]) -> dict[str, Tensor]:
+    """The results of the sequences as the packed call returns them."""
+    if not case.lengths:
+        (result,) = results
+        named = {"out": result.out, "lse": result.lse} | {f"d{name}": x for name, x in result.gradients.items()}
+        for name in ("out", "dq", "dk", "dv") if case.layout == "bhsd" else ():
+            named[name] = named[name].transpose(1, 2)
+        return named
+    joined = {"out": torch.cat([r.out[0] for r in results]), "lse": torch.cat([r.lse[0] for r in results], 1)}
+    for name in results[0].gradients:
+        parts = [r.gradients[name] for r in results]
+        if name == "q":
+            joined["dq"] = torch.cat([part[0] for part in parts])
+        elif name in ("k", "v"):
+            total = sum(length[1] for length in case.lengths)
+            whole = parts[0].new_zeros(total, *parts[0].shape[2:])
+            for part, (_, keys, _) in zip(parts, _slices(case), strict=True):
+                whole[keys] = part[0]
+            joined[f"d{name}"] = whole
+        elif name == "bias":
+            sizes = case.sizes
+            whole = parts[0].new_zeros(sizes["b"], sizes["h"], sizes["i"], sizes["j"])
+            for index, (part, (_, _, own)) in enumerate(zip(parts, _slices(case), strict=True)):
+                whole[index, :, : own[0], : own[1]] = part[0]
+            shape = tuple(sizes.get(letter, 1) for letter in case.bias)
+            joined["dbias"] = whole.sum_to_size(shape)
+        else:
+            joined[f"d{name}"] = torch.stack(parts).sum(0)
+    return joined
+
+
+# -- the comparison --
+
+
+def _compare(
+    case: Case,
+    got: dict[str, Tensor],
+    want: dict[str, Tensor],
+    units: list[dict[str, Tensor]],
+    where: str = "",
+) -> str | None:
+    dtypes = {x: name for name, x in accuracy.TORCH_DTYPES.items()}
+    for name, x in got.items():
+        if x.shape != want[name].shape:
+            return f"{where}{name} has shape {tuple(x.shape)}, not {tuple(want[name].shape)}"
+        if name == "lse":
+            empty = x.new_zeros(0)
+            report = accuracy.check(empty, x, (empty, want["lse"]), (empty, None), case.dtype)  # type: ignore[arg-type]
+        else:
+            # A captured fp32 tensor of a bf16 call: the errors are those of bf16.
+            unit, *others = (run[name].to(x.dtype) for run in units)
+            dtype = case.dtype if name != "out" else dtypes[x.dtype]
+            report = accuracy.check(
+                x, None, (want[name], None), (unit, None), dtype, gradient=name != "out", others=others
+            )  # type: ignore[arg-type]
+        if not report.ok:
+            return f"{where}{name}: {report.message}"
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
