@@ -180,7 +180,7 @@ def _choose(problem: Problem, target: Target, backend: str) -> tuple[Variant, di
 def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Target, backend: str) -> str | None:
     if backend not in ("auto", variant.backend):
         return f"backend={backend!r} was asked for, this is {variant.backend!r}"
-    reason = variant.supports(spec, target)
+    reason = variant.supports(spec, target) or variant.refuses(problem)
     if reason is not None or variant.backend == "torch":
         return reason
     if backend == "auto" and target.backend == "cpu":

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import InvalidProblemError
+from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, Op
 from flashgen.target import Target
 
@@ -62,6 +63,10 @@ class Variant:
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
         """None, or the reason why this variant cannot compute `spec` on `target`."""
         raise NotImplementedError
+
+    def refuses(self, problem: Problem) -> str | None:
+        """None, or the reason why one call's tensors keep this variant from running a spec that it supports."""
+        return None
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
