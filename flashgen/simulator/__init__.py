@@ -34,6 +34,7 @@ from flashgen.simulator.errors import (
     UnsupportedOperationError,
 )
 from flashgen.simulator.functions import register_asm
+from flashgen.simulator.mutate import Mutant, mutants
 from flashgen.simulator.run import LaunchReport, SimulationReport, simulate
 from flashgen.simulator.schedule import SCHEDULES, Schedule
 from flashgen.simulator.sites import Site
@@ -52,6 +53,7 @@ __all__ = [
     "LaunchReport",
     "LayoutError",
     "LivelockError",
+    "Mutant",
     "OutOfBoundsError",
     "PhaseError",
     "ProxyFenceError",
@@ -66,6 +68,7 @@ __all__ = [
     "UnfinishedError",
     "UninitializedError",
     "UnsupportedOperationError",
+    "mutants",
     "register_asm",
     "simulate",
 ]

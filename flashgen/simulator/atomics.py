@@ -53,7 +53,7 @@ def _combine(name: str, op: Callable[[Array, Array], Array]) -> Callable[..., An
 
 def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Callable[[Array, Array], Array]) -> Any:
     plain(val)
-    context.launch().scheduler.point()
+    context.launch().scheduler.point(yields=True)
     acquires, releases = _semantics(sem)
     index, keep = pointer.resolve(mask)
     buffer, dtype = pointer.buffer, pointer.buffer.dtype
@@ -116,7 +116,7 @@ def _observe(name: str, pointer: Pointer, mask: Any, acquires: bool) -> tuple[Ar
 
 def atomic_load(pointer: Pointer, mask: Any = None, sem: Any = None, scope: Any = None) -> Any:
     """Read atomically, acquiring unless relaxed."""
-    context.launch().scheduler.point()
+    context.launch().scheduler.point(yields=True)
     values, index = _observe("atomic_load", pointer, mask, _semantics(sem, "acquire")[0])
     return scalar(values[()], pointer.buffer.dtype) if index.ndim == 0 else Tensor(values, pointer.buffer.dtype)
 

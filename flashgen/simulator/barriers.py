@@ -8,7 +8,7 @@ from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import int64
 from flashgen.simulator.errors import BarrierError, ByteCountError, PhaseError, ShapeError
 from flashgen.simulator.layouts import MBarrierLayout
-from flashgen.simulator.order import Knowledge
+from flashgen.simulator.order import Access, Knowledge
 from flashgen.simulator.schedule import Event
 from flashgen.simulator.shared import SharedView, allocate_shared_memory
 from flashgen.simulator.sites import here
@@ -38,6 +38,7 @@ class Barrier:
         self.pending = self.bytes_left = self.phase = 0
         self.loads: list[Event] = []
         self.released, self.completed = Knowledge(), Knowledge()
+        self.last_load: Access | None = None
         self._landed = False
         self._arrivals: list[tuple[int, float]] = []
         self._last_arrivals: list[tuple[int, float]] = []
@@ -73,8 +74,10 @@ class Barrier:
         self._arrivals.append((part.generic, part.knows.seen[part.generic]))
         self.settle()
 
-    def land(self, event: Event, nbytes: int) -> None:
-        """A TMA load has written its bytes."""
+    def land(self, event: Event, nbytes: int, access: Access) -> None:
+        """A TMA load has written its bytes: it is over for whoever knows of this phase's completion."""
+        access.clock = self.phase + 1
+        self.last_load = access
         self.loads.remove(event)
         self.bytes_left -= nbytes
         self._landed = True

@@ -233,7 +233,7 @@ def load(
 ) -> Any:
     """Load from global memory; what the mask leaves out without `other` is poison."""
     if volatile:
-        context.launch().scheduler.point()  # somebody may be polling
+        context.launch().scheduler.point(yields=True)  # somebody may be polling
     index, keep = pointer.resolve(mask)
     buffer = pointer.buffer
     used = index if keep is None else index[keep]

@@ -118,11 +118,13 @@ class Cta:
         self.launch.scheduler.partitions.append(part)
         return part
 
-    def finish(self) -> None:
-        """Refuse to end with loads in flight or bytes outstanding."""
+    def finish(self, main: Partition) -> None:
+        """Refuse to end with loads that may be in flight or bytes outstanding; `main` knows what all others know."""
         for barrier in self.barriers:
-            if barrier.loads:
-                raise UnfinishedError(f"{self.name} ends with a TMA load in flight: {barrier.loads[0].describe()}")
+            last = barrier.last_load
+            if barrier.loads or (last is not None and not last.over_for(main.knows.seen)):
+                what = barrier.loads[0].describe() if barrier.loads else str(last)
+                raise UnfinishedError(f"{self.name} ends with a load that nobody waited for: {what}")
             if barrier.count is not None and barrier.bytes_left:
                 raise ByteCountError(f"{self.name} ends with bytes outstanding; {barrier.state()}")
 
@@ -181,7 +183,7 @@ class Launch:
             body(*args)
             part.finish()
             part.drain()
-            cta.finish()
+            cta.finish(part)
             self.scheduler.partitions.remove(part)
             self.counters.smem_bytes = max(self.counters.smem_bytes, cta.smem_bytes)
             start()

@@ -53,6 +53,7 @@ class Task:
     Attributes:
         ready: whether it can go on; None while it is not blocked.
         blocked: what it waits for, in words, and at which line.
+        yields: whether it stands at an atomic: it may be spinning, and the order of CTAs matters most there.
     """
 
     def __init__(self, name: str, body: Callable[[], None], partition: Partition | None) -> None:
@@ -61,6 +62,7 @@ class Task:
         self.baton.acquire()
         self.ready: Callable[[], bool] | None = None
         self.blocked: Callable[[], tuple[str, Mark]] | None = None
+        self.yields = False
 
 
 Choice = Task | Event
@@ -68,13 +70,16 @@ Policy = Callable[["Scheduler", list[Task], list[Event]], Choice]
 
 
 def _stay(state: Scheduler, tasks: list[Task]) -> Task:
-    """The task that runs, unless it has kept the baton for too long."""
+    """The task that runs, unless it stands at an atomic, where CTAs take turns, or has kept the baton for too long."""
     current = state.current
     if current is None or current not in tasks:
         state.streak = 0
         return tasks[0]
-    state.streak = state.streak + 1 if state.streak < _PATIENCE else 0
-    return current if state.streak else tasks[(tasks.index(current) + 1) % len(tasks)]
+    state.streak += 1
+    if state.streak < _PATIENCE and not current.yields:
+        return current
+    state.streak = 0
+    return tasks[(tasks.index(current) + 1) % len(tasks)]
 
 
 def _eager(state: Scheduler, tasks: list[Task], events: list[Event]) -> Choice:
@@ -151,6 +156,8 @@ class Scheduler:
         self,
         ready: Callable[[], bool] | None = None,
         blocked: Callable[[], tuple[str, Mark]] | None = None,
+        *,
+        yields: bool = False,
     ) -> None:
         """A scheduling point of the running task; with `ready` it goes on only once that holds."""
         task = self.current
@@ -158,12 +165,12 @@ class Scheduler:
         self.steps += 1
         if self.steps > self.max_steps:
             fail(LivelockError, f"no end after {self.max_steps} scheduling points")
-        task.ready, task.blocked = ready, blocked
+        task.ready, task.blocked, task.yields = ready, blocked, yields
         chosen = self._choose()
         if chosen is not task:
             self._pass(chosen)
             task.baton.acquire()
-        task.ready = task.blocked = None
+        task.ready, task.blocked, task.yields = None, None, False
         if self.error is not None:
             raise Stop
 

@@ -181,9 +181,8 @@ def tma_load(tensor_desc: TensorDescriptor, coord: Any, barrier: SharedView, res
                 result.data[...] = desc.fill
             result.data[box] = decode(desc.view(desc.buffer.flat)[inside], desc.dtype)
         result.written[...] = True
-        access.clock = bar.phase + 1
         launch().counters.tma_load_bytes += nbytes
-        bar.land(event, nbytes)
+        bar.land(event, nbytes, access)
 
     event = Event("load", part, land, lambda: str(access))
     bar.loads.append(event)
