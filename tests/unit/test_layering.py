@@ -25,6 +25,7 @@ ROWS = (
     ("variants",),
     ("render",),
     ("build",),
+    ("simulator",),
     # The frames that workers talk in, and the interpreting worker itself.
     ("interpret_worker",),
     ("sass",),
