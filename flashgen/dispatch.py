@@ -195,7 +195,8 @@ def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Ta
 def _notes(problem: Problem, target: Target, variant: Variant) -> tuple[str, ...]:
     notes = [f"{name} is copied: its last stride is not 1" for name in problem.copies]
     if variant.backend != "torch" and target.backend == "cpu":
-        notes.append("runs in Triton's interpreter: slow, for checking")
+        where = "in the simulator" if variant.backend == "gluon" else "in Triton's interpreter"
+        notes.append(f"runs {where}: slow, for checking")
     if variant.backend != "torch" and problem.requires_grad:
         notes.append("the backward runs in the torch backend (blocked, O(N) memory)")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Run a rendered kernel on CPU tensors in Triton's interpreter: slow, for checking.
+"""Run a rendered kernel on CPU tensors, in the simulator (Gluon) or in Triton's interpreter: slow, for checking.
 
 Interpretation happens in one long-lived worker process that sets TRITON_INTERPRET before importing triton; this process
 never imports triton, since interpreting and compiling in one process breaks both. Tensors travel through a shared
@@ -24,6 +24,8 @@ from flashgen.build import write_source
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.interpret_worker import receive, send
 from flashgen.render import KernelSource
+from flashgen.simulator import simulate
+from flashgen.variants import by_name
 
 if TYPE_CHECKING:
     import numpy as np
