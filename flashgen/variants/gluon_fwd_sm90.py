@@ -98,6 +98,14 @@ class GluonForwardSm90(Variant):
         """Columns of a value or output tile."""
         return max(64, padded_head_dim(spec.head_dim_v))
 
+    def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
+        """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
+
+        In steps of 64 columns, a swizzled row: of head dim 240 in steps of 16, Triton 3.6's ptxas (12.8) made code that reads a
+        register nothing wrote (`sass.undefined_registers`), the defect of `AttentionSpec.block_head_dim_v`.
+        """
+        return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
+
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows, keys = (1, 1, _WG_ROWS), (1, 1, int(config.BLOCK_N))
         width, width_v = self.block_d(spec), self.block_dv(spec)

@@ -216,6 +216,13 @@ def online_softmax(
 
 
 @gluon.jit
+def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
+    nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def attend(
     q,
     k_tiles,
@@ -247,11 +254,10 @@ def attend(
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
-    # -- scores of this block: the accumulator starts from nothing, `use_acc` says so --
+    # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
-    nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
-    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
+    scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
@@ -372,9 +378,7 @@ def consume(
         # -- the first block: no probabilities are there to be multiplied yet --
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
-        k = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(qk, rows_m, (n_seen - 1) * BLOCK_N, seqlen_k, causal_offset, BLOCK_N, QK_LAYOUT)
