@@ -23,7 +23,6 @@ Letters        b batch, h query head, m query row, n key row, d head dim; w warp
 import functools
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -847,7 +846,7 @@ def launch(
     num_wg = BLOCK_M // 64
     pack = heads_per_tile(group, seqlen_q, num_wg)
     rows = 64 // pack
-    num_m_blocks = triton.cdiv(seqlen_q, num_wg * rows)
+    num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
     programs = min(num_m_blocks * num_packs, num_multiprocessors(q.device))
     attention_fwd[(programs,)](
@@ -920,6 +919,7 @@ def ticket_counter(device):
     return _counters[key]
 
 
+@functools.cache
 def num_multiprocessors(device):
     """How many thread blocks run at a time: each fills a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count
