@@ -793,8 +793,23 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
-    programs = min(num_m_blocks * num_packs, num_multiprocessors(q.device))
-    attention_fwd[(programs,)](
+    grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
+    # -- compile-time arguments, in the kernel's order --
+    constants = (
+        BLOCK_M,
+        BLOCK_N,
+        128,
+        128,
+        STAGES,
+        CONSUMER_REGS,
+        PRODUCER_REGS,
+        OWN_STAGING,
+        LAZY_SUM,
+        pack,
+        seqlen_k % BLOCK_N == 0,
+        False,
+    )
+    arguments = (
         describe(q, seqlen_q, pack, rows, 128),
         describe(k, seqlen_k, 1, BLOCK_N, 128),
         describe(v, seqlen_k, 1, BLOCK_N, 128),
@@ -808,20 +823,20 @@ def launch(
         num_m_blocks,
         num_packs,
         SECTION,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=128,
-        BLOCK_DV=128,
-        STAGES=STAGES,
-        CONSUMER_REGS=CONSUMER_REGS,
-        PRODUCER_REGS=PRODUCER_REGS,
-        OWN_STAGING=OWN_STAGING,
-        LAZY_SUM=LAZY_SUM,
-        PACK=pack,
-        EVEN_K=seqlen_k % BLOCK_N == 0,
-        MASKED_LOOP=False,
-        num_warps=4,
     )
+    # A known kernel is launched without Triton's look-up, which takes longer than small problems do. It specialises on
+    # the constants: nothing else of the arguments is looked at.
+    key = (q.device, *constants)
+    if key in _kernels:
+        _kernels[key][grid](*arguments, *constants)
+        return
+    # fp fusion is said aloud: Triton 3.10 changes the default.
+    kernel = attention_fwd[grid](*arguments, *constants, num_warps=4, enable_fp_fusion=True)
+    if q.is_cuda:
+        _kernels[key] = kernel
+
+
+_kernels = {}
 
 
 def heads_per_tile(group, seqlen_q, num_wg):
