@@ -32,6 +32,7 @@ from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
+from flashgen.variants import Variant, by_name
 
 MODEL = "serial-3"
 
@@ -119,6 +120,9 @@ def predict(
     Returns:
         The forecast.
     """
+    variant = by_name(config.variant)
+    if not variant.modelled:
+        return _by_portfolio(variant, problem, target, config)
     pipes = _pipes(facts, problem, target, config)
     resident = occupancy(facts, target)
     # Warpgroups (four warps, one per quadrant) of all blocks on an SM hide behind one another; the longest pipe is a floor.
@@ -147,6 +151,20 @@ def predict(
         ms_high=None if ms is None else ms * _RANGE[1],
         calibrated=calibrated,
         basis=basis,
+    )
+
+
+def _by_portfolio(variant: Variant, problem: Problem, target: Target, config: KernelConfig) -> Prediction:
+    """The place of a configuration in the variant's own order, where instruction counts say nothing about time."""
+    order = [known.config for known in variant.known_good(problem.spec, target)]
+    return Prediction(
+        cost=1.0 + (order.index(config) if config in order else len(order)),
+        bound_by="not modelled",
+        ms=None,
+        ms_low=None,
+        ms_high=None,
+        calibrated=False,
+        basis=f"no forecast: the order is that of the known-good configurations of {variant.name}",
     )
 
 

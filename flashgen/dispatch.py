@@ -136,6 +136,8 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         backend = env.backend
     if isinstance(config, KernelConfig):
         backend = _backend_of(config, backend)
+    elif config is not None and backend == "auto" and target.backend != "cpu":
+        backend = _backend_with_tunables(config)
     variant, rejected = _choose(problem, target, backend)
     spec = problem.spec
     if config is not None:
@@ -170,6 +172,12 @@ def _backend_of(config: KernelConfig, backend: str) -> str:
     return owner
 
 
+def _backend_with_tunables(config: Mapping[str, Tunable]) -> str:
+    """The backend of the only variant that has exactly these tunables, else "auto": `parse_config` then says what is wrong."""
+    owners = {v.backend for v in REGISTRY if v.knobs and {knob.name for knob in v.knobs} == set(config)}
+    return owners.pop() if len(owners) == 1 else "auto"
+
+
 def _choose(problem: Problem, target: Target, backend: str) -> tuple[Variant, dict[str, str]]:
     spec = problem.spec
     rejected: dict[str, str] = {}
@@ -188,7 +196,7 @@ def _choose(problem: Problem, target: Target, backend: str) -> tuple[Variant, di
 def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Target, backend: str) -> str | None:
     if backend not in ("auto", variant.backend):
         return f"backend={backend!r} was asked for, this is {variant.backend!r}"
-    reason = variant.supports(spec, target)
+    reason = variant.supports(spec, target) or variant.refuses(problem)
     if reason is not None or variant.backend == "torch":
         return reason
     if backend == "auto" and target.backend == "cpu":
@@ -203,7 +211,8 @@ def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Ta
 def _notes(problem: Problem, target: Target, variant: Variant) -> tuple[str, ...]:
     notes = [f"{name} is copied: its last stride is not 1" for name in problem.copies]
     if variant.backend != "torch" and target.backend == "cpu":
-        notes.append("runs in Triton's interpreter: slow, for checking")
+        where = "in the simulator" if variant.backend == "gluon" else "in Triton's interpreter"
+        notes.append(f"runs {where}: slow, for checking")
     if variant.backend != "torch" and problem.requires_grad:
         notes.append("the backward runs in the torch backend (blocked, O(N) memory)")
     return tuple(notes)

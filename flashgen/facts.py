@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flashgen import gcn, sass, settings
+from flashgen import facts_gluon, gcn, sass, settings
 from flashgen.build import load_module, write_source
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemError
@@ -184,8 +184,9 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
     from triton.compiler import ASTSource
 
     kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
-    signature, constants, attributes = _signature(kernel, source.spec, config)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    gluon = by_name(source.variant).backend == "gluon"
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    options |= {"num_warps": facts_gluon.NUM_WARPS} if gluon else {n: config[n] for n in ("num_warps", "num_stages")}
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -195,8 +196,12 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
                 # that a launch of this configuration finds its binary there.
                 knobs.nvidia.dump_ptxas_log = True
                 knobs.compilation.always_compile = True
+                if gluon:
+                    ast_source = facts_gluon.ast_source(kernel, source.spec, config)
+                else:
+                    ast_source = ASTSource(kernel, *_signature(kernel, source.spec, config))
                 compiled = triton.compile(
-                    ASTSource(kernel, signature, constants, attributes),
+                    ast_source,
                     target=GPUTarget(target.backend, target.compiler_arch, target.warp_size),
                     options=options,
                 )
@@ -206,14 +211,14 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
         raise BuildError(
             f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
         ) from error
-    loop = read.pop("main_loop")
+    loop, num_warps = read.pop("main_loop"), int(compiled.metadata.num_warps)
     return CompiledFacts(
         arch=target.arch,
         triton_version=triton.__version__,
         smem_bytes=int(compiled.metadata.shared),
-        num_warps=int(compiled.metadata.num_warps),
+        num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(int(compiled.metadata.num_warps)) if loop else 0,
+        loop_macs=loop.macs(facts_gluon.multiplying_warps(config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -191,14 +191,21 @@ def named(given: dict[str, Any]) -> list[str]:
     ]
 
 
-def generated_variant(spec: AttentionSpec, target: Target, name: str | None = None) -> Variant:
-    """The variant of a name, or else the first with a template that supports the spec.
+def generated_variant(
+    spec: AttentionSpec, target: Target, name: str | None = None, config: Mapping[str, Tunable] | None = None
+) -> Variant:
+    """The variant of a name, or else the first with a template that supports the spec, one with the tunables of `config` before others.
 
     Raises:
         InvalidProblemError: no variant has the name, or it is no generated kernel.
         UnsupportedProblemError: none supports the spec; lists the reasons.
     """
     generated = [variant for variant in candidates(spec) if variant.template is not None]
+    if target.backend == "cpu":
+        # The portable kernel first: every GPU runs it.
+        generated.sort(key=lambda variant: variant.backend != "triton")
+    if config is not None:
+        generated.sort(key=lambda variant: {knob.name for knob in variant.knobs} != set(config))
     if name is not None:
         generated = [by_name(name)]
         if generated[0].template is None:

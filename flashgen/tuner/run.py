@@ -146,7 +146,10 @@ def _context(
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
-    legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
+    considered = policy.considered(variant, problem.spec, target, measured_tiles, known)
+    # Of what the model cannot rank nothing else would be chosen: it is not compiled.
+    ranked = variant.modelled or mode != "predicted"
+    legal = list(dict.fromkeys([*legal, *considered])) if ranked else considered
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     order = ordered(
         legal,

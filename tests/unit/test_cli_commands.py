@@ -143,8 +143,10 @@ def test_render(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
     path = own_cache / "k.py"
     code, said, _ = call(capsys, "render", "--dtype", "bf16", "--head-dim", "128", "--causal", "-o", str(path))
     assert code == 0 and path.read_text() == out and str(path) in said
-    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "h100")
+    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "a100")
     assert shown["text"] == out and len(shown["digest"]) == 64
+    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "h100")
+    assert shown["variant"] == "gluon_fwd_sm90" and "from triton.experimental import gluon" in shown["text"]
 
 
 @pytest.mark.parametrize("what", ["variants", "targets", "presets", "spaces"])

@@ -26,10 +26,11 @@ ROWS = (
     ("coverage",),
     ("render",),
     ("build",),
+    ("simulator",),
     # The frames that workers talk in, and the interpreting worker itself.
     ("interpret_worker",),
     ("disassembly",),
-    ("sass", "gcn"),
+    ("sass", "gcn", "facts_gluon"),
     ("facts",),
     ("compile_pool", "compile_worker"),
     ("costmodel",),

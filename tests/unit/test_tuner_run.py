@@ -31,7 +31,8 @@ from flashgen.tuner.run import _context
 from flashgen.tuner.search import new_study, ordered, proposals
 
 H100, A100 = Target.named("h100"), Target.named("a100")
-PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
+# Head dim 124, no multiple of 8: the portable kernel's on every GPU.
+PROBLEM = Problem.preset("llama3-8b", seqlen=1024, head_dim=124, head_dim_v=124)
 VARIANT = choose_variant(PROBLEM, H100)
 LEGAL, KNOWN = legal_list(VARIANT, PROBLEM, H100)
 FACTS = CompiledFacts(
@@ -281,6 +282,20 @@ def test_two_problems_in_one_run(compiler: Compiler) -> None:
     assert result.problems[0].digest != result.problems[1].digest
     with open_store() as store:
         assert store.info()["winners"] == 2
+
+
+def test_a_kernel_that_the_model_cannot_rank_takes_the_first_of_its_own_list(compiler: Compiler) -> None:
+    problem = Problem.preset("llama3-8b", seqlen=1024)
+    variant = choose_variant(problem, H100)
+    assert variant.name == "gluon_fwd_sm90" and not variant.modelled
+    _, known = legal_list(variant, problem, H100)
+    (row,) = tune(problem, target=H100, progress=False).problems
+    assert set(compiler.asked) == {one.config for one in known}
+    assert row.winner is not None and row.winner.config == known[0].config.to_dict()
+    first = known[0].config
+    compiler.facts = lambda config: replace(FACTS, loop={**FACTS.loop, "spill": 500}) if config == first else FACTS
+    (row,) = tune(problem, target=H100, progress=False, database=None).problems
+    assert row.winner is not None and row.winner.config == known[1].config.to_dict()
 
 
 # -- measured, with a bench that is told what to answer --

@@ -1,0 +1,359 @@
+"""The functions of the kernel language that compute: creation, elementwise functions, reductions, layouts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flashgen.simulator import context
+from flashgen.simulator.context import fail, launch, partition
+from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
+from flashgen.simulator.errors import KernelAssertionError, ShapeError, UnsupportedOperationError
+from flashgen.simulator.layouts import Layout, SliceLayout, common, inferred
+from flashgen.simulator.scalars import Scalar, scalar
+from flashgen.simulator.tensors import Tensor, binary, plain, promoted, sizes
+
+
+def program_id(axis: Any) -> Any:
+    """Index of the running CTA along an axis of the grid."""
+    return scalar(partition().cta.pid[int(axis)], int32)
+
+
+def num_programs(axis: Any) -> Any:
+    """Size of the grid along an axis."""
+    return scalar(launch().grid[int(axis)], int32)
+
+
+def num_warps() -> int:
+    """Warps of the running partition; a compile-time value."""
+    return partition().num_warps
+
+
+def num_ctas() -> int:
+    """CTAs of a cluster: clusters are not simulated."""
+    return 1
+
+
+def arange(start: Any, end: Any, layout: Layout | None = None) -> Tensor:
+    """Consecutive int32 values."""
+    return Tensor(np.arange(int(start), int(end), dtype=np.int32), int32, layout)
+
+
+def full(shape: Any, value: Any, dtype: DType, layout: Layout | None = None) -> Tensor:
+    """A tensor of one value."""
+    plain(value)
+    return Tensor(np.full(sizes([shape]), rounded(np.asarray(value), dtype), dtype.held), dtype, layout)
+
+
+def zeros(shape: Any, dtype: DType, layout: Layout | None = None) -> Tensor:
+    """A tensor of zeros."""
+    return full(shape, 0, dtype, layout)
+
+
+def full_like(input: Tensor, value: Any, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+    """A tensor of one value, in another one's shape, dtype and layout."""
+    return full(shape or input.shape, value, dtype or input.dtype, layout or input.layout)
+
+
+def zeros_like(input: Tensor, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+    """A tensor of zeros, in another one's shape, dtype and layout."""
+    return full_like(input, 0, shape, dtype, layout)
+
+
+def convert_layout(value: Any, layout: Layout, assert_trivial: bool = False) -> Tensor:
+    """The same values in another layout."""
+    plain(value)
+    return Tensor(value.values, value.dtype, layout)
+
+
+def set_auto_layout(value: Any, layout: Layout) -> Tensor:
+    """Fix an inferred layout."""
+    return convert_layout(value, layout)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Values of x where the condition holds, else of y."""
+    plain(condition, x, y)
+    tensors = [operand for operand in (condition, x, y) if isinstance(operand, Tensor)]
+    if not tensors:
+        return x if condition else y
+    layout = functools.reduce(common, (tensor.layout for tensor in tensors))
+    if len({tensor.values.ndim for tensor in tensors}) > 1:
+        fail(ShapeError, f"where: operands of shapes {[tensor.shape for tensor in tensors]}")
+    dtype = promoted(x, y) if isinstance(x, Tensor) or isinstance(y, Tensor) else _of_python(x, y)
+    a, b = (v.values if isinstance(v, Tensor) else np.asarray(v, dtype.held) for v in (x, y))
+    chosen = np.where(condition.values if isinstance(condition, Tensor) else bool(condition), a, b)
+    return Tensor(chosen.astype(dtype.held, copy=False), dtype, layout)
+
+
+def _of_python(*values: Any) -> DType:
+    return float32 if any(isinstance(value, float) for value in values) else int32
+
+
+def unary(name: str, function: Callable[[Any], Array]) -> Callable[[Any], Any]:
+    """An elementwise function of the language; integers become float32."""
+
+    def elementwise(x: Any) -> Any:
+        plain(x)
+        if not isinstance(x, Tensor):
+            with np.errstate(all="ignore"):
+                return float(function(np.float32(x)))
+        dtype = x.dtype if x.dtype.is_float else float32
+        result = function(x.values if x.dtype.is_float else x.values.astype(np.float32))
+        return Tensor(rounded(result, dtype) if dtype.narrow else result, dtype, x.layout)
+
+    elementwise.__name__ = name
+    return elementwise
+
+
+def absolute(x: Any) -> Any:
+    """The absolute value, of the operand's own type."""
+    plain(x)
+    return Tensor(np.abs(x.values), x.dtype, x.layout) if isinstance(x, Tensor) else abs(x)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
+    name: unary(name, function)
+    for name, function in (
+        ("exp", np.exp), ("exp2", np.exp2), ("log", np.log), ("log2", np.log2), ("sqrt", np.sqrt), ("sqrt_rn", np.sqrt),
+        ("sin", np.sin), ("cos", np.cos), ("floor", np.floor), ("ceil", np.ceil), ("erf", _erf),
+        ("rsqrt", lambda x: np.float32(1) / np.sqrt(x)),
+    )
+}  # fmt: skip
+
+
+def _reduction(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def reduction(input: Any, axis: Any = None, keep_dims: bool = False, **_: Any) -> Any:
+        plain(input)
+        where_to = None if axis is None else int(axis)
+        values = input.values
+        if name == "sum" and input.dtype is int32:
+            result = function(values, axis=where_to, keepdims=keep_dims, dtype=np.int32)
+        else:
+            result = function(values, axis=where_to, keepdims=keep_dims)
+        if np.ndim(result) == 0:
+            return scalar(result, input.dtype)
+        return Tensor(rounded(result, input.dtype), input.dtype, _reduced(input.layout, where_to, keep_dims))
+
+    reduction.__name__ = name
+    return reduction
+
+
+def _reduced(layout: Layout | None, axis: int | None, keep_dims: bool) -> Layout | None:
+    if inferred(layout) or axis is None:
+        return None
+    return layout if keep_dims else SliceLayout(axis, layout)
+
+
+reduce_sum, reduce_max, reduce_min = (
+    _reduction("sum", np.sum),
+    _reduction("max", np.max),  # a NaN stays: poison must show
+    _reduction("min", np.min),
+)
+
+
+def reduce(input: Any, axis: Any, combine_fn: Any, keep_dims: bool = False) -> Any:
+    """Reduce along an axis with a function of two values, from the left."""
+    plain(input)
+    slices = [Tensor(part, input.dtype) for part in np.moveaxis(input.values, int(axis), 0)]
+    result = functools.reduce(combine_fn, slices)
+    if result.values.ndim == 0:
+        return scalar(result.values[()], input.dtype)
+    values = np.expand_dims(result.values, int(axis)) if keep_dims else result.values
+    return Tensor(values, input.dtype, _reduced(input.layout, int(axis), keep_dims))
+
+
+def _extremum(name: str, function: Callable[..., Array], pick: Callable[..., Any]) -> Callable[..., Any]:
+    def extremum(x: Any, y: Any, propagate_nan: Any = None) -> Any:
+        plain(x, y)
+        if isinstance(x, Tensor) or isinstance(y, Tensor):
+            return binary(x, y, function)
+        chosen = pick(x, y)
+        run_time = isinstance(x, Scalar) or isinstance(y, Scalar)
+        return scalar(chosen, int32) if run_time and type(chosen) is int else chosen
+
+    extremum.__name__ = name
+    return extremum
+
+
+maximum, minimum = _extremum("maximum", np.fmax, max), _extremum("minimum", np.fmin, min)
+
+
+def clamp(x: Any, min: Any, max: Any, propagate_nan: Any = None) -> Any:
+    """The value between two bounds."""
+    return minimum(maximum(x, min), max)
+
+
+def fma(x: Any, y: Any, z: Any) -> Any:
+    """x·y + z, rounded twice where the hardware rounds once."""
+    return x * y + z
+
+
+def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Any:
+    """The quotient x / y."""
+    return x / y
+
+
+def add(x: Any, y: Any, sanitize_overflow: bool = True) -> Any:
+    """The sum x + y."""
+    return x + y
+
+
+def sub(x: Any, y: Any, sanitize_overflow: bool = True) -> Any:
+    """The difference x - y."""
+    return x - y
+
+
+def mul(x: Any, y: Any, sanitize_overflow: bool = True) -> Any:
+    """The product x * y."""
+    return x * y
+
+
+def cdiv(x: Any, div: Any) -> Any:
+    """The quotient x / div, rounded up."""
+    return (x + (div - 1)) // div
+
+
+def expand_dims(input: Tensor, axis: Any) -> Tensor:
+    """Add a dimension of size 1."""
+    where_to = int(axis) % (input.values.ndim + 1)
+    return input[tuple(None if i == where_to else slice(None) for i in range(input.values.ndim + 1))]
+
+
+def broadcast(input: Any, other: Any) -> Any:
+    """Two operands in their common shape."""
+    zero = binary(input, other, lambda a, b: np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b))))
+    return tuple(
+        Tensor(np.broadcast_to(v.values, zero.values.shape), v.dtype, zero.layout) if isinstance(v, Tensor) else v
+        for v in (input, other)
+    )
+
+
+def reshape(input: Tensor, *shape: Any, can_reorder: bool = False) -> Tensor:
+    """The values in another shape, their layout inferred."""
+    plain(input)
+    return input.reshape(*shape)
+
+
+def permute(input: Tensor, *dims: Any) -> Tensor:
+    """Dimensions in another order."""
+    plain(input)
+    return input.permute(*dims)
+
+
+def split(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of a last dimension of 2."""
+    plain(a)
+    return a.split()
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """Two tensors along a new last dimension."""
+    plain(a, b)
+    return Tensor(np.stack([a.values, b.values], -1), a.dtype)
+
+
+def cast(input: Any, dtype: DType, fp_downcast_rounding: Any = None, bitcast: bool = False) -> Any:
+    """Values as another type."""
+    plain(input)
+    return input.to(dtype, bitcast) if hasattr(input, "to") else scalar(input, dtype)
+
+
+def to_tensor(x: Any) -> Any:
+    """A value as a run-time value."""
+    return scalar(x, int32) if type(x) is int else x
+
+
+def _hint(name: str) -> Callable[..., Any]:
+    def hint(input: Any, values: Any = None) -> Any:
+        return input
+
+    hint.__name__ = name
+    return hint
+
+
+multiple_of, max_contiguous, max_constancy = map(_hint, ("multiple_of", "max_contiguous", "max_constancy"))
+
+
+def assume(cond: Any) -> None:
+    """A promise to the compiler, held to here."""
+    if not isinstance(cond, Tensor) and not cond:
+        fail(KernelAssertionError, "assume: the condition does not hold")
+
+
+def device_assert(cond: Any, msg: str = "", mask: Any = None) -> None:
+    """Fail where a condition does not hold."""
+    values = cond.values if isinstance(cond, Tensor) else np.asarray(bool(cond))
+    if mask is not None:
+        values = values | ~(mask.values if isinstance(mask, Tensor) else np.asarray(bool(mask)))
+    if not values.all():
+        fail(KernelAssertionError, f"device_assert: {msg}")
+
+
+def static_assert(cond: Any, msg: str = "") -> None:
+    """Fail where a compile-time condition does not hold."""
+    if not cond:
+        fail(KernelAssertionError, f"static_assert: {msg}")
+
+
+def device_print(prefix: str, *args: Any, hex: bool = False) -> None:
+    """Print nothing: a simulated kernel is silent."""
+
+
+def static_print(*values: Any, **_: Any) -> None:
+    """Print nothing: a simulated kernel is silent."""
+
+
+ASM: dict[str, Callable[..., Any]] = {
+    "ex2.approx.ftz.f32 $0, $1;": np.exp2,
+    "ex2.approx.f32 $0, $1;": np.exp2,
+    "lg2.approx.f32 $0, $1;": np.log2,
+    "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+    "fma.rn.f32 $0, $1, $2, $3;": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+}
+
+
+def register_asm(text: str, function: Callable[..., Any]) -> None:
+    """Teach the simulator an inline assembly text.
+
+    Args:
+        text: the text, as the kernel gives it; spaces and line ends do not matter.
+        function: NumPy arrays of the operands in, the array of the result out (a tuple for several results).
+    """
+    ASM[" ".join(text.split())] = function
+
+
+def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
+    """Run a registered assembly text on the elements."""
+    plain(*args)
+    function = ASM.get(" ".join(str(asm).split()))
+    if function is None:
+        fail(
+            UnsupportedOperationError,
+            f"inline assembly {asm!r}: teach it with flashgen.simulator.register_asm(text, function of arrays)",
+        )
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))
+    many = isinstance(dtype, (tuple, list))
+    made = tuple(
+        Tensor(rounded(result, kind), kind, tensors[0].layout if tensors else None)
+        for result, kind in zip(results if many else [results], dtype if many else [dtype], strict=True)
+    )
+    return made if many else made[0]
+
+
+def device_range(*bounds: Any, **_: Any) -> Any:
+    """Python's range; in a kernel its values are run-time int32. Hints of the compiler are ignored."""
+    if context.active() is None:
+        return range(*bounds)
+    return (scalar(value, int32) for value in range(*map(int, bounds)))
+
+
+def static_range(*bounds: Any) -> range:
+    """A range unrolled at compile time: its values are literals."""
+    return range(*map(int, bounds))

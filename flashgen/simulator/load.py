@@ -1,0 +1,133 @@
+"""Executing a kernel file's exact text under the simulated names.
+
+The text gets builtins of its own whose `__import__` answers Triton and torch; `sys.modules` is never touched, so the
+real Triton stays importable in the same process, and the simulated one in no other module.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from flashgen.errors import InvalidProblemError
+from flashgen.simulator import api, sites
+from flashgen.simulator.errors import SimulationError
+from flashgen.simulator.functions import device_range
+
+if TYPE_CHECKING:
+    from flashgen.render import KernelSource
+
+_serial = itertools.count(1)
+
+
+def read(source: str | Path | KernelSource) -> tuple[str, str]:
+    """The text of a source, and the name to show for it.
+
+    Raises:
+        InvalidProblemError: the source is neither text, nor a file, nor a rendered kernel.
+    """
+    if isinstance(source, Path):
+        try:
+            return source.read_text(), str(source)
+        except OSError as error:
+            raise InvalidProblemError(f"the kernel file {source} cannot be read: {error}.") from error
+    if isinstance(source, str):
+        if "\n" not in source and source.endswith(".py"):
+            return read(Path(source))
+        return source, "<source>"
+    text, name = getattr(source, "text", None), getattr(source, "name", None)
+    if isinstance(text, str) and isinstance(name, str):
+        return text, name
+    raise InvalidProblemError(
+        f"source is a {type(source).__name__}: give the text of a kernel file, its path, or a KernelSource of render()."
+    )
+
+
+class _Torch(ModuleType):
+    """torch on the CPU: uninitialised tensors are poisoned, and the device has `processors` of them."""
+
+    def __init__(self, processors: int) -> None:
+        import torch
+
+        super().__init__("torch")
+        self._real = torch
+        self.__path__: list[str] = []
+        properties = SimpleNamespace(multi_processor_count=processors, major=9, minor=0)
+        self.cuda = SimpleNamespace(
+            get_device_properties=lambda *_: properties,
+            get_device_capability=lambda *_: (9, 0),
+            current_device=lambda: 0,
+            current_stream=lambda *_: None,
+            synchronize=lambda *_: None,
+            device=lambda *_: _nothing(),
+            is_available=lambda: True,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def empty(self, *args: Any, **kwargs: Any) -> Any:
+        return _poisoned(self._real.empty(*args, **{**kwargs, "device": "cpu"}))
+
+    def empty_like(self, *args: Any, **kwargs: Any) -> Any:
+        return _poisoned(self._real.empty_like(*args, **kwargs))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _poisoned(tensor: Any) -> Any:
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(0x5A)
+
+
+class Loaded:
+    """An executed kernel file.
+
+    Attributes:
+        namespace: its globals.
+        file: the name its code objects carry, for reports.
+    """
+
+    def __init__(self, text: str, shown: str, processors: int) -> None:
+        self.file = f"<flashgen simulation {next(_serial)}: {shown}>"
+        sites.register(self.file, shown, text)
+        known = api.modules()
+        torch = _Torch(processors)
+
+        def simulated_import(
+            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:
+            root = name.partition(".")[0]
+            if level or root not in ("triton", "torch"):
+                return builtins.__import__(name, globals, locals, fromlist or (), level)
+            if root == "torch":
+                return torch if name == "torch" or not fromlist else builtins.__import__(name, None, None, fromlist)
+            module = known.get(name)
+            if module is None:
+                raise ModuleNotFoundError(f"{name} is not simulated; known are {', '.join(sorted(known))}", name=name)
+            return module if fromlist else known["triton"]
+
+        own = {**vars(builtins), "__import__": simulated_import, "range": device_range}
+        self.namespace: dict[str, Any] = {"__name__": "simulated_kernel", "__file__": shown, "__builtins__": own}
+        try:
+            exec(compile(text, self.file, "exec"), self.namespace)
+        except SimulationError:
+            raise
+        except Exception as error:
+            from flashgen.simulator.errors import KernelPythonError, UnsupportedOperationError
+
+            site = sites.innermost(error).site()
+            kind = UnsupportedOperationError if isinstance(error, ImportError) else KernelPythonError
+            raise kind(
+                f"the file does not load: {type(error).__name__}: {error}\n    at {site}", sites=(site,)
+            ) from error
+
+    def close(self) -> None:
+        sites.forget(self.file)

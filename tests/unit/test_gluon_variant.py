@@ -1,0 +1,105 @@
+"""The descriptor of the Hopper forward: what it supports, what is legal, and that its arithmetic is the compiler's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flashgen.config import KernelConfig
+from flashgen.facts import compile_facts
+from flashgen.render import render
+from flashgen.spec import AttentionSpec
+from flashgen.store import seeds
+from flashgen.target import CPU, Target
+from flashgen.variants import by_name
+
+VARIANT, H100 = by_name("gluon_fwd_sm90"), Target.named("h100")
+HEAD_DIMS = ("d64", "d128", "d256", "d192-dv128", "d64-dv256", "d8", "d72-dv80")
+
+
+def spec_of(words: str) -> AttentionSpec:
+    return AttentionSpec.from_key(f"attention_fwd-{words}")
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "reason"),
+    [
+        ("bf16-d128-causal-lse", H100, None),
+        ("fp16-d192-dv128", Target.named("h200"), None),
+        ("bf16-d64", CPU, None),
+        ("bf16-d128", Target.named("a100"), "written for Hopper"),
+        ("bf16-d128", Target.named("b200"), "written for Hopper"),
+        ("bf16-d128", Target.named("mi300x"), "written for Hopper"),
+        ("fp32-d128", H100, "takes fp16 and bf16"),
+        ("bf16-d100", H100, "head_dim 100 is no multiple of 8"),
+        ("bf16-d64-dv33", H100, "head_dim_v 33 is no multiple of 8"),
+        ("bf16-d64-window", H100, "window: not covered"),
+    ],
+)
+def test_supports_names_the_reason(words: str, target: Target, reason: str | None) -> None:
+    said = VARIANT.supports(spec_of(words), target)
+    assert said is None if reason is None else reason in (said or "")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_defaults_and_portfolio_are_legal(head_dim: str) -> None:
+    spec = spec_of(f"bf16-{head_dim}-causal")
+    space = VARIANT.space(spec, H100)
+    assert VARIANT.illegal(spec, H100, VARIANT.default(spec, H100)) is None
+    assert space and len(set(space)) == len(space)
+    assert all(known.source for known in VARIANT.known_good(spec, H100))
+
+
+def changed(**knobs: Any) -> KernelConfig:
+    return KernelConfig(variant=VARIANT.name, **{**VARIANT.default(spec_of("bf16-d128"), H100).to_dict(), **knobs})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"BLOCK_M": 64}, "BLOCK_M=64 must be 128 or 192"),
+        ({"BLOCK_M": True}, "BLOCK_M=True must be"),
+        ({"BLOCK_N": 48}, "BLOCK_N=48 must be one of"),
+        ({"STAGES": 0}, "STAGES=0 must be from 1"),
+        ({"STAGES": "2"}, "STAGES='2' must be from 1"),
+        ({"SECTION": 0}, "SECTION=0 must be from 1"),
+        ({"LAZY_SUM": 1}, "LAZY_SUM=1 must be True or False"),
+        ({"CONSUMER_REGS": 236}, "CONSUMER_REGS=236 must be a multiple of 8"),
+        ({"PRODUCER_REGS": 16}, "PRODUCER_REGS=16 must be a multiple of 8 from 24"),
+        ({"CONSUMER_REGS": 248}, "need more than the 504 registers"),
+        ({"CONSUMER_REGS": 160}, "leaves the first warpgroup 320"),
+        ({"BLOCK_M": 192, "CONSUMER_REGS": 160, "PRODUCER_REGS": 32}, "need about 190 registers a thread"),
+        ({"STAGES": 3}, "bytes of shared memory"),
+    ],
+)
+def test_illegal_names_the_knob(knobs: dict[str, Any], reason: str) -> None:
+    assert reason in (VARIANT.illegal(spec_of("bf16-d128"), H100, changed(**knobs)) or "legal")
+
+
+def test_staging_in_the_memory_of_q_needs_equal_widths() -> None:
+    reason = VARIANT.illegal(spec_of("bf16-d64-dv128"), H100, changed(OWN_STAGING=False)) or ""
+    assert "another width" in reason
+
+
+def test_shipped_rows_are_of_todays_text_and_legal() -> None:
+    rows = [row for row in seeds.load("h100", "attention_fwd") if row.variant == VARIANT.name]
+    assert len(rows) >= 50
+    for row in rows:
+        spec = AttentionSpec.from_key(row.spec_key)
+        assert row.digest == render(spec, VARIANT).digest, f"{row.spec_key}: measured with another text: measure anew"
+        assert VARIANT.parse_config(row.config, spec, H100) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["bf16-d128-causal-lse", "fp16-d64", "bf16-d256-causal"])
+def test_the_compiler_agrees(words: str) -> None:
+    """No spill, no serialised product in the main loop, and as much shared memory as the predicate says."""
+    spec = spec_of(words)
+    config = VARIANT.default(spec, H100)
+    facts = compile_facts(spec, config, H100)
+    needed = VARIANT.smem_bytes(spec, config)  # type: ignore[attr-defined]
+    assert needed - 512 <= facts.smem_bytes <= needed <= H100.smem_bytes
+    assert (facts.loop_spill_ops, facts.serialised, facts.undefined_registers) == (0, False, 0)
+    assert facts.loop_macs == config.BLOCK_M * config.BLOCK_N * (spec.head_dim + spec.head_dim_v)
+    assert VARIANT.illegal(spec, H100, config, facts) is None
