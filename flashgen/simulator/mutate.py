@@ -199,7 +199,9 @@ def _of_block(body: list[ast.stmt], cut: _Text) -> Iterator[_Edit]:
             late = name in _SYNC - {"arrive"} and _touches(following)
             if early or late:
                 swapped = ((statement, cut.of(following)), (following, cut.of(statement)))
-                yield _Edit(f"{'early arrive' if early else f'late {name}'}", following if early else statement, swapped)
+                yield _Edit(
+                    f"{'early arrive' if early else f'late {name}'}", following if early else statement, swapped
+                )
 
 
 def _touches(statement: ast.stmt) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import InvalidProblemError
-from flashgen.simulator import load
+from flashgen.simulator import load, sites
 from flashgen.simulator.errors import KernelPythonError, SimulationError
 from flashgen.simulator.jit import RUN, JitFunction, Run
 from flashgen.simulator.machine import Launch, Settings
@@ -169,8 +169,6 @@ def _call(loaded: load.Loaded, entry: str, grid: Any, args: dict[str, Any]) -> N
     except (SimulationError, InvalidProblemError):
         raise
     except Exception as error:
-        from flashgen.simulator import sites
-
         site = sites.innermost(error).site()
         raise KernelPythonError(
             f"{entry} raised {type(error).__name__}: {error}\n    at {site}", sites=(site,)

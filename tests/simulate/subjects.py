@@ -32,7 +32,7 @@ def check_matmul(text: str, **options: Any) -> None:
     for m, k, n, stages, dtype in ((130, 200, 64, 2, torch.bfloat16), (64, 72, 32, 3, torch.float16)):
         a, b = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype)
         c = nan_like(a.new_empty(m, n))
-        simulate(text, dict(a=a, b=b, c=c, note=torch.zeros(8, dtype=torch.int32), STAGES=stages), **options)
+        simulate(text, {"a": a, "b": b, "c": c, "note": torch.zeros(8, dtype=torch.int32), "STAGES": stages}, **options)
         want = a.double() @ b.double()
         unit = torch.finfo(dtype).eps
         assert ((c.double() - want).abs() <= unit * want.abs() + 1e-4).all()
@@ -42,7 +42,7 @@ def check_copy(text: str, **options: Any) -> None:
     for rows, columns, stages in ((70, 100, 2), (32, 64, 3)):
         x = normal(rows, columns)
         y = nan_like(x)
-        simulate(text, dict(x=x, y=y, STAGES=stages), **options)
+        simulate(text, {"x": x, "y": y, "STAGES": stages}, **options)
         assert torch.equal(y, 2 * x)
 
 
@@ -50,7 +50,7 @@ def check_ordered_sum(text: str, **options: Any) -> None:
     x, turn = normal(7, 50), torch.zeros(1, dtype=torch.int32)
     for _ in range(2):  # the semaphore must stand ready for the next launch
         total = torch.zeros(50)
-        simulate(text, dict(x=x, total=total, turn=turn), **options)
+        simulate(text, {"x": x, "total": total, "turn": turn}, **options)
         want = torch.zeros(50)
         for row in x:
             want = want + row
@@ -62,7 +62,7 @@ def check_tickets(text: str, **options: Any) -> None:
     x, counter = normal(300), torch.zeros(1, dtype=torch.int32)
     for _ in range(2):
         y = nan_like(x)
-        simulate(text, dict(x=x, y=y, counter=counter), **options)
+        simulate(text, {"x": x, "y": y, "counter": counter}, **options)
         assert torch.equal(y, 3 * x)
         assert counter.item() == 0
 
