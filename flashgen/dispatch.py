@@ -180,7 +180,7 @@ def _choose(problem: Problem, target: Target, backend: str) -> tuple[Variant, di
 def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Target, backend: str) -> str | None:
     if backend not in ("auto", variant.backend):
         return f"backend={backend!r} was asked for, this is {variant.backend!r}"
-    reason = variant.supports(spec, target)
+    reason = variant.supports(spec, target) or variant.refuses(problem)
     if reason is not None or variant.backend == "torch":
         return reason
     if backend == "auto" and target.backend == "cpu":
@@ -195,7 +195,8 @@ def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Ta
 def _notes(problem: Problem, target: Target, variant: Variant) -> tuple[str, ...]:
     notes = [f"{name} is copied: its last stride is not 1" for name in problem.copies]
     if variant.backend != "torch" and target.backend == "cpu":
-        notes.append("runs in Triton's interpreter: slow, for checking")
+        where = "in the simulator" if variant.backend == "gluon" else "in Triton's interpreter"
+        notes.append(f"runs {where}: slow, for checking")
     if variant.backend != "torch" and problem.requires_grad:
         notes.append("the backward runs in the torch backend (blocked, O(N) memory)")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Run a rendered kernel on CPU tensors in Triton's interpreter: slow, for checking.
+"""Run a rendered kernel on CPU tensors, in the simulator (Gluon) or in Triton's interpreter: slow, for checking.
 
 Interpretation happens in one long-lived worker process that sets TRITON_INTERPRET before importing triton; this process
 never imports triton, since interpreting and compiling in one process breaks both. Tensors travel through a shared
@@ -24,6 +24,8 @@ from flashgen.build import write_source
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.interpret_worker import receive, send
 from flashgen.render import KernelSource
+from flashgen.simulator import simulate
+from flashgen.variants import by_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +61,9 @@ def launch(
     causal_offset: int,
     **tunables: Any,
 ) -> None:
-    """Run the `launch` function of a rendered kernel in the interpreting worker, starting it if need be.
+    """Run the `launch` function of a rendered kernel without a GPU.
+
+    A Gluon kernel runs in this process, in the simulator; any other in the interpreting worker, which is started if need be.
 
     Thread-safe: one launch at a time. The first call of a process takes a second or two for the worker to import torch
     and triton.
@@ -74,14 +78,18 @@ def launch(
         InvalidProblemError: a tensor is not on the CPU.
         BuildError: the worker cannot start; the kernel raised (its line is in the message), crashed the worker, or
             wrote outside its outputs. o and lse are untouched then, and the next call works again.
+        SimulationError: the simulator found a defect.
 
     """
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise InvalidProblemError(f"{name} is on {tensor.device}: the interpreter takes CPU tensors only.")
-    path = str(write_source(source))
     values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
+    if by_name(source.variant).backend == "gluon":
+        simulate(source, {**tensors, **values})
+        return
+    path = str(write_source(source))
     with _state.lock:
         worker = _running_worker()
         try:

@@ -36,6 +36,7 @@ class Problem:
         requires_grad: autograd will want a backward.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
+        unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
     """
 
     dtype: DType
@@ -65,6 +66,7 @@ class Problem:
     layout: Layout = "bshd"
     device: str = "cpu"
     copies: tuple[str, ...] = ()
+    unaligned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
@@ -329,8 +331,25 @@ class Problem:
             requires_grad=_needs_grad(q, k, v) if requires_grad is None else requires_grad,
             layout=layout,
             device=str(q.device),
-            copies=tuple(name for name, tensor in tensors.items() if tensor.stride(-1) != 1 and tensor.shape[-1] != 1),
+            copies=tuple(name for name, tensor in tensors.items() if _is_copied(tensor)),
+            unaligned=tuple(
+                name for name, tensor in tensors.items() if not _is_copied(tensor) and not tma_addressable(tensor)
+            ),
         )
+
+
+def tma_addressable(tensor: Tensor) -> bool:
+    """Whether a TMA descriptor can express a tensor: base address and strides are multiples of 16 bytes, and none is 0.
+
+    Dimensions of size 1 may have any stride, since it is never stepped over; the last one is not looked at.
+    """
+    size = tensor.element_size()
+    strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
+    return tensor.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    return tensor.stride(-1) != 1 and tensor.shape[-1] != 1
 
 
 def _require(ok: bool, name: str, given: object, allowed: str) -> None:

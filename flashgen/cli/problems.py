@@ -151,6 +151,9 @@ def generated_variant(spec: AttentionSpec, target: Target, name: str | None = No
         UnsupportedProblemError: none supports the spec; lists the reasons.
     """
     generated = [variant for variant in candidates(spec) if variant.template is not None]
+    if target.backend == "cpu":
+        # The portable kernel first: every GPU runs it.
+        generated.sort(key=lambda variant: variant.backend != "triton")
     if name is not None:
         generated = [by_name(name)]
         if generated[0].template is None:

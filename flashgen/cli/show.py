@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -43,14 +46,26 @@ def targets(as_json: bool) -> None:
     if as_json:
         print_json({"targets": [asdict(target) for target in TARGETS.values()]})
         return
-    headers = ["target", "gpu", "arch", "SMs", "smem/block", "HBM GB/s", "bf16 TFLOP/s", "source"]
-    print_table(
-        headers,
-        [
-            [t.name, t.gpu, t.arch, t.num_sms, t.smem_bytes, t.hbm_gbps, t.bf16_tflops, t.source]
-            for t in TARGETS.values()
-        ],
-    )
+    headers = ["target", "arch", "SMs", "smem KB", "L2 MB", "GB/s", "MHz", "bf16 TF"]
+    print_table(headers, [_figures(target) for target in TARGETS.values()])
+    click.echo()
+    # On a terminal the sources wrap to its width; a pipe gets one line each.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for t in TARGETS.values():
+        text = f"{t.name}: {t.gpu}. {t.source}."
+        click.echo(textwrap.fill(text, max(40, width), subsequent_indent="    ") if width else text)
+
+
+def _figures(target: Target) -> list[str]:
+    """One row; `-` where nothing is published."""
+    figures = (target.l2_bytes / 2**20, target.hbm_gbps, target.clock_mhz, target.bf16_tflops)
+    return [
+        target.name,
+        target.arch,
+        str(target.num_sms),
+        f"{target.smem_bytes // 1024}",
+        *(f"{figure:g}" if figure else "-" for figure in figures),
+    ]
 
 
 @show.command()

@@ -117,7 +117,12 @@ def _versions() -> str:
 def _variant(spec: AttentionSpec, target: Target) -> Variant:
     reasons = {}
     for variant in candidates(spec):
-        reason = variant.supports(spec, target) if variant.template is not None else "is no generated kernel"
+        if variant.template is None:
+            reason: str | None = "is no generated kernel"
+        elif variant.backend == "gluon":
+            reason = "an exported file tests itself on any machine, and Gluon runs on its GPU alone"
+        else:
+            reason = variant.supports(spec, target)
         if reason is None:
             return variant
         reasons[variant.name] = reason

@@ -145,6 +145,8 @@ def _context(
     variant = choose_variant(problem, target)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
+    if mode == "predicted" and not variant.modelled:
+        legal = [row.config for row in known]  # nothing would choose among the others
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     order = ordered(
         legal,

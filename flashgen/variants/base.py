@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import InvalidProblemError
+from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, Op
 from flashgen.target import Target
 
@@ -51,6 +52,7 @@ class Variant:
         backend: which `backend=` of `attention()` selects it.
         template: path below `templates/`, or None when the variant is no generated kernel.
         knobs: the tunables; their product, filtered by `illegal`, is the search space.
+        modelled: whether the cost model can rank its configurations; if not, it only vetoes, and `known_good` is the order.
     """
 
     name: ClassVar[str]
@@ -58,10 +60,15 @@ class Variant:
     backend: ClassVar[Literal["gluon", "triton", "torch"]]
     template: ClassVar[str | None] = None
     knobs: ClassVar[tuple[Knob, ...]] = ()
+    modelled: ClassVar[bool] = True
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
         """None, or the reason why this variant cannot compute `spec` on `target`."""
         raise NotImplementedError
+
+    def refuses(self, problem: Problem) -> str | None:
+        """None, or the reason why one call's tensors keep this variant from running a spec that it supports."""
+        return None
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
@@ -83,6 +90,14 @@ class Variant:
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         """Tiles with a source, best first; the only ones a prediction may pick."""
         return ()
+
+    def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        """Blocks of the TMA descriptors that the kernel takes, by parameter; none where it takes pointers."""
+        return {}
+
+    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
+        return {}
 
     def config(self, **tunables: Tunable) -> KernelConfig:
         """A config of this variant."""

@@ -28,7 +28,8 @@ ROWS = (
     ("simulator",),
     # The frames that workers talk in, and the interpreting worker itself.
     ("interpret_worker",),
-    ("sass",),
+    ("disassembly",),
+    ("sass", "gcn", "facts_gluon"),
     ("facts",),
     ("compile_pool", "compile_worker"),
     ("costmodel",),

@@ -1,0 +1,50 @@
+"""How a Gluon kernel is handed to the compiler without tensors: descriptors stand as types in the signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashgen.config import KernelConfig
+from flashgen.spec import AttentionSpec
+from flashgen.variants import by_name
+
+NUM_WARPS = 4  # of the first partition: one warpgroup, as `launch` says
+
+
+def multiplying_warps(config: KernelConfig) -> int:
+    """Warps that issue products: those of the consumers."""
+    return int(config.BLOCK_M) // 64 * 4
+
+
+def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
+    """What `triton.compile` takes: the kernel as an aligned call with whole blocks specialises it.
+
+    Args:
+        kernel: the jit function of a rendered Gluon file.
+        spec: what it computes.
+        config: the knobs; its variant knows the boxes of the descriptors and the other constants.
+    """
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    variant = by_name(config.variant)
+    boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
+    element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            constants[(index,)] = values[name]
+        elif name in boxes:
+            box = list(boxes[name])
+            layout = gl.NVMMASharedLayout.get_default_for(box, element)
+            signature[name] = f"tensordesc<{spec.dtype}[{','.join(map(str, box))}],{layout!r}>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "qk_scale" else "i32"
+    return GluonASTSource(kernel, signature, constants, attributes)

@@ -1,0 +1,203 @@
+"""The Hopper forward in Gluon: TMA, asynchronous wgmma, one producer warp and two or three consumer warpgroups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashgen.config import KernelConfig, Tunable
+from flashgen.problem import Problem
+from flashgen.spec import MAX_HEAD_DIM, AttentionSpec, padded_head_dim
+from flashgen.target import Target
+from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+
+_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+_WG_ROWS = 64  # query rows of a warpgroup
+_WG_THREADS = 128
+_BLOCK_N = (32, 64, 128, 256)
+_STAGES = (1, 8)
+_REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
+_SECTION = (1, 1 << 16)
+_ARGUMENT_BYTES = 512
+
+_SURFACE = "best mean over S 2048 and 8192, full and causal, of the configs measured on one H200, bf16 (h200_gluon_attention_fwd.jsonl)"
+_NEAR = "close to the best of the same surface"
+_PROTOTYPE = "the only split of registers and shared memory that holds a 256-wide output; not measured beside others"
+
+# (BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM), best first, by the wider padded
+# head dim.
+_Knobs = tuple[int, int, int, int, int, int, bool, bool]
+_PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (
+        ((192, 128, 2, 160, 32, 16, True, False), _SURFACE),
+        ((192, 128, 3, 160, 32, 4, True, False), _NEAR),
+        ((192, 64, 3, 160, 32, 16, True, True), _NEAR),
+        ((128, 128, 2, 240, 24, 4, True, False), _NEAR),
+    ),
+    128: (
+        ((128, 128, 2, 240, 24, 4, True, True), _SURFACE),
+        ((128, 128, 2, 240, 24, 16, True, False), _NEAR),
+        ((192, 64, 3, 160, 32, 16, True, True), _NEAR),
+        ((128, 64, 2, 240, 24, 4, True, True), _NEAR),
+    ),
+    256: (
+        ((128, 64, 2, 240, 24, 4, False, True), _PROTOTYPE),
+        ((128, 64, 2, 240, 24, 4, True, True), _PROTOTYPE),
+        ((128, 32, 2, 240, 24, 4, True, True), _PROTOTYPE),
+    ),
+}
+
+
+class GluonForwardSm90(Variant):
+    """`templates/gluon/attention_fwd_sm90.py.jinja`."""
+
+    name = "gluon_fwd_sm90"
+    op = "attention_fwd"
+    backend = "gluon"
+    template = "gluon/attention_fwd_sm90.py.jinja"
+    modelled = False  # overlap between warpgroups is no sum of instruction counts
+    knobs = (
+        Knob(name="BLOCK_M", values=(128, 192), meaning="query rows of a thread block: 64 for each consumer warpgroup"),
+        Knob(name="BLOCK_N", values=(64, 128), meaning="keys of one step"),
+        Knob(name="STAGES", values=(2, 3, 4), meaning="key and value blocks in flight"),
+        Knob(name="CONSUMER_REGS", values=(160, 240), meaning="registers of a consumer's thread"),
+        Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a producer's thread"),
+        Knob(name="SECTION", values=(4, 16), meaning="heads worked on at a time, so that their keys stay in L2"),
+        Knob(
+            name="OWN_STAGING",
+            values=(False, True),
+            meaning="the output leaves through shared memory of its own, not q's",
+        ),
+        Knob(name="LAZY_SUM", values=(False, True), meaning="row sums are reduced across lanes once, at the end"),
+    )
+
+    def supports(self, spec: AttentionSpec, target: Target) -> str | None:
+        if spec.op != self.op:
+            return f"computes {self.op}, not {spec.op}"
+        missing = [flag for flag in spec.flags if flag not in _COVERED_FLAGS]
+        if missing:
+            return f"{', '.join(missing)}: not covered by this kernel yet"
+        if target.backend != "cpu" and target.arch != "sm_90":
+            return f"is written for Hopper (sm_90); {target.name} is {target.arch}"
+        if spec.itemsize != 2:
+            return f"takes fp16 and bf16 (wgmma multiplies fp32 in reduced precision only), not {spec.dtype}"
+        for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+            if value % 8 or value > MAX_HEAD_DIM:
+                return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        if problem.unaligned:
+            return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
+        return None
+
+    def block_d(self, spec: AttentionSpec) -> int:
+        """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""
+        return max(64, padded_head_dim(spec.head_dim))
+
+    def block_dv(self, spec: AttentionSpec) -> int:
+        """Columns of a value or output tile."""
+        return max(64, padded_head_dim(spec.head_dim_v))
+
+    def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        rows, keys = (1, 1, _WG_ROWS), (1, 1, int(config.BLOCK_N))
+        width, width_v = self.block_d(spec), self.block_dv(spec)
+        return {
+            "q_desc": (*rows, width),
+            "k_desc": (*keys, width),
+            "v_desc": (*keys, width_v),
+            "o_desc": (*rows, width_v),
+        }
+
+    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
+        return {**widths, "PACK": 1, "EVEN_K": True, "MASKED_LOOP": False}
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
+    ) -> str | None:
+        for name in ("OWN_STAGING", "LAZY_SUM"):
+            if not isinstance(config[name], bool):
+                return f"{name}={config[name]!r} must be True or False"
+        if config.BLOCK_M not in (2 * _WG_ROWS, 3 * _WG_ROWS) or not _is_int(config.BLOCK_M):
+            return (
+                f"BLOCK_M={config.BLOCK_M!r} must be 128 or 192: 64 rows for each of two or three consumer warpgroups"
+            )
+        if config.BLOCK_N not in _BLOCK_N or not _is_int(config.BLOCK_N):
+            return f"BLOCK_N={config.BLOCK_N!r} must be one of {', '.join(map(str, _BLOCK_N))}"
+        for name, (low, high) in (("STAGES", _STAGES), ("SECTION", _SECTION)):
+            if not _is_int(config[name]) or not low <= int(config[name]) <= high:
+                return f"{name}={config[name]!r} must be from {low} to {high}"
+        return (
+            self._illegal_registers(spec, target, config)
+            or self._illegal_staging(spec, config)
+            or self._illegal_memory(spec, target, config, facts)
+        )
+
+    def _illegal_registers(self, spec: AttentionSpec, target: Target, config: KernelConfig) -> str | None:
+        low, high = _REGISTERS
+        for name in ("CONSUMER_REGS", "PRODUCER_REGS"):
+            value: Any = config[name]
+            if not _is_int(value) or not low <= value <= high or value % 8:
+                return f"{name}={value!r} must be a multiple of 8 from {low} to {high}"
+        num_wg = config.BLOCK_M // _WG_ROWS
+        # The producer's warp is padded to a warpgroup; every thread starts with an equal share, which is then traded.
+        share = target.registers_per_sm // ((num_wg + 1) * _WG_THREADS) // 8 * 8
+        first = share * (num_wg + 1) - config.CONSUMER_REGS * (num_wg - 1) - config.PRODUCER_REGS
+        if first > high:
+            return f"CONSUMER_REGS={config.CONSUMER_REGS} leaves the first warpgroup {first} registers a thread, more than {high}"
+        if first < config.CONSUMER_REGS:
+            return (
+                f"{num_wg} warpgroups of CONSUMER_REGS={config.CONSUMER_REGS} and PRODUCER_REGS={config.PRODUCER_REGS} "
+                f"need more than the {share * (num_wg + 1)} registers a thread of each can share"
+            )
+        # The accumulator, a block's scores in fp32 and in 16 bit, and what addresses and row statistics took when compiled.
+        needed = _WG_ROWS * (2 * self.block_dv(spec) + 3 * config.BLOCK_N) // (2 * _WG_THREADS) + 30
+        if needed > config.CONSUMER_REGS:
+            return f"output, scores and probabilities of a consumer need about {needed} registers a thread, CONSUMER_REGS={config.CONSUMER_REGS}"
+        return None
+
+    def _illegal_staging(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
+        if not config.OWN_STAGING and self.block_d(spec) != self.block_dv(spec):
+            return "OWN_STAGING=False stages the output in q's memory, which has another width here"
+        return None
+
+    def _illegal_memory(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None
+    ) -> str | None:
+        if facts is not None and facts.undefined_registers:
+            return f"ptxas miscompiled it: {facts.undefined_registers} instructions read registers that nothing wrote"
+        needed = facts.smem_bytes if facts is not None else self.smem_bytes(spec, config)
+        if needed > target.smem_bytes:
+            return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes} a block"
+        return None
+
+    def smem_bytes(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Shared memory of a thread block: tiles, barriers, and at most 512 bytes of arguments that partitions are handed.
+
+        Tiles come in multiples of 4 KB and the limit leaves 3 KB over, so that the bound decides as the exact figure does.
+        """
+        num_wg = config.BLOCK_M // _WG_ROWS
+        columns = self.block_d(spec) + (self.block_dv(spec) if config.OWN_STAGING else 0)
+        tiles = config.BLOCK_M * columns + config.STAGES * config.BLOCK_N * (self.block_d(spec) + self.block_dv(spec))
+        barriers = 2 * num_wg + 4 * config.STAGES + 2
+        return int(tiles * spec.itemsize + 8 * barriers + _ARGUMENT_BYTES)
+
+    def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
+        for known in self.known_good(spec, target):
+            if self.illegal(spec, target, known.config) is None:
+                return known.config
+        return self.config(
+            BLOCK_M=128, BLOCK_N=32, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=True
+        )  # fmt: skip
+
+    def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+        rows = _PORTFOLIO[max(self.block_d(spec), self.block_dv(spec))]
+        names = [knob.name for knob in self.knobs]
+        return tuple(
+            KnownGood(config=self.config(**dict(zip(names, values, strict=True))), source=source)
+            for values, source in rows
+        )
+
+
+def _is_int(value: Tunable) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
