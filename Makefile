@@ -60,8 +60,9 @@ compile-goldens: $(STAMP) ## compile every golden file with the oldest and the n
 fuzz: $(STAMP) ## random problems in the interpreter; SEEDS=first:count
 	FLASHGEN_FUZZ=$(SEEDS) $(PY) -m pytest -q tests/interpret/test_fuzz.py
 
-torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template
+torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template, every mutant
 	$(PY) tests/mutation/mutate.py
+	$(PY) tests/simulate/study.py
 
 clean: ## remove what make made
 	rm -rf "$(VENV)" .cache dist build

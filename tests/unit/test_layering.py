@@ -35,6 +35,7 @@ ROWS = (
     ("costmodel",),
     ("reference",),
     ("accuracy",),
+    ("mutation",),
     ("interpret",),
     ("store",),
     ("torch_blocked", "bench"),
