@@ -63,6 +63,7 @@ fuzz: $(STAMP) ## random problems in the interpreter; SEEDS=first:count
 torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template, every mutant
 	$(PY) tests/mutation/mutate.py
 	$(PY) tests/simulate/study.py
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m pytest -q tests/simulate/test_api.py || exit 1; done
 
 clean: ## remove what make made
 	rm -rf "$(VENV)" .cache dist build

@@ -129,6 +129,7 @@ def _mutated(
     }  # fmt: skip
 
 
+def _shown(found: Iterable[Any], name: str) -> Iterator[Any]:
     """The items, with a bar on a terminal; on stderr, so that stdout stays the result."""
     with click.progressbar(list(found), label=name, file=sys.stderr, hidden=not sys.stderr.isatty()) as items:
         yield from items
