@@ -93,7 +93,7 @@ def simulate(
     entry: str = "launch",
     grid: Any = None,
     processors: int = 3,
-    max_steps: int = 5_000_000,
+    max_steps: int = 1_000_000,
     timeout_s: float = 300.0,
     smem_bytes: int = 232_448,
     relax: Collection[str] = (),
