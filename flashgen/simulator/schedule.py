@@ -191,10 +191,13 @@ class Scheduler:
 
     def _main(self, task: Task) -> None:
         task.baton.acquire()
+        with np.errstate(all="ignore"):  # of this thread alone; NaN is poison here, not a warning
+            self._run(task)
+
+    def _run(self, task: Task) -> None:
         try:
             if self.error is None:
-                with np.errstate(all="ignore"):
-                    task.body()
+                task.body()
         except Stop:
             pass
         except BaseException as error:
