@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,12 +82,20 @@ class Plan:
 
 _memo: dict[object, Plan] = {}
 _said: set[object] = set()
+_listeners: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Drop memoised plans; call it after writing to the database."""
     _memo.clear()
     _said.clear()
+    for listener in _listeners:
+        listener()
+
+
+def on_forget(listener: Callable[[], None]) -> None:
+    """Have something else dropped whenever plans are: what was derived from them."""
+    _listeners.append(listener)
 
 
 def resolve(
@@ -128,6 +136,8 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         backend = env.backend
     if isinstance(config, KernelConfig):
         backend = _backend_of(config, backend)
+    elif config is not None and backend == "auto" and target.backend != "cpu":
+        backend = _backend_with_tunables(config)
     variant, rejected = _choose(problem, target, backend)
     spec = problem.spec
     if config is not None:
@@ -160,6 +170,12 @@ def _backend_of(config: KernelConfig, backend: str) -> str:
             f"config is one of variant {config.variant!r}, which is backend {owner!r}, but backend={backend!r} was asked for."
         )
     return owner
+
+
+def _backend_with_tunables(config: Mapping[str, Tunable]) -> str:
+    """The backend of the only variant that has exactly these tunables, else "auto": `parse_config` then says what is wrong."""
+    owners = {v.backend for v in REGISTRY if v.knobs and {knob.name for knob in v.knobs} == set(config)}
+    return owners.pop() if len(owners) == 1 else "auto"
 
 
 def _choose(problem: Problem, target: Target, backend: str) -> tuple[Variant, dict[str, str]]:

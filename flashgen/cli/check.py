@@ -84,8 +84,8 @@ def _check(spec: AttentionSpec, extra: Problem | None, target: Target, config_te
     from flashgen import accuracy, interpret
     from flashgen.build import build
 
-    variant = generated_variant(spec, target)
     given = config_of(config_text)
+    variant = generated_variant(spec, target, config=given)
     config = variant.default(spec, target) if given is None else variant.parse_config(given, spec, target)
     source, values = render(spec, variant), dict[str, Any](config)
     problems = [*accuracy.small_problems(spec), *([] if extra is None else [extra])]

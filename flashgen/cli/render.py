@@ -28,8 +28,8 @@ def render(spec: str | None, output: Path | None, as_json: bool, **values: Any) 
     """Print the kernel source of a SPEC, e.g. attention_fwd-bf16-d128-causal."""
     wanted = spec_of(spec, take(values))
     target = target_of(values["target_name"]) or CPU
-    chosen = generated_variant(wanted, target, values["variant_name"])
     config = config_of(values["config_text"])
+    chosen = generated_variant(wanted, target, values["variant_name"], config)
     if config is not None:
         chosen.parse_config(config, wanted, target)
     source = render_source(wanted, chosen)

@@ -79,6 +79,7 @@ def _prepare(request: dict[str, Any]) -> _Case:
 
     fields = dict(request["problem"])
     fields |= {"window_size": tuple(fields["window_size"]), "copies": tuple(fields["copies"])}
+    fields["unaligned"] = tuple(fields["unaligned"])
     problem = Problem(**fields)
     source = KernelSource(
         text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]

@@ -19,30 +19,31 @@ _REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
 _SECTION = (1, 1 << 16)
 _ARGUMENT_BYTES = 512
 
-_SURFACE = "best mean over S 2048 and 8192, full and causal, of the configs measured on one H200, bf16 (h200_gluon_attention_fwd.jsonl)"
-_NEAR = "close to the best of the same surface"
-_PROTOTYPE = "the only split of registers and shared memory that holds a 256-wide output; not measured beside others"
+_H100 = (
+    "measured on one H100, interleaved, bf16, S 1024 to 8192, full and causal (benchmarks/results/h100_gluon_fwd.jsonl)"
+)
+_H200 = "among the best on one H200, bf16, S 2048 and 8192 (benchmarks/data/h200_gluon_attention_fwd.jsonl)"
 
 # (BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM), best first, by the wider padded
 # head dim.
 _Knobs = tuple[int, int, int, int, int, int, bool, bool]
 _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (
-        ((192, 128, 2, 160, 32, 16, True, False), _SURFACE),
-        ((192, 128, 3, 160, 32, 4, True, False), _NEAR),
-        ((192, 64, 3, 160, 32, 16, True, True), _NEAR),
-        ((128, 128, 2, 240, 24, 4, True, False), _NEAR),
+        ((192, 128, 3, 160, 32, 16, True, False), _H100),
+        ((192, 128, 2, 160, 32, 4, True, False), _H100),
+        ((192, 64, 3, 160, 32, 16, True, True), _H200),
+        ((128, 128, 2, 240, 24, 4, True, False), _H200),
     ),
     128: (
-        ((128, 128, 2, 240, 24, 4, True, True), _SURFACE),
-        ((128, 128, 2, 240, 24, 16, True, False), _NEAR),
-        ((192, 64, 3, 160, 32, 16, True, True), _NEAR),
-        ((128, 64, 2, 240, 24, 4, True, True), _NEAR),
+        ((128, 128, 2, 240, 24, 16, True, True), _H100),
+        ((128, 128, 2, 240, 24, 4, True, True), _H200),
+        ((128, 128, 2, 240, 24, 4, True, False), _H100),
+        ((192, 64, 3, 160, 32, 16, True, True), _H100),
     ),
     256: (
-        ((128, 64, 2, 240, 24, 4, False, True), _PROTOTYPE),
-        ((128, 64, 2, 240, 24, 4, True, True), _PROTOTYPE),
-        ((128, 32, 2, 240, 24, 4, True, True), _PROTOTYPE),
+        ((128, 64, 2, 240, 24, 4, False, False), _H100),
+        ((128, 64, 2, 240, 24, 4, True, True), _H100),
+        ((128, 32, 2, 240, 24, 4, True, True), _H100),
     ),
 }
 
@@ -97,6 +98,14 @@ class GluonForwardSm90(Variant):
     def block_dv(self, spec: AttentionSpec) -> int:
         """Columns of a value or output tile."""
         return max(64, padded_head_dim(spec.head_dim_v))
+
+    def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
+        """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
+
+        In steps of 64 columns, a swizzled row: of head dim 240 in steps of 16, Triton 3.6's ptxas (12.8) made code that reads a
+        register nothing wrote (`sass.undefined_registers`), the defect of `AttentionSpec.block_head_dim_v`.
+        """
+        return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows, keys = (1, 1, _WG_ROWS), (1, 1, int(config.BLOCK_N))

@@ -60,11 +60,10 @@ USAGE = [
     (["export", "attention_fwd-bf16-d64", "-o", "nowhere/x.py"], "does not exist"),
     (["export", "attention_fwd-bf16-d64", "-o", "kernel.txt"], "kernel.txt"),
     (["export", "attention_fwd-bf16-d64", "--format", "zip", "-o", "x.py"], "--format"),
+    (["bench"], "name a problem"),
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
-    ["bench"],
-    ["memory", "--preset", "llama3-8b"],
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
     ["tune", "--preset", "llama3-8b", "--target", "h100", "--cluster", "a:1"],
@@ -142,8 +141,10 @@ def test_render(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
     path = own_cache / "k.py"
     code, said, _ = call(capsys, "render", "--dtype", "bf16", "--head-dim", "128", "--causal", "-o", str(path))
     assert code == 0 and path.read_text() == out and str(path) in said
-    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "h100")
+    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "a100")
     assert shown["text"] == out and len(shown["digest"]) == 64
+    code, shown = document(capsys, "render", "attention_fwd-bf16-d128-causal", "--target", "h100")
+    assert shown["variant"] == "gluon_fwd_sm90" and "from triton.experimental import gluon" in shown["text"]
 
 
 @pytest.mark.parametrize("what", ["variants", "targets", "presets", "spaces"])

@@ -125,9 +125,18 @@ def test_functions_that_are_not_built_are_named() -> None:
 
 
 def test_gluon_is_refused_with_every_variants_reason() -> None:
-    with pytest.raises(UnsupportedProblemError, match="gluon") as caught:
+    with pytest.raises(UnsupportedProblemError, match="takes fp16 and bf16") as caught:
         flashgen.attention(*qkv(), backend="gluon")
-    assert set(caught.value.reasons) == {"triton_fwd", "torch_blocked", "gluon"}
+    assert set(caught.value.reasons) == {"gluon_fwd_sm90", "triton_fwd", "torch_blocked"}
+
+
+def test_gluon_on_cpu_tensors_runs_in_the_simulator() -> None:
+    q, k, v = (x.bfloat16() for x in qkv())
+    plan = flashgen.explain(q, k, v, backend="gluon", causal=True)
+    assert plan.variant == "gluon_fwd_sm90" and any("in the simulator" in note for note in plan.notes)
+    out, lse = flashgen.attention(q, k, v, backend="gluon", causal=True, return_lse=True)
+    want, want_lse = flashgen.attention(q, k, v, backend="torch", causal=True, return_lse=True)
+    assert (out.float() - want.float()).abs().max() <= 2**-7 and (lse - want_lse).abs().max() <= 1e-4
 
 
 def test_triton_with_gradients_is_refused_not_approximated() -> None:

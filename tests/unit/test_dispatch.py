@@ -19,7 +19,8 @@ from flashgen.store import Record, open_store, seeds, utc_now
 from flashgen.variants import by_name
 
 H100 = Target.named("h100")
-PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
+# Head dim 124, no multiple of 8: the portable kernel's on every GPU.
+PROBLEM = Problem.preset("llama3-8b", seqlen=1024, head_dim=124, head_dim_v=124)
 FIRST = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 SECOND = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 
@@ -150,7 +151,51 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
     dispatch.forget()
     training = Problem.preset("llama3-8b", requires_grad=True)
     with pytest.warns(UserWarning, match="backward of .* falls to the torch backend"):
-        assert dispatch.resolve(training, H100).backend == "triton"
+        assert dispatch.resolve(training, H100).backend == "gluon"
+
+
+def test_hopper_takes_the_gluon_kernel_and_others_the_portable_one() -> None:
+    problem = Problem.preset("llama3-8b")
+    plan = dispatch.resolve(problem, H100)
+    assert (plan.backend, plan.variant, plan.rejected) == ("gluon", "gluon_fwd_sm90", {})
+    elsewhere = dispatch.resolve(problem, Target.named("a100"))
+    assert elsewhere.variant == "triton_fwd" and "written for Hopper" in elsewhere.rejected["gluon_fwd_sm90"]
+    reasons = {
+        "head_dim 124": Problem.preset("llama3-8b", head_dim=124),
+        "not fp32": Problem.preset("llama3-8b", dtype="fp32"),
+        "q is not so": Problem.preset("llama3-8b", unaligned=("q",)),
+    }
+    for reason, refused in reasons.items():
+        plan = dispatch.resolve(refused, H100)
+        assert plan.variant == "triton_fwd" and reason in plan.rejected["gluon_fwd_sm90"]
+
+
+def test_a_dict_of_tunables_picks_the_variant_that_has_them() -> None:
+    problem = Problem.preset("llama3-8b")
+    assert dispatch.resolve(problem, H100, config=SECOND).variant == "triton_fwd"
+    gluon = by_name("gluon_fwd_sm90").default(problem.spec, H100).to_dict()
+    assert dispatch.resolve(problem, H100, config=gluon).variant == "gluon_fwd_sm90"
+    with pytest.raises(flashgen.InvalidProblemError, match="unknown tunables"):
+        dispatch.resolve(problem, H100, config={"BLOCK_M": 64})
+
+
+def test_what_tma_cannot_express_falls_to_the_portable_kernel() -> None:
+    def unaligned(x: torch.Tensor, other: torch.Tensor) -> tuple[str, ...]:
+        return Problem.from_tensors(x, other, other).unaligned
+
+    whole = torch.randn(2, 6, 4, 64).to(torch.bfloat16)
+    wide = torch.randn(2, 6, 4, 68).to(torch.bfloat16)
+    assert unaligned(whole, whole) == ()
+    assert unaligned(whole[:, ::2], whole[:, ::2]) == ()  # a stride of two rows
+    assert unaligned(wide[..., 4:], whole) == ("q",)  # rows of 136 bytes
+    assert unaligned(wide.flatten()[: 2 * 6 * 4 * 64].view(2, 6, 4, 64), whole) == ()
+    assert unaligned(wide.flatten()[1 : 1 + 2 * 6 * 4 * 64].view(2, 6, 4, 64), whole) == ("q",)  # an odd address
+    assert unaligned(whole[:1].expand(2, -1, -1, -1), whole) == ("q",)  # a stride of 0
+    assert (
+        unaligned(whole[:1].as_strided((1, 6, 4, 64), (3, 256, 64, 1)), whole[:1]) == ()
+    )  # one batch: its stride is not used
+    columns = whole.transpose(2, 3).contiguous().transpose(2, 3)
+    assert unaligned(columns, whole) == () and Problem.from_tensors(columns, whole, whole).copies == ("q",)
 
 
 def test_plans_read_well() -> None:

@@ -132,6 +132,8 @@ def test_a_loop_ends_at_its_last_branch_and_never_spans_an_exit() -> None:
     )
     (loop,) = product_loops(sass.parse(text))
     assert loop.counts["hmma"] == 5 and loop.counts["total"] == 7
+    straight = f"{instructions('HMMA.16816.F32 R4, R4, R8, R4', 2, 0x10)}\n/*0030*/ EXIT ;\n/*0040*/ BRA 0x10 ;"
+    assert product_loops(sass.parse(straight)) == []
 
 
 def test_an_unmasked_loop_goes_before_a_masked_one_and_none_is_no_error() -> None:
@@ -165,6 +167,8 @@ def test_registers_that_nothing_wrote_are_found() -> None:
         ("LDCU.64 UR4, c[0x0][0x3a8] | UIADD3 UR6, UPT, UPT, UR5, 0x1, URZ", 0),  # Blackwell's constant loads write
         ("LDCU UR4, c[0x0][0x3a8] | UIADD3 UR6, UPT, UPT, UR5, 0x1, URZ", 1),  # one register only
         ("UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR7", 1),  # writes UR4, reads UR7
+        ("UMOV UR7, 0x1 | UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR7 | UMOV UR8, UR4", 0),
+        ("UISETP.GE.U32.AND UP0, UPT, UR4, 0x3, UPT", 1),
         ("UISETP.GE.U32.AND UP0, UPT, UR4, UR17, UPT", 1),  # writes a predicate, reads both
         ("UMOV UR4, 0x1 | UISETP.GE.U32.AND UP0, UPT, UR4, 0x3, UPT", 0),
         ("BRXU UR4 -0x10", 1),

@@ -23,7 +23,6 @@ Letters        b batch, h query head, m query row, n key row, d head dim; w warp
 import functools
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -210,6 +209,13 @@ def online_softmax(
 
 
 @gluon.jit
+def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
+    nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def attend(
     q,
     k_tiles,
@@ -240,11 +246,10 @@ def attend(
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
-    # -- scores of this block: the accumulator starts from nothing, `use_acc` says so --
+    # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
-    nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
-    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-    scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
+    scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
@@ -360,9 +365,7 @@ def consume(
         # -- the first block: no probabilities are there to be multiplied yet --
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
-        k = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
-        scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         if not EVEN_K:
@@ -788,10 +791,25 @@ def launch(
     num_wg = BLOCK_M // 64
     pack = heads_per_tile(group, seqlen_q, num_wg)
     rows = 64 // pack
-    num_m_blocks = triton.cdiv(seqlen_q, num_wg * rows)
+    num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
-    programs = min(num_m_blocks * num_packs, num_multiprocessors(q.device))
-    attention_fwd[(programs,)](
+    grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
+    # -- compile-time arguments, in the kernel's order --
+    constants = (
+        BLOCK_M,
+        BLOCK_N,
+        128,
+        128,
+        STAGES,
+        CONSUMER_REGS,
+        PRODUCER_REGS,
+        OWN_STAGING,
+        LAZY_SUM,
+        pack,
+        seqlen_k % BLOCK_N == 0,
+        False,
+    )
+    arguments = (
         describe(q, seqlen_q, pack, rows, 128),
         describe(k, seqlen_k, 1, BLOCK_N, 128),
         describe(v, seqlen_k, 1, BLOCK_N, 128),
@@ -805,20 +823,20 @@ def launch(
         num_m_blocks,
         num_packs,
         SECTION,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=128,
-        BLOCK_DV=128,
-        STAGES=STAGES,
-        CONSUMER_REGS=CONSUMER_REGS,
-        PRODUCER_REGS=PRODUCER_REGS,
-        OWN_STAGING=OWN_STAGING,
-        LAZY_SUM=LAZY_SUM,
-        PACK=pack,
-        EVEN_K=seqlen_k % BLOCK_N == 0,
-        MASKED_LOOP=False,
-        num_warps=4,
     )
+    # A known kernel is launched without Triton's look-up, which takes longer than small problems do. It specialises on
+    # the constants: nothing else of the arguments is looked at.
+    key = (q.device, *constants)
+    if key in _kernels:
+        _kernels[key][grid](*arguments, *constants)
+        return
+    # fp fusion is said aloud: Triton 3.10 changes the default.
+    kernel = attention_fwd[grid](*arguments, *constants, num_warps=4, enable_fp_fusion=True)
+    if q.is_cuda:
+        _kernels[key] = kernel
+
+
+_kernels = {}
 
 
 def heads_per_tile(group, seqlen_q, num_wg):
@@ -860,6 +878,7 @@ def ticket_counter(device):
     return _counters[key]
 
 
+@functools.cache
 def num_multiprocessors(device):
     """How many thread blocks run at a time: each fills a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count

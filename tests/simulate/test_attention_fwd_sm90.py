@@ -1,0 +1,140 @@
+"""The rendered Hopper forward, run by the simulator: the problem table at the bar of the portable kernel, and shapes of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from problems import BR, TABLE, TL, Row, row
+
+from flashgen.accuracy import AccuracyReport, make_buffers
+from flashgen.config import KernelConfig
+from flashgen.problem import Problem, tma_addressable
+from flashgen.render import render
+from flashgen.simulator import SCHEDULES, simulate
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants import by_name
+
+VARIANT, H100 = by_name("gluon_fwd_sm90"), Target.named("h100")
+
+
+def legal(spec: AttentionSpec) -> list[KernelConfig]:
+    """The portfolio, as far as it is legal."""
+    return [known.config for known in VARIANT.known_good(spec, H100) if not VARIANT.illegal(spec, H100, known.config)]
+
+
+def run(case: Row, schedule: Any = "random", seed: int = 0, config: KernelConfig | None = None) -> AccuracyReport:
+    """Simulate one row with a configuration, the default where none is given."""
+    spec = case.problem.spec
+    buffers = make_buffers(case.problem, seed=seed + 1, strides=case.strides, values=case.values)
+    tensors = {name: getattr(buffers, name) for name in ("q", "k", "v", "o", "lse")}
+    tunables = config or VARIANT.default(spec, H100)
+    simulate(render(spec, VARIANT), {**tensors, **buffers.scalars, **tunables}, schedule=schedule, seed=seed)
+    return buffers.check()
+
+
+def is_covered(case: Row) -> bool:
+    if VARIANT.supports(case.problem.spec, H100) is not None:
+        return False
+    buffers = make_buffers(case.problem, seed=1, strides=case.strides)
+    return all(tma_addressable(x) for x in (buffers.q, buffers.k, buffers.v, buffers.o))
+
+
+COVERED = [case for case in TABLE if is_covered(case)]
+
+
+def test_the_table_is_covered() -> None:
+    left = {case.problem.spec.dtype for case in TABLE if case not in COVERED and case.strides == "padded"}
+    odd = [c for c in TABLE if c.problem.dtype != "fp32" and c not in COVERED and c.strides == "padded"]
+    assert len(COVERED) >= 45
+    assert "fp32" in left
+    assert all(case.problem.head_dim % 8 or case.problem.head_dim_v % 8 for case in odd)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", COVERED, ids=lambda case: case.id)
+def test_problem(case: Row, schedule: Any) -> None:
+    run(case, schedule).require(case.why)
+
+
+# Sizes around this kernel's own tiles: 64 rows a warpgroup, 128 or 192 a block, 64 or 128 keys a step, heads that share a tile.
+OWN = (
+    row("one block of rows and of keys, exactly", "bf16", 64, 192, 128),
+    row("several tiles a CTA: the tickets turn", "fp16", 64, 400, 300, heads=(4, 2), batch=2, causal=BR),
+    row("the last warpgroup has no query", "bf16", 128, 70, 200, causal=BR),
+    row("the diagonal on a boundary of blocks", "bf16", 128, 256, 512, causal=BR),
+    row("the diagonal one beside a boundary: two masked blocks", "bf16", 128, 256, 513, causal=BR),
+    row("the diagonal one before a boundary", "fp16", 128, 256, 511, causal=BR),
+    row("whole tiles see no key", "bf16", 64, 500, 90, causal=BR),
+    row("nobody sees the last blocks", "fp16", 64, 130, 500, causal=TL),
+    row("8 heads of one query share a tile", "bf16", 128, 1, 300, heads=(16, 2), causal=BR),
+    row("64 heads share a tile, one row each", "fp16", 64, 1, 200, heads=(64, 1), batch=2),
+    row("a group of 6: two heads share a tile", "bf16", 64, 50, 300, heads=(6, 1), causal=BR),
+    row("a group of 12: four heads of 7 queries", "bf16", 128, 7, 200, heads=(12, 1), causal=BR, layout="bhsd"),
+    row("heads share a tile and see no key", "bf16", 64, 20, 7, heads=(4, 1), causal=BR),
+    row("the widest", "bf16", 256, 200, 200, causal=BR, heads=(2, 1)),
+    row("values wider than keys", "fp16", 64, 130, 200, dv=256, causal=BR),
+    row("DeepSeek's 192/128 over several tiles", "bf16", 192, 200, 200, dv=128, causal=BR, heads=(2, 2)),
+    row("72 columns: 8 beyond a swizzled row", "fp16", 72, 100, 200, dv=80),
+    row("the least head dim TMA can move", "bf16", 8, 70, 140, causal=BR, lse=False),
+    row("a negative scale over several blocks", "bf16", 128, 150, 300, causal=BR, scale=-0.2),
+    row("a scale of 0 over several blocks", "fp16", 64, 150, 300, causal=TL, scale=0.0),
+    row("logits near -600 over several blocks", "bf16", 128, 150, 400, causal=BR, values="low"),
+    row("one slice of a fused projection", "bf16", 64, 200, 200, heads=(4, 4), strides="packed", causal=BR),
+)
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
+def test_every_configuration_of_the_portfolio(case: Row) -> None:
+    for seed, config in enumerate(legal(case.problem.spec)):
+        run(case, ("random", "lazy", "priority", "eager")[seed % 4], seed, config).require(
+            f"{case.why}: {config.label}"
+        )
+
+
+@pytest.mark.parametrize("block_n", [32, 64])
+def test_several_masked_blocks_a_warpgroup(block_n: int) -> None:
+    """Small key blocks: the masked loop runs more than once."""
+    case = row("", "bf16", 64, 200, 333, causal=BR, heads=(2, 1))
+    config = replace_knobs(VARIANT.default(case.problem.spec, H100), BLOCK_N=block_n)
+    for seed, schedule in enumerate(SCHEDULES):
+        run(case, schedule, seed, config).require(config.label)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_every_depth_of_the_pipeline(stages: int) -> None:
+    case = row("", "fp16", 64, 200, 700, causal=TL)
+    config = replace_knobs(VARIANT.default(case.problem.spec, H100), STAGES=stages)
+    run(case, "lazy", stages, config).require(config.label)
+
+
+def replace_knobs(config: KernelConfig, **knobs: Any) -> KernelConfig:
+    return KernelConfig(variant=config.variant, **{**config.to_dict(), **knobs})
+
+
+def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
+    case = row("", "bf16", 64, 150, 200, causal=BR, heads=(4, 2), batch=3)
+    buffers = make_buffers(case.problem, seed=3, strides="dense")
+    config = VARIANT.default(case.problem.spec, H100)
+    source = render(case.problem.spec, VARIANT)
+
+    def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan).float()
+        simulate(source, {"q": q, "k": k, "v": v, "o": out, "lse": lse, **buffers.scalars, **config})
+        return out, lse
+
+    every = launch(buffers.q, buffers.k, buffers.v)
+    for b in range(3):
+        alone = launch(*(x[b : b + 1] for x in (buffers.q, buffers.k, buffers.v)))
+        assert torch.equal(alone[0], every[0][b : b + 1])
+        assert torch.equal(alone[1], every[1][b : b + 1])
+
+
+def test_what_nobody_sees_is_not_read() -> None:
+    """Keys beyond every query are NaN, also in a block that others of which are seen."""
+    case = row("", "bf16", 64, 20, 75, causal=TL)
+    problem: Problem = replace(case.problem, seqlen_k=200)
+    run(replace(case, problem=problem)).require("unseen keys")
