@@ -6,7 +6,9 @@ work than the original's: key blocks that nobody sees cost time and change no re
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 from flashgen import accuracy
@@ -21,6 +23,7 @@ from flashgen.variants import Variant
 
 Work = list[tuple[int, int, int]]
 _MAX_STEPS = 100_000
+_SMEM_BYTES = 1 << 20  # more than a card has: the cases' tiles are chosen for what they run, not for what fits
 
 # A launch leaves its ticket counter at 0 for the next one: here two launches share one, and it is looked at.
 _TWICE = """
@@ -103,18 +106,20 @@ _SMALL: dict[str, Tunable] = {
 
 
 def cases(spec: AttentionSpec, variant: Variant, target: Target) -> tuple[Case, ...]:
-    """The problems of a study, each with small tiles where these are legal for the spec, else with the default config."""
+    """The problems of a study, each with the knobs that suit it, of those that the variant has."""
     base = Problem(
         dtype=spec.dtype, batch=1, seqlen_q=1, seqlen_k=1, num_heads_q=1, num_heads_kv=1, head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v, causal=spec.causal, return_lse=spec.has_lse,
     )  # fmt: skip
-    default, found = variant.default(spec, target), []
+    default, found = dict(variant.default(spec, target)), []
     for sizes, knobs, values in (*_CASES, *(_CAUSAL_CASES if spec.causal else ())):
-        wanted = {name: value for name, value in {**_SMALL, **knobs}.items() if name in dict(default)}
-        config = variant.config(**{**dict(default), **wanted})
-        if variant.illegal(spec, target, config) is not None:
-            config = default
-        found.append(Case(problem=replace(base, **sizes), config=config, values=values))
+        wanted = {name: value for name, value in {**_SMALL, **knobs}.items() if name in default}
+        # Registers and memory of a card do not bind a simulation; a knob that the spec has no form for does.
+        if spec.head_dim != spec.head_dim_v and not wanted.get("OWN_STAGING", True):
+            wanted["OWN_STAGING"] = True
+        found.append(
+            Case(problem=replace(base, **sizes), config=variant.config(**{**default, **wanted}), values=values)
+        )
     return tuple(found)
 
 
@@ -138,6 +143,7 @@ class Study:
         self._cases = cases(spec, variant, target)
         self._references: dict[int, tuple[accuracy.Pair, accuracy.Pair]] = {}
         self._works: dict[int, Work] = {}
+        self._lines: set[int] | None = None
 
     def verdict(self, text: str, *, schedule: Schedule = "random", seed: int = 1) -> str | None:
         """How a copy is found: a kind of defect, "numbers", "work", or None where it survives every case.
@@ -155,6 +161,27 @@ class Study:
             if work != self._work(number):
                 return "work"
         return None
+
+    def reaches(self, mutant: Mutant) -> bool:
+        """Whether any case runs the mutant's line: an arm that is compiled out for this spec breaks nothing."""
+        if self._lines is None:
+            self._lines = set()
+            before = threading.gettrace()
+            threading.settrace(self._trace)
+            try:
+                for number in range(len(self._cases)):
+                    self._run(self.text, number, "eager", 0)
+            finally:
+                threading.settrace(before)  # type: ignore[arg-type]
+        return mutant.line in self._lines
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Note the lines of the kernel's text that run."""
+        if not frame.f_code.co_filename.startswith("<flashgen simulation"):
+            return None
+        if event == "line" and self._lines is not None:
+            self._lines.add(frame.f_lineno)
+        return self._trace
 
     def _work(self, number: int) -> Work:
         """The work of the original, the same under every schedule."""
@@ -174,7 +201,7 @@ class Study:
         counter = _ONE_COUNTER if "\ndef ticket_counter(" in text else ""
         report = simulate(
             text + _TWICE + counter, {**args, **buffers.scalars, **dict(case.config)}, entry="launch_twice",
-            schedule=schedule, seed=seed, max_steps=_MAX_STEPS,
+            schedule=schedule, seed=seed, max_steps=_MAX_STEPS, smem_bytes=_SMEM_BYTES,
         )  # fmt: skip
         if number not in self._references:
             self._references[number] = buffers.references()

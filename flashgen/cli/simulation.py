@@ -115,17 +115,19 @@ def _mutated(
             "--mutate chooses its own sizes and configurations: give a spec, no sizes, no --config."
         )
     study = Study(spec, variant, target)
-    kinds, survivors = dict[str, int](), []
+    kinds, survivors, unreached = dict[str, int](), list[str](), 0
     for mutant in _shown(study.mutants, spec.key):
         kind = study.verdict(mutant.text)
-        if kind is None:
+        if kind is None and not study.reaches(mutant):
+            unreached += 1
+        elif kind is None:
             survivors.append(str(mutant))
         else:
             kinds[kind] = kinds.get(kind, 0) + 1
-    share = 1 - len(survivors) / len(study.mutants)
+    share = 1 - len(survivors) / (len(study.mutants) - unreached)
     yield {
         "spec": spec.key, "variant": variant.name, "ok": share >= _BAR, "mutants": len(study.mutants), "share": share,
-        "found": kinds, "survivors": survivors,
+        "unreached": unreached, "found": kinds, "survivors": survivors,
     }  # fmt: skip
 
 
@@ -137,9 +139,9 @@ def _shown(found: Iterable[Any], name: str) -> Iterator[Any]:
 
 def _print_mutated(rows: list[dict[str, Any]]) -> None:
     print_table(
-        ["spec", "mutants", "found", ""],
+        ["spec", "mutants", "compiled out", "found", ""],
         [
-            [row["spec"], row["mutants"], f"{row['share']:.1%}",
+            [row["spec"], row["mutants"], row["unreached"], f"{row['share']:.1%}",
              ", ".join(f"{kind} {count}" for kind, count in sorted(row["found"].items()))]
             for row in rows
         ],
