@@ -64,6 +64,8 @@ fuzz: $(STAMP) ## random calls over every option; SEEDS=first:count or FUZZ_SECO
 torture: fuzz compile-goldens ## what is too long for CI: many random problems, every broken template and backend
 	$(PY) tests/mutation/mutate.py
 	$(PY) tests/mutation/backends.py
+	$(PY) tests/simulate/study.py
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m pytest -q tests/simulate/test_api.py || exit 1; done
 
 clean: ## remove what make made
 	rm -rf "$(VENV)" .cache dist build

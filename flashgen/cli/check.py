@@ -9,7 +9,7 @@ import click
 
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import config_of, generated_variant, problem_options, problems_of, spec_of, take
-from flashgen.problem import Problem, not_built
+from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.spec import DTYPES, AttentionSpec
 from flashgen.target import Target
@@ -23,8 +23,14 @@ _SIZES = ("heads_q", "heads_kv", "seqlen", "seqlen_q", "seqlen_k", "batch", "cau
 @click.option(
     "--config", "config_text", metavar="KEY=VALUE,...", help="Check this configuration; the default where not given."
 )
-@click.option("--simulate", is_flag=True, help="Run Gluon kernels in the simulator (not built yet).")
-@click.option("--mutate", is_flag=True, help="Check that broken kernels are caught (not built yet).")
+@click.option(
+    "--simulate",
+    is_flag=True,
+    help="Run Gluon kernels in the simulator: races, deadlocks, byte counts, under every schedule.",
+)
+@click.option(
+    "--mutate", is_flag=True, help="Break the Gluon kernels in many small ways, and count how many the simulator finds."
+)
 @json_option
 def check(spec: str | None, simulate: bool, mutate: bool, as_json: bool, **values: Any) -> int:
     """Accuracy of the generated kernels against the fp64 reference, on small poisoned problems.
@@ -32,9 +38,12 @@ def check(spec: str | None, simulate: bool, mutate: bool, as_json: bool, **value
     A SPEC, a preset, or what the options leave open: causal and full, all dtypes, head dim 64. A size that is given is
     checked besides the small ones. On a GPU the kernels run there; without one in Triton's interpreter.
     """
+    given = take(values)
     if simulate or mutate:
-        raise not_built("flashgen check --simulate" if simulate else "flashgen check --mutate")
-    given, target = take(values), Target.detect()
+        from flashgen.cli.simulation import check_simulated
+
+        return check_simulated(_wanted(spec, given), config_of(values["config_text"]), mutate=mutate, as_json=as_json)
+    target = Target.detect()
     rows = [_check(one, extra, target, values["config_text"]) for one, extra in _wanted(spec, given)]
     passed = all(row["ok"] for row in rows)
     if as_json:

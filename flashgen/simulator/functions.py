@@ -12,7 +12,7 @@ import numpy as np
 from flashgen.simulator import context
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
-from flashgen.simulator.errors import KernelAssertionError, ShapeError, UnsupportedOperationError
+from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
 from flashgen.simulator.layouts import Layout, SliceLayout, common, inferred
 from flashgen.simulator.scalars import Scalar, scalar
 from flashgen.simulator.tensors import Tensor, binary, plain, promoted, sizes
@@ -127,34 +127,49 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def _reduction(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def reduction(input: Any, axis: Any = None, keep_dims: bool = False, **_: Any) -> Any:
-        plain(input)
-        where_to = None if axis is None else int(axis)
-        values = input.values
-        if name == "sum" and input.dtype is int32:
-            result = function(values, axis=where_to, keepdims=keep_dims, dtype=np.int32)
-        else:
-            result = function(values, axis=where_to, keepdims=keep_dims)
-        if np.ndim(result) == 0:
-            return scalar(result, input.dtype)
-        return Tensor(rounded(result, input.dtype), input.dtype, _reduced(input.layout, where_to, keep_dims))
+def _reduction(input: Any, axis: Any, keep_dims: bool, function: Callable[..., Any], dtype: DType) -> Any:
+    plain(input)
+    along = None if axis is None else int(axis)
+    values = input.values if dtype is input.dtype else rounded(input.values, dtype)
+    result = function(values, axis=along, keepdims=keep_dims)
+    if np.ndim(result) == 0:
+        return scalar(result, dtype)
+    if dtype is int32:  # NumPy widened a sum to 64 bits
+        low, high = np.min(result, initial=0), np.max(result, initial=0)
+        if low < -(2**31) or high >= 2**31:
+            fail(IntegerError, f"int32 overflow in a sum: [{low}, {high}]")
+    return Tensor(rounded(result, dtype), dtype, _reduced(input.layout, along, keep_dims))
 
-    reduction.__name__ = name
-    return reduction
+
+def reduce_sum(input: Any, axis: Any = None, keep_dims: bool = False, dtype: DType | None = None) -> Any:
+    """The sum along an axis, or of all elements; integers narrower than int32 are summed as int32."""
+    kind = dtype or (int32 if not input.dtype.is_float and input.dtype.rank < int32.rank else input.dtype)
+    return _reduction(input, axis, keep_dims, np.sum, kind)
+
+
+def _extreme(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def extreme(
+        input: Any,
+        axis: Any = None,
+        return_indices: bool = False,
+        return_indices_tie_break_left: bool = True,
+        keep_dims: bool = False,
+    ) -> Any:
+        if return_indices:
+            fail(UnsupportedOperationError, f"{name} with return_indices is not simulated")
+        return _reduction(input, axis, keep_dims, function, input.dtype)
+
+    extreme.__name__ = name
+    return extreme
+
+
+reduce_max, reduce_min = _extreme("max", np.max), _extreme("min", np.min)  # a NaN stays: poison must show
 
 
 def _reduced(layout: Layout | None, axis: int | None, keep_dims: bool) -> Layout | None:
     if inferred(layout) or axis is None:
         return None
     return layout if keep_dims else SliceLayout(axis, layout)
-
-
-reduce_sum, reduce_max, reduce_min = (
-    _reduction("sum", np.sum),
-    _reduction("max", np.max),  # a NaN stays: poison must show
-    _reduction("min", np.min),
-)
 
 
 def reduce(input: Any, axis: Any, combine_fn: Any, keep_dims: bool = False) -> Any:
@@ -194,7 +209,7 @@ def fma(x: Any, y: Any, z: Any) -> Any:
     return x * y + z
 
 
-def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Any:
+def fdiv(x: Any, y: Any, ieee_rounding: bool = False, approx: bool = False) -> Any:
     """The quotient x / y."""
     return x / y
 
@@ -305,7 +320,7 @@ def device_print(prefix: str, *args: Any, hex: bool = False) -> None:
     """Print nothing: a simulated kernel is silent."""
 
 
-def static_print(*values: Any, **_: Any) -> None:
+def static_print(*values: Any, sep: str = " ", end: str = "\n", file: Any = None, flush: bool = False) -> None:
     """Print nothing: a simulated kernel is silent."""
 
 
@@ -354,6 +369,7 @@ def device_range(*bounds: Any, **_: Any) -> Any:
     return (scalar(value, int32) for value in range(*map(int, bounds)))
 
 
-def static_range(*bounds: Any) -> range:
+def static_range(arg1: Any, arg2: Any = None, step: Any = None) -> range:
     """A range unrolled at compile time: its values are literals."""
-    return range(*map(int, bounds))
+    first, end = (0, arg1) if arg2 is None else (arg1, arg2)
+    return range(int(first), int(end), 1 if step is None else int(step))

@@ -89,7 +89,7 @@ class SwizzledSharedLayout(Layout):
 class PaddedSharedLayout(Layout):
     """Shared memory with padding."""
 
-    FIELDS = ("interval_padding_pairs", "offset_bases", "cga_layout", "shape")
+    FIELDS = ("interval_padding_pairs", "offset_bases", "cga_layout", "shape", "block_bases")
 
 
 class SharedLinearLayout(Layout):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import InvalidProblemError
 from flashgen.simulator import api, sites
-from flashgen.simulator.errors import SimulationError
+from flashgen.simulator.errors import KernelPythonError, SimulationError, UnsupportedOperationError
 from flashgen.simulator.functions import device_range
 
 if TYPE_CHECKING:
@@ -119,12 +119,12 @@ class Loaded:
         try:
             exec(compile(text, self.file, "exec"), self.namespace)
         except SimulationError:
+            self.close()
             raise
         except Exception as error:
-            from flashgen.simulator.errors import KernelPythonError, UnsupportedOperationError
-
             site = sites.innermost(error).site()
             kind = UnsupportedOperationError if isinstance(error, ImportError) else KernelPythonError
+            self.close()
             raise kind(
                 f"the file does not load: {type(error).__name__}: {error}\n    at {site}", sites=(site,)
             ) from error

@@ -31,7 +31,7 @@ class Settings:
     schedule: Schedule = "random"
     seed: int = 0
     processors: int = 3
-    max_steps: int = 5_000_000
+    max_steps: int = 1_000_000
     timeout_s: float = 300.0
     smem_bytes: int = 232_448  # of a CTA on sm_90
     relax: frozenset[str] = frozenset()

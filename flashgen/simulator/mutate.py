@@ -100,7 +100,7 @@ def mutants(source: str | Path | KernelSource) -> tuple[Mutant, ...]:
             continue
         for edit in _edits(function, cut):
             mutated = cut.edited(edit.spans)
-            if mutated == text or mutated in found or not _parses(mutated):
+            if mutated == text or mutated in found or not _parses(mutated, function):
                 continue
             after = "; ".join(new for _, new in edit.spans)
             found[mutated] = Mutant(
@@ -114,9 +114,10 @@ def mutants(source: str | Path | KernelSource) -> tuple[Mutant, ...]:
     return tuple(sorted(found.values(), key=lambda mutant: (mutant.line, mutant.rule)))
 
 
-def _parses(text: str) -> bool:
+def _parses(text: str, function: ast.FunctionDef) -> bool:
+    """Whether the function is still Python; it stands where it stood, since no line was added or taken."""
     try:
-        ast.parse(text)
+        ast.parse("\n".join(text.split("\n")[function.lineno - 1 : function.end_lineno]))
     except SyntaxError:
         return False
     return True
@@ -205,11 +206,15 @@ def _of_block(body: list[ast.stmt], cut: _Text) -> Iterator[_Edit]:
 
 
 def _touches(statement: ast.stmt) -> bool:
-    """Whether a statement calls anything that may touch memory: to pass over others changes nothing."""
-    return any(isinstance(node, ast.Call) and _called(node) not in _PURE for node in ast.walk(statement))
+    """Whether a statement may touch memory: to pass over others changes nothing. A kernel's own functions may."""
+    calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return any(isinstance(call.func, ast.Name) or _called(call).startswith(_MEMORY) for call in calls)
 
 
-_PURE = {"index", "slice", "reshape", "permute", "num_programs", "program_id", "cdiv", "convert_layout", "arange"}
+_MEMORY = (
+    "load", "store", "wait", "arrive", "expect", "init", "async_", "atomic_", "fence", "warpgroup_mma", "barrier",
+    "thread_barrier",
+)  # fmt: skip
 
 
 def _one_line(statement: ast.stmt) -> bool:

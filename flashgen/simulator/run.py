@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import InvalidProblemError
-from flashgen.simulator import load
+from flashgen.simulator import load, sites
 from flashgen.simulator.errors import KernelPythonError, SimulationError
 from flashgen.simulator.jit import RUN, JitFunction, Run
 from flashgen.simulator.machine import Launch, Settings
@@ -93,7 +93,7 @@ def simulate(
     entry: str = "launch",
     grid: Any = None,
     processors: int = 3,
-    max_steps: int = 5_000_000,
+    max_steps: int = 1_000_000,
     timeout_s: float = 300.0,
     smem_bytes: int = 232_448,
     relax: Collection[str] = (),
@@ -169,8 +169,6 @@ def _call(loaded: load.Loaded, entry: str, grid: Any, args: dict[str, Any]) -> N
     except (SimulationError, InvalidProblemError):
         raise
     except Exception as error:
-        from flashgen.simulator import sites
-
         site = sites.innermost(error).site()
         raise KernelPythonError(
             f"{entry} raised {type(error).__name__}: {error}\n    at {site}", sites=(site,)

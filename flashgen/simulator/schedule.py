@@ -88,8 +88,13 @@ def _eager(state: Scheduler, tasks: list[Task], events: list[Event]) -> Choice:
 
 
 def _lazy(state: Scheduler, tasks: list[Task], events: list[Event]) -> Choice:
-    """Asynchronous work completes only when nobody can run, the latest first."""
-    return _stay(state, tasks) if tasks else events[-1]
+    """Asynchronous work completes only when nobody can run, or all who can keep spinning; the latest first."""
+    if tasks and not (events and state.spins > 2 * len(tasks)):
+        chosen = _stay(state, tasks)
+        state.spins = state.spins + 1 if chosen.yields else 0
+        return chosen
+    state.spins = 0
+    return events[-1]
 
 
 def _random(state: Scheduler, tasks: list[Task], events: list[Event]) -> Choice:
@@ -133,7 +138,7 @@ class Scheduler:
         self.partitions: list[Partition] = []
         self.current: Task | None = None
         self.error: BaseException | None = None
-        self.steps = self.switches = self.streak = 0
+        self.steps = self.switches = self.streak = self.spins = 0
         self.done = threading.Event()
 
     def spawn(self, name: str, body: Callable[[], None], partition: Partition | None = None) -> Task:
@@ -186,10 +191,13 @@ class Scheduler:
 
     def _main(self, task: Task) -> None:
         task.baton.acquire()
+        with np.errstate(all="ignore"):  # of this thread alone; NaN is poison here, not a warning
+            self._run(task)
+
+    def _run(self, task: Task) -> None:
         try:
             if self.error is None:
-                with np.errstate(all="ignore"):
-                    task.body()
+                task.body()
         except Stop:
             pass
         except BaseException as error:

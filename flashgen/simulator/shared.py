@@ -122,6 +122,11 @@ class SharedView:
         return self.allocation.layout
 
     @property
+    def handle(self) -> SharedView:
+        """What a kernel's own builtin hands to `_semantic.builder`."""
+        return self
+
+    @property
     def nbytes_per_cta(self) -> int:
         return self.data.size * self.dtype.nbytes
 

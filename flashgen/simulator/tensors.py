@@ -46,6 +46,11 @@ class Tensor:
         return list(self.values.shape)
 
     @property
+    def handle(self) -> Tensor:
+        """What a kernel's own builtin hands to `_semantic.builder`."""
+        return self
+
+    @property
     def numel(self) -> int:
         return self.values.size
 

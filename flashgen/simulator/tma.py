@@ -111,6 +111,11 @@ class TensorDescriptor:
         if self.offset < self.buffer.first or last >= self.buffer.end:
             _refuse(f"shape {self.shape} with strides {self.strides} reaches beyond the tensor")
 
+    @property
+    def handle(self) -> TensorDescriptor:
+        """What a kernel's own builtin hands to `_semantic.builder`."""
+        return self
+
     def view(self, flat: Array) -> Array:
         """The described tensor, as a view of a flat array of its storage."""
         steps = [stride * flat.itemsize for stride in self.strides]

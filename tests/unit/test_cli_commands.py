@@ -66,8 +66,6 @@ USAGE = [
 UNBUILT = [
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
-    ["check", "--simulate"],
-    ["check", "--mutate"],
     ["tune", "--preset", "llama3-8b", "--target", "h100", "--cluster", "a:1"],
     ["tune", "--preset", "llama3-8b", "--target", "h100", "--strategy", "tpe"],
     ["tune", "--op", "attention_bwd", "--target", "h100"],

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TELLS = {
     "attention": ("agree with PyTorch", "  runs     "),
     "check_without_gpu": ("inside the budget", "off by one key is not"),
+    "find_a_race": ("[shared-race]", "x = tile.load(layout)", "mended: no defect found", "other mistakes are found"),
     "read_the_kernel": ("attention_fwd-bf16-d96-causal-", "only in the causal kernel:\n", "causal_offset"),
 }
 

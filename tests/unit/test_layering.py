@@ -36,6 +36,7 @@ ROWS = (
     ("costmodel",),
     ("reference",),
     ("accuracy",),
+    ("mutation",),
     ("interpret",),
     ("store",),
     ("torch_blocked", "bench"),

@@ -1,0 +1,228 @@
+"""A defect of each kind planted by hand: found under every schedule, as that kind, with the lines of both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from subjects import SCHEDULES, check_copy, check_matmul, check_ordered_sum, check_tickets, normal, text_of
+
+from flashgen import simulator as sim
+
+CHECKS = {"matmul": check_matmul, "copy": check_copy, "ordered_sum": check_ordered_sum, "tickets": check_tickets}
+LAYOUT = "gl.BlockedLayout([1], [32], [4], [0])"
+
+FULL = "        mbarrier.wait(full.index(stage), phase)\n"
+EMPTY = "        mbarrier.wait(empty.index(stage), phase ^ 1)\n"
+DONE = "        acc = warpgroup_mma_wait(0, deps=(token,))\n"
+ARRIVE = "        mbarrier.arrive(empty.index(stage), count=1)\n"
+BYTES = "a_desc.block_type.nbytes + b_desc.block_type.nbytes"
+FENCE = "    fence_async_shared()\n"
+STORE = "    tma.async_store(c_desc, [gl.program_id(0) * block_m, 0], c_smem)\n"
+STORED = "    tma.store_wait(0)\n"
+STAGED = "    c_smem.store(acc.to(c_desc.dtype))\n"
+INIT_FULL = "        mbarrier.init(full.index(stage), count=1)\n"
+SPECIALIZE = "    gl.warp_specialize(\n"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Edits of a kernel, the kinds of error they may show as, and what the first kind's message names."""
+
+    edits: tuple[tuple[str, str], ...]
+    kinds: tuple[type[sim.SimulationError], ...]
+    names: tuple[str, ...] = ()
+    kernel: str = "matmul"
+
+
+def one(
+    old: str, new: str, *kinds: type[sim.SimulationError], names: tuple[str, ...] = (), kernel: str = "matmul"
+) -> Broken:
+    return Broken(((old, new),), kinds, names, kernel)
+
+
+def before_the_end(line: str, *kinds: type[sim.SimulationError], names: tuple[str, ...] = ()) -> Broken:
+    """A line more in the main partition, after the barriers were initialised."""
+    return one(SPECIALIZE, f"    {line}\n{SPECIALIZE}", *kinds, names=names)
+
+
+BROKEN = {
+    "products read while the load is in flight": one(
+        FULL, "", sim.SharedRaceError, sim.UninitializedError, names=("wgmma", "TMA load", "consumer", "producer")
+    ),
+    "stage overwritten while a product reads it": one(
+        DONE + ARRIVE, ARRIVE + DONE, sim.SharedRaceError, names=("TMA load", "wgmma", "consumer", "producer")
+    ),
+    "empty barrier not waited for": one(
+        EMPTY, "", sim.SharedRaceError, sim.PhaseError, sim.BarrierError, sim.ByteCountError
+    ),
+    "shared memory never written": one(
+        "warpgroup_mma(a_smem.index(stage)", "warpgroup_mma(c_smem.slice(0, 32, 1)", sim.UninitializedError,
+        names=("c_smem", "never written"),
+    ),
+    "accumulator not waited for": one(
+        DONE, "        acc = token * 1.0\n", sim.AccumulatorError, names=("before it was waited for", "is_async=True")
+    ),
+    "wait for products too weak": one(
+        "_wait(0, deps", "_wait(1, deps", sim.AccumulatorError, sim.SharedRaceError, sim.UnfinishedError
+    ),
+    "product never waited for": Broken(
+        ((DONE, "        acc = token\n"), ("acc.to(c_desc", "gl.zeros([block_m, block_n], gl.float32, acc_layout).to(c_desc")),
+        (sim.UnfinishedError, sim.SharedRaceError), ("wgmma not waited for",),
+    ),
+    "no proxy fence before a TMA store": one(
+        FENCE, "", sim.ProxyFenceError, names=("TMA store", "shared store", "fence_async_shared")
+    ),
+    "proxy fence after the TMA store": one(FENCE + STORE, STORE + FENCE, sim.ProxyFenceError),
+    "overwritten while a TMA store reads": one(
+        STORE, STORE + STAGED, sim.SharedRaceError, names=("shared store", "TMA store")
+    ),
+    "only the issuing thread knows of a store wait": one(STORED, STORED + STAGED, sim.SharedRaceError),
+    "no proxy fence between a shared load and the next TMA load": one(
+        ARRIVE,
+        "        seen = a_smem.index(stage).load(gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))\n" + ARRIVE,
+        sim.ProxyFenceError, names=("TMA load", "shared load"),
+    ),
+    "partition ends with a TMA store": one(STORED, "", sim.UnfinishedError, names=("TMA stores not waited for",)),
+    "load that nobody waits for": Broken(
+        (("i < blocks - 1", "i < blocks"),), (sim.UnfinishedError,), ("load that nobody waited for",), "copy"
+    ),
+    "half of the bytes": one(
+        BYTES, f"({BYTES}) // 2", sim.ByteCountError, sim.SharedRaceError, sim.PhaseError, names=("full[",)
+    ),
+    "too many bytes": one(
+        BYTES, f"{BYTES} + 16", sim.DeadlockError, names=("full[0]", "16 bytes outstanding", "producer", "consumer")
+    ),
+    "wrong phase": one("phase ^ 1", "phase", sim.DeadlockError, names=("empty[0]", "waits for phase 0")),
+    "missing arrive": one(ARRIVE, "", sim.DeadlockError, names=("empty[0]", "arrivals missing")),
+    "no init": one(INIT_FULL, "", sim.BarrierError, names=("before mbarrier.init",)),
+    "init twice": one(INIT_FULL, INIT_FULL + INIT_FULL, sim.BarrierError, names=("twice",)),
+    "use after invalidate": before_the_end(
+        "mbarrier.invalidate(full.index(0))", sim.BarrierError, names=("after mbarrier.invalidate",)
+    ),
+    "too many arrivals": one(ARRIVE, ARRIVE.replace("=1", "=2"), sim.BarrierError, names=("more arrivals",)),
+    "box and shared memory differ": one(
+        "b_desc.dtype, [STAGES, BLOCK_K, block_n]", "b_desc.dtype, [STAGES, BLOCK_K, 2 * block_n]", sim.ShapeError,
+        names=("box", "b_smem"),
+    ),
+    "store of another dtype": one("acc.to(c_desc.dtype)", "acc", sim.ShapeError, names=("float32", "c_smem")),
+    "shapes of a product": one(
+        "gl.zeros([block_m, block_n], gl.float32", "gl.zeros([block_m, 16], gl.float32", sim.ShapeError, names=("wgmma",)
+    ),
+    "layouts differ": one(
+        STAGED, "    acc = acc + gl.zeros([block_m, block_n], gl.float32, gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0]))\n" + STAGED,
+        sim.LayoutError, names=("NVMMADistributedLayout", "BlockedLayout"),
+    ),
+    "global store out of bounds": before_the_end(
+        f"gl.store(note_ptr + gl.arange(0, 16, {LAYOUT}), 1)", sim.OutOfBoundsError, names=("0 to 15", "8 elements")
+    ),
+    "index out of bounds": before_the_end("full.index(3)", sim.OutOfBoundsError, names=("index 3", "full")),
+    "CTAs store to one place": before_the_end(
+        "gl.store(note_ptr, 1)", sim.GlobalRaceError, names=("two writes of global memory", "cta1", "cta0")
+    ),
+    "int32 overflow": before_the_end("gl.num_programs(0) * 2000000000 * 2", sim.IntegerError, names=("int32 overflow",)),
+    "int32 overflow in a tensor": before_the_end(
+        f"gl.arange(0, 128, {LAYOUT}) * 2000000000", sim.IntegerError, names=("int32 overflow in a tensor",)
+    ),
+    "negative remainder": before_the_end("(gl.program_id(0) - 3) % 2", sim.IntegerError, names=("truncates",)),
+    "too much shared memory": one(
+        "c_desc.dtype, [block_m, block_n]", "c_desc.dtype, [64 * block_m, block_n]", sim.SharedMemoryLimitError,
+        names=("232448",),
+    ),
+    "endless loop": before_the_end("while True:\n        mbarrier.wait(empty.index(0), 1)", sim.LivelockError),
+    "device assertion": before_the_end("gl.device_assert(steps < 0, 'no steps')", sim.KernelAssertionError, names=("no steps",)),
+    "unknown operation": before_the_end(
+        "gl.histogram(steps, 8)", sim.UnsupportedOperationError, names=("language.histogram", "`gl.histogram(steps, 8)`")
+    ),
+    "an ordinary exception": before_the_end(
+        "[][steps]", sim.KernelPythonError, names=("IndexError", "`[][steps]`")
+    ),
+    "tensor that TMA cannot describe": one(
+        "descriptor(a, [64, BLOCK_K])", "descriptor(a[:, 1:], [64, BLOCK_K])", sim.DescriptorError, names=("16 bytes",)
+    ),
+    "box of no power of two": one("BLOCK_K=32)", "BLOCK_K=48)", sim.DescriptorError, names=("powers of two", "48")),
+    # -- across CTAs --
+    "semaphore taken without acquire": one(
+        'sem="acquire"', 'sem="relaxed"', sim.GlobalRaceError, names=("gl.load(total_ptr", "gl.store(total_ptr"),
+        kernel="ordered_sum",
+    ),
+    "semaphore given without release": one('sem="release"', 'sem="relaxed"', sim.GlobalRaceError, kernel="ordered_sum"),
+    "semaphore given before the other threads are done": one(
+        "    gl.barrier()\n", "", sim.GlobalRaceError, kernel="ordered_sum"
+    ),
+    "semaphore not waited for": one(
+        'while gl.atomic_add(turn_ptr, 0, sem="acquire") != pid', "while False", sim.GlobalRaceError, kernel="ordered_sum"
+    ),
+    "semaphore never given": one(
+        'gl.atomic_xchg(turn_ptr, gl.where(last, 0, pid + 1), sem="release")', "pass", sim.LivelockError,
+        kernel="ordered_sum",
+    ),
+    "counter reset while tickets are drawn": one(
+        "if ticket == tiles - 1", "if ticket == tiles - 2", sim.GlobalRaceError, kernel="tickets",
+        names=("gl.store(counter_ptr, 0)", "gl.atomic_add(counter_ptr, 1)"),
+    ),
+    "two CTAs at one tile": one(
+        "tile = ticket + gl.num_programs(0)", "tile = ticket + 1", sim.GlobalRaceError, kernel="tickets",
+        names=("gl.store(y_ptr",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", BROKEN)
+def test_it_is_found(name: str, schedule: str) -> None:
+    broken, text = BROKEN[name], text_of(BROKEN[name].kernel)
+    for old, new in broken.edits:
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(sim.SimulationError) as caught:
+        CHECKS[broken.kernel](text, schedule=schedule, seed=1, max_steps=2000)
+    error = caught.value
+    assert isinstance(error, broken.kinds), error
+    if isinstance(error, broken.kinds[0]):
+        assert all(part in str(error) for part in broken.names), error
+
+
+def test_a_race_names_the_lines_and_partitions_of_both_sides() -> None:
+    text = text_of("matmul").replace(DONE + ARRIVE, ARRIVE + DONE)
+    with pytest.raises(sim.SharedRaceError) as caught:
+        check_matmul(text, seed=1)
+    error, lines = caught.value, text.splitlines()
+    sides = {name.split("/")[1]: site for name, site in zip(error.partitions, error.sites, strict=True)}
+    load, product = sides["p1:producer"], sides["p0:consumer"]
+    assert "tma.async_load" in load.text and lines[load.line - 1].strip() == load.text
+    assert "warpgroup_mma(" in product.text and lines[product.line - 1].strip() == product.text
+    assert error.kind == "shared-race" and str(load) in str(error) and str(product) in str(error)
+
+
+def test_a_deadlock_lists_every_partition() -> None:
+    with pytest.raises(sim.DeadlockError) as caught:
+        check_matmul(text_of("matmul").replace(ARRIVE, ""), processors=2)
+    said = str(caught.value)
+    assert {"cta0/p0:consumer", "cta0/p1:producer", "cta1/p0:consumer", "cta1/p1:producer"} <= set(
+        caught.value.partitions
+    )
+    assert "waits for phase 0 of empty[0]: 0 phases completed, 1 of 1 arrivals missing" in said
+    assert "`mbarrier.wait(empty.index(stage), phase ^ 1)`" in said
+
+
+def test_a_missing_wait_is_found_where_it_did_no_harm() -> None:
+    """Eagerly every load has landed before anybody reads: only what the reader can know tells the difference."""
+    text = text_of("copy").replace("        mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)\n", "")
+    with pytest.raises(sim.SharedRaceError, match="data is read that may still be being written"):
+        check_copy(text, schedule="eager")
+
+
+def test_relaxed_rules_are_left_out() -> None:
+    text = text_of("copy").replace("        gl.barrier()\n", "")
+    with pytest.raises(sim.SharedRaceError):
+        check_copy(text)
+    check_copy(text, relax=["store-wait"])
+
+
+def test_poison_shows_in_what_nothing_overwrote() -> None:
+    x, y = normal(8, 20), torch.zeros(8, 20)
+    text = text_of("copy").replace("out.store(x * 2)", "out.store(x * 2 + smem.index((i + 1) % STAGES).load(layout))")
+    with pytest.raises(sim.SimulationError):
+        sim.simulate(text, {"x": x, "y": y})
