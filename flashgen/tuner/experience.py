@@ -8,20 +8,21 @@ percent at the first try.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flashgen.config import KernelConfig
-from flashgen.problem import Problem
-from flashgen.store.select import distance
+from flashgen.spec import AttentionSpec
+from flashgen.store import Record
+from flashgen.store.select import distance, usable_measurement
 from flashgen.tuner.surrogate import Array
 
 # A slowdown counts up to e: how bad a bad configuration is teaches nothing about the good ones.
 CAP = 1.0
 # What a difference between problems takes off the weight of one's experience for the other, in e-folds.
-_HEAD_DIM, _MASK, _DTYPE, _DOUBLING = 6.0, 1.5, 3.0, 0.5
+_HEAD_DIM, _MASK, _DTYPE, _GPU, _DOUBLING = 6.0, 1.5, 3.0, 6.0, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +38,46 @@ class Lesson:
     times_ms: Mapping[KernelConfig, float]
 
 
-def weight(problem: Problem, other: Problem, *, same_gpu: bool = True) -> float:
-    """How much measurements of `other` say about `problem`: 1 for its twin, less by head dim, dtype, mask, size and GPU."""
-    a, b = problem.spec, other.spec
-    apart = _DOUBLING * distance(problem.shape, other.shape)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What experience is compared by: the kernel, the sizes and the GPU."""
+
+    spec: AttentionSpec
+    shape: Mapping[str, int]
+    gpu: str = ""
+
+
+def weight(here: Case, there: Case) -> float:
+    """How much measurements of one case say about another: 1 for its twin, less by head dim, dtype, mask, size and GPU."""
+    a, b = here.spec, there.spec
+    apart = _DOUBLING * distance(here.shape, there.shape)
     apart += _HEAD_DIM * ((a.block_head_dim, a.block_head_dim_v) != (b.block_head_dim, b.block_head_dim_v))
-    apart += _MASK * (a.causal != b.causal) + _DTYPE * (a.itemsize != b.itemsize) + _HEAD_DIM * (not same_gpu)
+    apart += _MASK * (a.causal != b.causal) + _DTYPE * (a.itemsize != b.itemsize) + _GPU * (here.gpu != there.gpu)
     return math.exp(-apart)
+
+
+def lessons_from(records: Iterable[Record], here: Case, variant: str) -> list[Lesson]:
+    """What stored trials of other shapes, specs and GPUs teach; the case's own rows are left out.
+
+    Args:
+        records: any rows; measured ones of the variant count, whatever the template's text was.
+        here: the case that is tuned.
+        variant: whose configurations.
+    """
+    times: dict[str, dict[KernelConfig, float]] = {}
+    weights: dict[str, float] = {}
+    for row in records:
+        if row.variant != variant or not usable_measurement(row) or row.latency_ms is None:
+            continue
+        there = Case(spec=AttentionSpec.from_key(row.spec_key), shape=row.shape, gpu=row.gpu)
+        key = f"{row.gpu} {row.spec_key} {sorted(row.shape.items())}"
+        if there.spec.key == here.spec.key and dict(there.shape) == dict(here.shape) and there.gpu == here.gpu:
+            continue
+        weights[key] = weight(here, there)
+        config = KernelConfig(variant=variant, **row.config)
+        known = times.setdefault(key, {})
+        known[config] = min(row.latency_ms, known.get(config, math.inf))
+    return [Lesson(weight=weights[key], times_ms=known) for key, known in times.items()]
 
 
 def expected_slowdowns(candidates: Sequence[KernelConfig], lessons: Sequence[Lesson]) -> Array:

@@ -19,6 +19,7 @@ from flashgen.facts import CompiledFacts
 from flashgen.store import Record
 from flashgen.tuner.context import Context
 from flashgen.tuner.search import new_study, proposals
+from flashgen.tuner.strategies import InOrder
 
 PROTOCOL = "compile-only-1"
 
@@ -32,7 +33,7 @@ def run(context: Context, *, study_storage: str | None = None) -> None:
     """
     facts: dict[KernelConfig, CompiledFacts] = {}
     failures: list[Record] = []
-    study = new_study(context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
+    study = new_study(InOrder(context.order), context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
     trials = {config: trial for trial, config in proposals(study, context.order)}
     try:
         with CompilePool(context.workers) as pool:

@@ -19,7 +19,7 @@ import numpy as np
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
-from flashgen.tuner.experience import Lesson, weight
+from flashgen.tuner.experience import Case, Lesson, weight
 from flashgen.tuner.strategies import Strategy, Tried
 
 FINALISTS = 3
@@ -75,11 +75,16 @@ def load_surfaces(path: Path, variant: str) -> list[Surface]:
     return [Surface(problem=problem, times_ms=times) for problem, times in found.items()]
 
 
+def case_of(problem: Problem) -> Case:
+    """A problem as experience sees it."""
+    return Case(spec=problem.spec, shape=problem.shape)
+
+
 def lessons_for(surface: Surface, surfaces: Iterable[Surface]) -> list[Lesson]:
     """What all other problems teach about a surface's; its own times are never among them."""
     return [
         Lesson(
-            weight=weight(surface.problem, other.problem),
+            weight=weight(case_of(surface.problem), case_of(other.problem)),
             times_ms={config: time for config, time in other.times_ms.items() if time is not None},
         )
         for other in surfaces

@@ -17,7 +17,9 @@ from flashgen.tuner import measured, predicted
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, source_of
 from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
-from flashgen.tuner.search import check_strategy, ordered
+from flashgen.tuner import strategies
+from flashgen.tuner.experience import Case, lessons_from
+from flashgen.tuner.search import check_strategy
 
 _FINAL_STATUSES = (
     "ok",
@@ -146,15 +148,18 @@ def _context(
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
-    order = ordered(
-        legal,
-        [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)],
-        strategy,
-    )
-    if max_trials is not None:
+    first = [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)]
+    if mode == "measured":
+        here = Case(spec=source.spec, shape=problem.shape, gpu=target.name)
+        rows = [*store.trials(op=source.spec.op, variant=variant.name), *_shipped(source.spec.op)]
+        lessons = lessons_from(rows, here, variant.name)
+    else:
+        lessons = []
+    order = strategies.ordered(legal, first, strategy)
+    if max_trials is not None and mode == "predicted":
         # A predicted winner is a known-good tile, so those are compiled however short the list is cut.
-        first = [row.config for row in known] if mode == "predicted" else []
-        order = list(dict.fromkeys([*first, *order]))[: max(max_trials, len(first))]
+        always = [row.config for row in known]
+        order = list(dict.fromkeys([*always, *order]))[: max(max_trials, len(always))]
     return Context(
         problem=problem,
         target=target,
@@ -162,6 +167,8 @@ def _context(
         source=source,
         known_good=known,
         order=order,
+        strategy=strategies.make(strategy, legal, seeds=first, lessons=lessons),
+        max_trials=max_trials,
         session=result.session,
         result=ProblemResult(
             problem=problem, spec_key=source.spec.key, variant=variant.name, digest=source.digest, legal=len(legal)
@@ -190,6 +197,10 @@ def _earlier(stored: Iterable[Record], problem: Problem, variant: str) -> dict[K
             if old is None or row.error_ratio is not None or old.error_ratio is None:
                 found[config] = row
     return found
+
+
+def _shipped(op: str) -> list[Record]:
+    return [row for gpu in seeds.gpus() for row in seeds.load(gpu, op)]
 
 
 def _near_winners(

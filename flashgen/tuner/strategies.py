@@ -77,7 +77,7 @@ def make(
         raise InvalidProblemError(f"strategy={name!r} is not known: allowed are {', '.join(NAMES)}.")
     legal = list(dict.fromkeys(candidates))
     if name == "exhaustive":
-        return InOrder([*dict.fromkeys(config for config in seeds if config in set(legal)), *legal])
+        return InOrder(legal)
     wanted = [config for config in legal if config not in vetoed]
     first: Strategy
     if name == "random":
@@ -92,6 +92,17 @@ def make(
         taught = portfolio(wanted, lessons, SEEDS)
         first = Model(wanted, seeds=[*seeds, *taught], lessons=lessons, seed=seed, walk=True)
     return Chain([first, InOrder(_shuffled([config for config in legal if config in vetoed], seed))])
+
+
+def ordered(
+    candidates: Sequence[KernelConfig], seeds: Sequence[KernelConfig], name: str, *, seed: int = 0
+) -> list[KernelConfig]:
+    """The whole list in the order in which a strategy that learns nothing would try it: seeds first, unless it is "random"."""
+    if name == "exhaustive":
+        return list(dict.fromkeys(candidates))
+    legal = dict.fromkeys(candidates)
+    first = [] if name == "random" else [config for config in dict.fromkeys(seeds) if config in legal]
+    return list(dict.fromkeys([*first, *_shuffled(list(legal), seed)]))
 
 
 def _shuffled(configs: Sequence[KernelConfig], seed: int) -> list[KernelConfig]:
