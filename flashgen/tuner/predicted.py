@@ -33,7 +33,12 @@ def run(context: Context, *, study_storage: str | None = None) -> None:
     """
     facts: dict[KernelConfig, CompiledFacts] = {}
     failures: list[Record] = []
-    study = new_study(InOrder(context.order), context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
+    study = new_study(
+        InOrder(context.order),
+        context.order,
+        f"{context.source.name}-{context.target.name}-{context.session}",
+        study_storage,
+    )
     trials = {config: trial for trial, config in proposals(study, context.order)}
     try:
         with CompilePool(context.workers) as pool:

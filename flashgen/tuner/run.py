@@ -13,12 +13,11 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import measured, predicted
+from flashgen.tuner import measured, predicted, strategies
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, source_of
+from flashgen.tuner.experience import Case, lessons_from
 from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
-from flashgen.tuner import strategies
-from flashgen.tuner.experience import Case, lessons_from
 from flashgen.tuner.search import check_strategy
 
 _FINAL_STATUSES = (

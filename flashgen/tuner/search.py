@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError
-from flashgen.tuner.strategies import NAMES as STRATEGIES
-from flashgen.tuner.strategies import Strategy, Tried
+from flashgen.tuner.strategies import NAMES, Strategy, Tried
 
 if TYPE_CHECKING:
     import optuna
@@ -24,8 +23,8 @@ def check_strategy(strategy: str) -> None:
     Raises:
         InvalidProblemError: unknown.
     """
-    if strategy not in STRATEGIES:
-        raise InvalidProblemError(f"strategy={strategy!r} is not known: allowed are {', '.join(STRATEGIES)}.")
+    if strategy not in NAMES:
+        raise InvalidProblemError(f"strategy={strategy!r} is not known: allowed are {', '.join(NAMES)}.")
 
 
 def strategy_sampler(strategy: Strategy, candidates: Sequence[KernelConfig]) -> optuna.samplers.BaseSampler:
@@ -74,25 +73,25 @@ def history(study: optuna.Study, candidates: Sequence[KernelConfig], *, before: 
     return found
 
 
-def proposals(
-    study: optuna.Study, candidates: Sequence[KernelConfig]
-) -> Iterator[tuple[optuna.Trial, KernelConfig]]:
+def proposals(study: optuna.Study, candidates: Sequence[KernelConfig]) -> Iterator[tuple[optuna.Trial, KernelConfig]]:
     """Ask the study until every configuration of the list was proposed once; the caller tells each before the next."""
     choices = _choices(candidates)
     known = {_key(config): config for config in candidates}
+    for trial in study.get_trials(deepcopy=False, states=(_state("RUNNING"),)):
+        study.tell(trial.number, state=_state("PRUNED"))  # left behind by a run that was killed: to be tried again
     seen = {trial.config for trial in history(study, candidates)}
     # As many trials as configurations, and no more than that many again for enqueued repeats.
     for _ in range(2 * len(candidates)):
         if len(seen) == len(known):
             return
-        trial = study.ask()
-        params: dict[str, Any] = {name: trial.suggest_categorical(name, values) for name, values in choices.items()}
+        asked = study.ask()
+        params: dict[str, Any] = {name: asked.suggest_categorical(name, values) for name, values in choices.items()}
         config = known.get(_key(params))
         if config is None or config in seen:
-            study.tell(trial, state=_state("PRUNED"))
+            study.tell(asked, state=_state("PRUNED"))
             continue
         seen.add(config)
-        yield trial, config
+        yield asked, config
 
 
 def _choices(candidates: Sequence[KernelConfig]) -> dict[str, list[Any]]:
