@@ -154,6 +154,8 @@ class _Worker:
             "digest": source.digest,
             "target": target.name,
             "arch": target.arch,
+            "backend": target.backend,
+            "warp_size": target.warp_size,
             "variant": config.variant,
             "config": config.to_dict(),
         }

@@ -35,12 +35,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
         )
         config = KernelConfig(variant=request["variant"], **request["config"])
-        return inspect(source, _target(request["target"], request["arch"]), config).to_json()
+        return inspect(source, _target(request), config).to_json()
     except Exception as error:
         return {"error": f"{error}" if str(error) else type(error).__name__}
 
 
-def _target(name: str, arch: str) -> Target:
-    """Only name and architecture matter to the compiler."""
-    known = TARGETS.get(name) or next(t for t in TARGETS.values() if t.backend == "cuda")
-    return replace(known, name=name, arch=arch)
+def _target(request: dict[str, Any]) -> Target:
+    """What matters to the compiler; the rest of a target that this process may not know is some GPU's."""
+    what = {name: request[name] for name in ("arch", "backend", "warp_size")}
+    return replace(next(iter(TARGETS.values())), name=request["target"], **what)

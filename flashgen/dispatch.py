@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,12 +82,20 @@ class Plan:
 
 _memo: dict[object, Plan] = {}
 _said: set[object] = set()
+_listeners: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Drop memoised plans; call it after writing to the database."""
     _memo.clear()
     _said.clear()
+    for listener in _listeners:
+        listener()
+
+
+def on_forget(listener: Callable[[], None]) -> None:
+    """Have something else dropped whenever plans are: what was derived from them."""
+    _listeners.append(listener)
 
 
 def resolve(

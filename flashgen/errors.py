@@ -7,6 +7,7 @@ FlashgenError
 ├── RenderError              a template could not be rendered
 ├── BuildError               a rendered kernel could not be imported, compiled or run
 ├── TuningError              no candidate of a tuning run survived
+├── MissingExtraError        an optional dependency is not installed
 └── DatabaseError            the tuning database cannot be used
     └── SchemaVersionError   its schema is older or newer than this flashgen
 """
@@ -62,6 +63,10 @@ class TuningError(FlashgenError):
         if self.causes:
             message += "".join(f"\n  {name}: {cause}" for name, cause in self.causes.items())
         super().__init__(message)
+
+
+class MissingExtraError(FlashgenError):
+    """An optional dependency is not installed; the message says which extra brings it."""
 
 
 class DatabaseError(FlashgenError):

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flashgen import sass, settings
+from flashgen import gcn, sass, settings
 from flashgen.build import load_module, write_source
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemError
@@ -31,7 +31,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-_FORMAT = 2  # of the cache's files
+_FORMAT = 3  # of the cache's files
 _LOG = {
     "n_regs": re.compile(r"Used (\d+) registers"),
     "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
@@ -46,18 +46,27 @@ _POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 class CompiledFacts:
     """What the compiler says about one configuration.
 
+    A thread is a lane, a warp a wavefront on AMD.
+
     Attributes:
-        arch: e.g. `sm_90`.
+        arch: e.g. `sm_90`, `gfx942`.
         triton_version: which compiled it.
-        n_regs: registers of a thread.
+        n_regs: registers of a thread; on gfx942 vector registers, accumulation registers included (one file of 512).
         spill_store_bytes, spill_load_bytes: of a thread, over the whole kernel.
-        stack_bytes: local memory of a thread.
-        smem_bytes: shared memory of a block, exact.
+        stack_bytes: local (private) memory of a thread.
+        smem_bytes: shared memory (LDS) of a block, exact.
         num_warps: warps of a block.
-        serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products.
-        undefined_registers: instructions that read a register nothing wrote (`sass.undefined_registers`): miscompiled.
-        loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`).
+        serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products; always false elsewhere.
+        undefined_registers: instructions that read a register nothing wrote (`sass.undefined_registers`): miscompiled. Not
+            looked for on AMD, where it is 0.
+        loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`, `flashgen.gcn`); UTCHMMA
+            (`utcmma`) is issued by one warp for the whole block. Empty where no loop was found.
         compile_s: seconds it took.
+        loop_macs: multiply-adds that the tensor cores do for a block in such a pass, as issued: more than the tile's own
+            where warps compute the same products or the loop is unrolled. 0 without tensor cores, or where it cannot be read.
+        tmem_columns: columns of tensor memory of a block (sm_100: 512 of 128 x 32 bit on an SM), else 0.
+        accumulation_regs: those of `n_regs` that are AMD's accumulation registers, else 0.
+        scalar_regs: scalar registers of a wavefront (AMD), else 0: NVIDIA reports none.
     """
 
     arch: str
@@ -72,6 +81,10 @@ class CompiledFacts:
     undefined_registers: int
     loop: dict[str, int]
     compile_s: float
+    loop_macs: int = 0
+    tmem_columns: int = 0
+    accumulation_regs: int = 0
+    scalar_regs: int = 0
 
     @property
     def spill_bytes(self) -> int:
@@ -139,7 +152,7 @@ def require_gpu(target: Target) -> None:
     Raises:
         InvalidProblemError: the target is no GPU.
     """
-    if target.backend != "cuda":
+    if target.backend == "cpu":
         raise InvalidProblemError(
             f"target {target.name!r} is no GPU: nothing is compiled for it. Name one, e.g. Target.named('h100') or --target h100."
         )
@@ -176,11 +189,7 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
     log = io.StringIO()
     start = time.perf_counter()
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="flashgen-") as scratch,
-            knobs.nvidia.scope(),
-            knobs.compilation.scope(),
-        ):
+        with knobs.nvidia.scope(), knobs.compilation.scope():
             with contextlib.redirect_stdout(log):
                 # ptxas's log is only printed when ptxas runs: the compiler's own cache must not answer. It is written, so
                 # that a launch of this configuration finds its binary there.
@@ -188,30 +197,61 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
                 knobs.compilation.always_compile = True
                 compiled = triton.compile(
                     ASTSource(kernel, signature, constants, attributes),
-                    target=GPUTarget("cuda", target.capability, target.warp_size),
+                    target=GPUTarget(target.backend, target.compiler_arch, target.warp_size),
                     options=options,
                 )
-            cubin = Path(scratch) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            text = subprocess.run(
-                [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True
-            ).stdout
+            read = _of_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _of_nvidia(compiled, log.getvalue())
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
         raise BuildError(
             f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
         ) from error
+    loop = read.pop("main_loop")
     return CompiledFacts(
         arch=target.arch,
         triton_version=triton.__version__,
-        **_resources(log.getvalue()),
         smem_bytes=int(compiled.metadata.shared),
         num_warps=int(compiled.metadata.num_warps),
-        serialised=_SERIALISED.search(log.getvalue()) is not None,
-        undefined_registers=len(sass.undefined_registers(text)),
-        loop=sass.main_loop(text),
+        loop=loop.counts if loop else {},
+        loop_macs=loop.macs(int(compiled.metadata.num_warps)) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
+        **read,
     )
+
+
+def _of_nvidia(compiled: Any, log: str) -> dict[str, Any]:
+    """The fields that ptxas's log and the machine code fill, and the main loop."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory(prefix="flashgen-") as scratch:
+        cubin = Path(scratch) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        **_resources(log),
+        "serialised": _SERIALISED.search(log) is not None,
+        "undefined_registers": len(sass.undefined_registers(text)),
+        "tmem_columns": int(getattr(compiled.metadata, "tmem_size", 0) or 0),
+        "main_loop": sass.main_loop(text),
+    }
+
+
+def _of_amd(text: str) -> dict[str, Any]:
+    """The fields that AMD's assembly fills, and the main loop."""
+    found = gcn.resources(text)
+    return {
+        "n_regs": found.vgprs,
+        "accumulation_regs": found.agprs,
+        "scalar_regs": found.sgprs,
+        "stack_bytes": found.scratch_bytes,
+        "spill_store_bytes": found.spill_store_bytes,
+        "spill_load_bytes": found.spill_load_bytes,
+        "serialised": False,
+        "undefined_registers": 0,
+        "main_loop": gcn.main_loop(text),
+    }
 
 
 def _signature(

@@ -9,6 +9,7 @@ BlockMask) cannot be an operator's argument: it runs the same code without the o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -177,12 +178,12 @@ def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     q, k, v = map(_unit_last_stride, (q, k, v))
     source = render(problem.spec, by_name(plan.variant))
     values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
-    if q.device.type == "cpu":
+    if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
         interpret.launch(source, q, k, v, out, lse, **values)
         return
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         try:
             build(source).launch(q, k, v, out, lse, **values)
         except Exception as error:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
-from flashgen.presets import preset as preset_by_name
+from flashgen.presets import find as find_preset
 from flashgen.spec import DTYPES, AttentionSpec, DType, Op
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Problem:
 
     @property
     def tune_arguments(self) -> str:
-        """The options of `flashgen tune` that name this problem."""
+        """The options of `flashgen tune` that name this problem; mods, block masks and packing are code and data, not named."""
         words = [f"--op attention_fwd --dtype {self.dtype} --head-dim {self.head_dim}"]
         if self.head_dim_v != self.head_dim:
             words.append(f"--head-dim-v {self.head_dim_v}")
@@ -179,8 +179,22 @@ class Problem:
             words.append("--causal")
             if self.causal_alignment != "bottom-right":
                 words.append(f"--causal-alignment {self.causal_alignment}")
-        if self.spec.has_lse:
-            words.append("--return-lse")
+        if self.window_size != (-1, -1):
+            words.append(f"--window-size {self.window_size[0]},{self.window_size[1]}")
+        if self.softcap:
+            words.append(f"--softcap {self.softcap!r}")
+        if self.softmax_scale is not None:
+            words.append(f"--softmax-scale {self.softmax_scale!r}")
+        if self.dropout_p:
+            words.append(f"--dropout-p {self.dropout_p!r}")
+        operands = {
+            "--alibi": self.has_alibi,
+            "--sinks": self.has_sinks,
+            "--bias": self.has_bias,
+            "--attn-mask": self.has_attn_mask,
+            "--return-lse": self.spec.has_lse,
+        }
+        words += [option for option, given in operands.items() if given]
         return " ".join(words)
 
     def __str__(self) -> str:
@@ -190,30 +204,45 @@ class Problem:
     # -- how it is made --
 
     @classmethod
-    def preset(cls, name: str, *, seqlen: int | None = None, batch: int | None = None, **overrides: Any) -> Problem:
+    def preset(
+        cls,
+        name: str,
+        *,
+        seqlen: int | None = None,
+        batch: int | None = None,
+        layer: str | None = None,
+        **overrides: Any,
+    ) -> Problem:
         """The attention of a named model.
 
         Args:
-            name: e.g. `llama3-8b`; see `flashgen show presets`.
-            seqlen: query and key length; None for the preset's own.
+            name: e.g. `llama3-8b`, or with a kind of its layers `gemma2-9b/local`; see `flashgen show presets`.
+            seqlen: the model's sequence length; None for the preset's own. Lengths that do not follow it (77 text tokens)
+                stay, and levels of a lower resolution shrink with it.
             batch: None for the preset's own.
+            layer: the kind of layers, where the name says none; None for the main kind.
             **overrides: any field of `Problem`.
 
         Raises:
-            InvalidProblemError: unknown preset, or a value out of range.
+            InvalidProblemError: unknown preset or kind of layers, or a value out of range.
         """
-        row = preset_by_name(name)
-        length = row.seqlen if seqlen is None else seqlen
+        model, kinds = find_preset(name, layer)
+        row = kinds[0]
+        seqlen_q, seqlen_k = row.lengths(model.seqlen if seqlen is None else seqlen)
         problem = cls(
-            dtype=row.dtype,
-            batch=row.batch if batch is None else batch,
-            seqlen_q=length,
-            seqlen_k=length,
+            dtype=model.dtype,
+            batch=model.batch if batch is None else batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
             num_heads_q=row.num_heads_q,
             num_heads_kv=row.num_heads_kv,
             head_dim=row.head_dim,
-            head_dim_v=row.head_dim,
+            head_dim_v=row.head_dim if row.head_dim_v is None else row.head_dim_v,
             causal=row.causal,
+            softmax_scale=row.softmax_scale,
+            window_size=row.window_size,
+            softcap=row.softcap,
+            has_sinks=row.has_sinks,
         )
         return replace(problem, **overrides)
 

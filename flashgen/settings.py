@@ -90,6 +90,17 @@ VARIABLES = (
 )
 
 
+# os.environ decodes at every look-up; the mapping behind it does not. Where there is none, os.environ itself serves.
+_RAW = getattr(os.environ, "_data", os.environ)
+_ENCODE = getattr(os.environ, "encodekey", str)
+_RAW_NAMES = tuple(map(_ENCODE, VARIABLES))
+
+
+def raw() -> tuple[object, ...]:
+    """The undecoded values of all variables: half a microsecond, for the path of every call."""
+    return tuple(map(_RAW.get, _RAW_NAMES))
+
+
 def fingerprint() -> tuple[str | None, ...]:
     """The raw values of all variables: a cheap key for what depends on them."""
     return tuple(map(os.environ.get, VARIABLES))

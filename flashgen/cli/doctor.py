@@ -17,10 +17,12 @@ from flashgen.cli.output import json_option, print_json
 from flashgen.errors import FlashgenError
 from flashgen.store import open_store
 from flashgen.store.location import locate
-from flashgen.target import Target
+from flashgen.target import CPU, Target
+from flashgen.target.driver import recognise
 
 _PACKAGES = ("torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic", "transformers")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_AMD_DRIVER = Path("/sys/module/amdgpu/version")
 
 
 @click.command()
@@ -60,33 +62,45 @@ def _version(name: str) -> str | None:
 
 
 def _gpus(broken: list[str]) -> list[dict[str, Any]]:
+    """Each GPU with the target it is, or with what is missing to be one."""
     import torch
 
     if not torch.cuda.is_available():
-        if _NVIDIA_DRIVER.exists():
-            why = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it"
-            broken.append(f"gpu: an NVIDIA driver is loaded, but {why} (torch {torch.__version__})")
+        for maker, file, version in (
+            ("an NVIDIA", _NVIDIA_DRIVER, torch.version.cuda),
+            ("an AMD", _AMD_DRIVER, torch.version.hip),
+        ):
+            if file.exists():
+                why = "this torch is not built for it" if version is None else "torch cannot use it"
+                broken.append(f"gpu: {maker} driver is loaded, but {why} (torch {torch.__version__})")
         return []
-    return [
-        {"index": i, "name": torch.cuda.get_device_name(i), "target": Target.detect(i).name}
-        for i in range(torch.cuda.device_count())
-    ]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpu = recognise(properties)
+        found.append(
+            {
+                "index": index,
+                "name": str(properties.name),
+                "target": gpu.target.name,
+                "arch": gpu.target.arch,
+                "sms": gpu.target.num_sms,
+                "known": gpu.known,
+                "note": gpu.note,
+            }
+        )
+    return found
 
 
 def _target() -> dict[str, Any]:
-    target = Target.detect()
-    if target.backend == "cpu":
-        return {
-            "name": target.name,
-            "arch": target.arch,
-            "note": "no GPU: kernels are interpreted on request; tuning needs --target and is predicted",
-        }
-    note = (
-        "known"
-        if target.bf16_tflops
-        else "not in the list of known targets: tuned as it is, nothing is predicted for it"
-    )
-    return {"name": target.name, "arch": target.arch, "note": note}
+    """What a call without `target` is tuned for: the current GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        note = "no GPU: kernels are interpreted on request; tuning needs --target and is predicted"
+        return {"name": CPU.name, "arch": CPU.arch, "note": note}
+    gpu = recognise(torch.cuda.get_device_properties(torch.cuda.current_device()))
+    return {"name": gpu.target.name, "arch": gpu.target.arch, "note": gpu.note}
 
 
 def _cache(broken: list[str]) -> str:
@@ -130,7 +144,7 @@ def _backends(broken: list[str]) -> dict[str, str]:
             continue
         problem = _try(name)
         if problem is None:
-            states[name] = "works" if name == "torch" or Target.detect().backend == "cuda" else _INTERPRETED
+            states[name] = "works" if name == "torch" or Target.detect().backend != "cpu" else _INTERPRETED
         else:
             states[name] = f"does not work: {problem}"
             broken.append(f"backend {name}: {problem}")
@@ -160,8 +174,12 @@ def _try(backend: Any) -> str | None:
 def _print(document: dict[str, Any]) -> None:
     for name, version in document["versions"].items():
         click.echo(f"{name:14}{version or 'not installed'}")
-    click.echo(f"{'GPUs':14}{', '.join(gpu['name'] for gpu in document['gpus']) or 'none'}")
-    click.echo(f"{'target':14}{document['target']['name']}: {document['target']['note']}")
+    if not document["gpus"]:
+        click.echo(f"{'GPUs':14}none")
+    for gpu in document["gpus"]:
+        click.echo(f"{'GPU ' + str(gpu['index']):14}{gpu['name']} ({gpu['arch']}, {gpu['sms']} SMs): {gpu['note']}")
+    target = document["target"]
+    click.echo(f"{'target':14}{target['name']}" + ("" if document["gpus"] else f": {target['note']}"))
     click.echo(f"{'cache':14}{document['cache']}")
     database = document["database"]
     said = (

@@ -9,6 +9,7 @@ import click
 
 from flashgen.config import Tunable
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.presets import find
 from flashgen.problem import ALIGNMENTS, Problem
 from flashgen.spec import DTYPES, AttentionSpec
 from flashgen.target import Target
@@ -17,8 +18,7 @@ from flashgen.variants import REGISTRY, Variant, by_name, candidates
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--preset", "presets", multiple=True, metavar="NAME", help="Attention of a named model; may be repeated."),
-    click.option("--op", type=click.Choice(["attention_fwd", "attention_bwd", "attention_decode"]), default="attention_fwd", show_default=True),
+    click.option("--preset", "presets", multiple=True, metavar="NAME[/KIND]", help="Attention of a named model, or of one kind of its layers; may be repeated."),
     click.option("--dtype", type=click.Choice(DTYPES), help="fp16, bf16 or fp32."),
     click.option("--head-dim", type=int, help="Of q and k."),
     click.option("--head-dim-v", type=int, help="Of v and the output; as --head-dim where not given."),
@@ -30,20 +30,42 @@ _OPTIONS = (
     click.option("--batch", type=int, help="Batch size [1]."),
     click.option("--causal", is_flag=True, default=None, help="Causal mask."),
     click.option("--causal-alignment", type=click.Choice(ALIGNMENTS), default=None, help="Where the diagonal ends [bottom-right]."),
+    click.option("--window-size", metavar="LEFT,RIGHT", help="Sliding window, e.g. 1023,0; -1 for no limit."),
+    click.option("--softcap", type=float, help="Scores pass through softcap * tanh(s / softcap)."),
+    click.option("--softmax-scale", type=float, help="[1/sqrt(head dim)]"),
+    click.option("--dropout-p", type=float, help="Dropout of the probabilities."),
+    click.option("--alibi", is_flag=True, default=None, help="With ALiBi slopes."),
+    click.option("--sinks", is_flag=True, default=None, help="With sink logits."),
+    click.option("--bias", is_flag=True, default=None, help="With an additive bias."),
+    click.option("--attn-mask", is_flag=True, default=None, help="With a boolean mask."),
     click.option("--return-lse", is_flag=True, default=None, help="The kernel also writes the log-sum-exp."),
 )  # fmt: skip
 
 
-def problem_options(function: _F) -> _F:
-    """`--preset`, or `--dtype --head-dim ...`."""
+_OP = click.option("--op", type=click.Choice(["attention_fwd", "attention_bwd", "attention_decode"]), default="attention_fwd", show_default=True)  # fmt: skip
+
+
+def shape_options(function: _F) -> _F:
+    """`--preset`, or `--dtype --head-dim ...`; a command with an `--op` of its own takes these alone."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
+def problem_options(function: _F) -> _F:
+    """`shape_options` and `--op`."""
+    return shape_options(_OP(function))
+
+
+# What changes the call beyond its sizes: option -> field of `Problem`, left at the field's default where not given.
+_EXTRAS = {
+    "softcap": "softcap", "softmax_scale": "softmax_scale", "dropout_p": "dropout_p", "alibi": "has_alibi", "sinks": "has_sinks",
+    "bias": "has_bias", "attn_mask": "has_attn_mask",
+}  # fmt: skip
+
 OPTION_NAMES = (
     "presets", "op", "dtype", "head_dim", "head_dim_v", "heads_q", "heads_kv", "seqlen", "seqlen_q", "seqlen_k", "batch", "causal",
-    "causal_alignment", "return_lse",
+    "causal_alignment", "return_lse", "window_size", "softcap", "softmax_scale", "dropout_p", "alibi", "sinks", "bias", "attn_mask",
 )  # fmt: skip
 
 
@@ -52,8 +74,12 @@ def take(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values.pop(name) for name in OPTION_NAMES}
 
 
-def problems_of(given: dict[str, Any]) -> list[Problem]:
+def problems_of(given: dict[str, Any], *, all_kinds: bool = False) -> list[Problem]:
     """The problems that the options name.
+
+    Args:
+        given: the problem's options.
+        all_kinds: a preset without a kind means every kind of its layers, not the main one alone.
 
     Raises:
         InvalidProblemError: an unknown preset, or neither a preset nor dtype and head dim.
@@ -63,22 +89,21 @@ def problems_of(given: dict[str, Any]) -> list[Problem]:
         from flashgen.problem import not_built
 
         raise not_built(f"--op {given['op']}")
-    given = {**given, "seqlen_q": given["seqlen_q"] if given["seqlen_q"] is not None else given["seqlen"]}
-    given["seqlen_k"] = given["seqlen_k"] if given["seqlen_k"] is not None else given["seqlen"]
     if given["presets"]:
-        return [_of_preset(name, given) for name in given["presets"]]
+        return [problem for name in given["presets"] for problem in _of_preset(name, given, all_kinds=all_kinds)]
     if given["dtype"] is None or given["head_dim"] is None:
         raise InvalidProblemError(
             "name a problem: --preset NAME, or at least --dtype and --head-dim. See `flashgen show presets`."
         )
     heads_q = given["heads_q"] if given["heads_q"] is not None else 32
-    seqlen_q = given["seqlen_q"] if given["seqlen_q"] is not None else 4096
+    seqlen_q = next((given[name] for name in ("seqlen_q", "seqlen") if given[name] is not None), 4096)
+    seqlen_k = next((given[name] for name in ("seqlen_k", "seqlen") if given[name] is not None), seqlen_q)
     return [
         Problem(
             dtype=given["dtype"],
             batch=1 if given["batch"] is None else given["batch"],
             seqlen_q=seqlen_q,
-            seqlen_k=seqlen_q if given["seqlen_k"] is None else given["seqlen_k"],
+            seqlen_k=seqlen_k,
             num_heads_q=heads_q,
             num_heads_kv=heads_q if given["heads_kv"] is None else given["heads_kv"],
             head_dim=given["head_dim"],
@@ -86,11 +111,29 @@ def problems_of(given: dict[str, Any]) -> list[Problem]:
             causal=bool(given["causal"]),
             causal_alignment=given["causal_alignment"] or "bottom-right",
             return_lse=bool(given["return_lse"]),
+            **_extras(given),
         )
     ]
 
 
-def _of_preset(name: str, given: dict[str, Any]) -> Problem:
+def _extras(given: dict[str, Any]) -> dict[str, Any]:
+    extras = {field: given[option] for option, field in _EXTRAS.items() if given[option] is not None}
+    if given["window_size"] is not None:
+        extras["window_size"] = _window(given["window_size"])
+    return extras
+
+
+def _window(text: str) -> tuple[int, int]:
+    try:
+        left, right = map(int, text.split(","))
+    except ValueError:
+        raise InvalidProblemError(
+            f"--window-size {text!r} is not LEFT,RIGHT: two integers, each -1 (no limit) or 0 and more keys, e.g. 1023,0."
+        ) from None
+    return left, right
+
+
+def _of_preset(name: str, given: dict[str, Any], *, all_kinds: bool) -> list[Problem]:
     fields = {
         "dtype": "dtype",
         "head_dim": "head_dim",
@@ -100,11 +143,16 @@ def _of_preset(name: str, given: dict[str, Any]) -> Problem:
     }
     fields |= {field: field for field in ("seqlen_q", "seqlen_k", "causal", "causal_alignment", "return_lse")}
     overrides = {field: given[option] for option, field in fields.items() if given[option] is not None}
-    if "seqlen_q" in overrides:
+    overrides |= _extras(given)
+    if "seqlen_q" in overrides and given["seqlen"] is None:
         overrides.setdefault("seqlen_k", overrides["seqlen_q"])
     if "head_dim" in overrides:
         overrides.setdefault("head_dim_v", overrides["head_dim"])
-    return Problem.preset(name, batch=given["batch"], **overrides)
+    model, kinds = find(name)
+    return [
+        Problem.preset(model.name, layer=row.kind, seqlen=given["seqlen"], batch=given["batch"], **overrides)
+        for row in (kinds if all_kinds else kinds[:1])
+    ]
 
 
 def problem_of(given: dict[str, Any]) -> Problem:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
+import warnings
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from flashgen.cli.output import Group, json_option, print_json, print_table
-from flashgen.cli.problems import named, problem_of, problem_options, take, target_of
-from flashgen.presets import PRESETS
+from flashgen.cli.problems import named, problem_of, problem_options, problems_of, take, target_of
+from flashgen.coverage import uncovered
+from flashgen.presets import PRESETS, Layers, find
+from flashgen.problem import Problem
 from flashgen.target import TARGETS, Target
 from flashgen.variants import REGISTRY, candidates
 
@@ -43,14 +49,26 @@ def targets(as_json: bool) -> None:
     if as_json:
         print_json({"targets": [asdict(target) for target in TARGETS.values()]})
         return
-    headers = ["target", "gpu", "arch", "SMs", "smem/block", "HBM GB/s", "bf16 TFLOP/s", "source"]
-    print_table(
-        headers,
-        [
-            [t.name, t.gpu, t.arch, t.num_sms, t.smem_bytes, t.hbm_gbps, t.bf16_tflops, t.source]
-            for t in TARGETS.values()
-        ],
-    )
+    headers = ["target", "arch", "SMs", "smem KB", "L2 MB", "GB/s", "MHz", "bf16 TF"]
+    print_table(headers, [_figures(target) for target in TARGETS.values()])
+    click.echo()
+    # On a terminal the sources wrap to its width; a pipe gets one line each.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for t in TARGETS.values():
+        text = f"{t.name}: {t.gpu}. {t.source}."
+        click.echo(textwrap.fill(text, max(40, width), subsequent_indent="    ") if width else text)
+
+
+def _figures(target: Target) -> list[str]:
+    """One row; `-` where nothing is published."""
+    figures = (target.l2_bytes / 2**20, target.hbm_gbps, target.clock_mhz, target.bf16_tflops)
+    return [
+        target.name,
+        target.arch,
+        str(target.num_sms),
+        f"{target.smem_bytes // 1024}",
+        *(f"{figure:g}" if figure else "-" for figure in figures),
+    ]
 
 
 @show.command()
@@ -60,11 +78,34 @@ def presets(as_json: bool) -> None:
     if as_json:
         print_json({"presets": [asdict(preset) for preset in PRESETS.values()]})
         return
-    headers = ["preset", "heads", "kv heads", "head dim", "causal", "dtype", "source"]
-    print_table(
-        headers,
-        [[p.name, p.num_heads_q, p.num_heads_kv, p.head_dim, p.causal, p.dtype, p.source] for p in PRESETS.values()],
-    )
+    headers = ["preset", "layers", "heads", "kv heads", "head dim", "causal", "options", "length", "dtype", "source"]
+    rows = [
+        [
+            f"{model.name}/{row.kind}" if len(model.layers) > 1 else model.name,
+            row.count,
+            row.num_heads_q,
+            row.num_heads_kv,
+            row.head_dim if row.head_dim_v is None else f"{row.head_dim}/{row.head_dim_v}",
+            row.causal,
+            _options(row),
+            "x".join(map(str, row.lengths(model.seqlen))),
+            model.dtype,
+            model.source,
+        ]
+        for model in PRESETS.values()
+        for row in model.layers
+    ]
+    print_table(headers, rows)
+
+
+def _options(row: Layers) -> str:
+    named = {
+        f"window {row.window}": row.window,
+        f"softcap {row.softcap:g}": row.softcap,
+        "sinks": row.has_sinks,
+        f"scale {row.softmax_scale}": row.softmax_scale,
+    }
+    return ", ".join(text for text, given in named.items() if given) or "-"
 
 
 @show.command()
@@ -116,23 +157,56 @@ def spaces(target_name: str, as_json: bool, **values: Any) -> None:
 @click.option("--backend", type=click.Choice(["auto", "gluon", "triton", "torch"]), default="auto", show_default=True)
 @json_option
 def plan(target_name: str | None, backend: str, as_json: bool, **values: Any) -> None:
-    """What a call would run, with which configuration, from where, and why not something else."""
+    """What a call would run, with which configuration, from where, and why not something else.
+
+    A preset without a kind: the same for every kind of its layers.
+    """
+    given, target = take(values), target_of(target_name)
+    if len(given["presets"]) > 1:
+        problem_of(given)  # refuses, and says why
+    rows, texts = [], []
+    for problem, heading in zip(problems_of(given, all_kinds=True), _headings(given), strict=True):
+        row, text = _plan(problem, target, backend)
+        rows.append(row)
+        texts.append(heading + text)
+    if not as_json:
+        click.echo("\n".join(texts))
+    elif len(rows) == 1:
+        print_json(rows[0])
+    else:
+        print_json({"preset": given["presets"][0], "plans": rows})
+
+
+def _headings(given: dict[str, Any]) -> list[str]:
+    """The kinds of layers that a preset names, where there are several; else one empty heading."""
+    if not given["presets"]:
+        return [""]
+    model, kinds = find(given["presets"][0])
+    return [f"{model.name}/{row.kind}, {row.count} layers: " for row in kinds] if len(kinds) > 1 else [""]
+
+
+def _plan(problem: Problem, target: Target | None, backend: str) -> tuple[dict[str, Any], str]:
+    """One plan, as a document and as text, with the options that no kernel covers yet."""
     from flashgen import dispatch
 
-    problem = problem_of(take(values))
-    answer = dispatch.resolve(problem, target_of(target_name), backend=backend)
-    if as_json:
-        print_json(
-            {
-                "problem": str(problem),
-                "target": answer.target.name,
-                "backend": answer.backend,
-                "variant": answer.variant,
-                "config": answer.config.to_dict(),
-                "config_source": answer.config_source,
-                "rejected": answer.rejected,
-                "notes": list(answer.notes),
-            }
-        )
-    else:
-        click.echo(str(answer))
+    with warnings.catch_warnings():
+        # The fall to torch is part of the answer.
+        warnings.simplefilter("ignore")
+        answer = dispatch.resolve(problem, target, backend=backend)
+    # On the CPU kernels are interpreted: what they cover is the same.
+    missing = uncovered(problem.spec, answer.target)
+    lines = [str(answer)]
+    if answer.backend == "torch" and missing:
+        lines += [f"  not yet  {name} does not cover {', '.join(options)}" for name, options in missing.items()]
+    document = {
+        "problem": str(problem),
+        "target": answer.target.name,
+        "backend": answer.backend,
+        "variant": answer.variant,
+        "config": answer.config.to_dict(),
+        "config_source": answer.config_source,
+        "rejected": answer.rejected,
+        "uncovered": missing,
+        "notes": list(answer.notes),
+    }
+    return document, "\n".join(lines)

@@ -9,7 +9,8 @@ import click
 
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
-from flashgen.problem import not_built
+from flashgen.errors import UnsupportedProblemError
+from flashgen.problem import Problem, not_built
 from flashgen.store import Record, seeds
 from flashgen.target import Target
 from flashgen.tuner import STRATEGIES, TuneResult, choose_mode
@@ -46,12 +47,13 @@ def tune(as_json: bool, **values: Any) -> int:
     On the installed GPU candidates are measured; for another target they are compiled and ranked, and every figure is
     called predicted.
     """
-    problems = problems_of(take(values))
+    problems = problems_of(take(values), all_kinds=True)
     if values["cluster"] is not None:
         raise not_built("--cluster")
     target = target_of(values["target_name"])
+    problems, left_out = _coverable(problems, target or Target.detect())
     if values["plan"]:
-        return _plan(problems, target or Target.detect(), values, as_json)
+        return _plan(problems, left_out, target or Target.detect(), values, as_json)
     result = run_tuner(
         problems,
         target=target,
@@ -69,9 +71,10 @@ def tune(as_json: bool, **values: Any) -> int:
     if values["seeds_folder"] is not None:
         written = seeds.write(values["seeds_folder"], _winners(result))
     if as_json:
-        print_json({**result.to_json(), "seeds": [str(path) for path in written]})
+        print_json({**result.to_json(), "not_tuned": left_out, "seeds": [str(path) for path in written]})
     else:
         _print(result, written)
+        _print_left_out(left_out)
     return 130 if result.interrupted else 0
 
 
@@ -79,7 +82,39 @@ def _winners(result: TuneResult) -> list[Record]:
     return [row.winner for row in result.problems if row.winner is not None]
 
 
-def _plan(problems: list[Any], target: Target, values: dict[str, Any], as_json: bool) -> int:
+def _coverable(problems: list[Problem], target: Target) -> tuple[list[Problem], list[dict[str, str]]]:
+    """The problems that a kernel covers, and those that none does, with the reason.
+
+    Raises:
+        UnsupportedProblemError: no kernel covers any of them.
+    """
+    covered, left_out = [], []
+    for problem in dict.fromkeys(problems):
+        try:
+            choose_variant(problem, target)
+        except UnsupportedProblemError as error:
+            if len(problems) == 1:
+                raise
+            reason = "; ".join(f"{name}: {why}" for name, why in error.reasons.items())
+            left_out.append({"problem": str(problem), "spec": problem.spec.key, "reason": reason})
+        else:
+            covered.append(problem)
+    if not covered:
+        raise UnsupportedProblemError(
+            f"nothing to tune for {target.name}: no kernel covers any of the {len(left_out)} kinds of layers:",
+            {row["problem"]: row["reason"] for row in left_out},
+        )
+    return covered, left_out
+
+
+def _print_left_out(left_out: list[dict[str, str]]) -> None:
+    for row in left_out:
+        click.echo(f"not tuned, runs in the torch backend: {row['problem']}: {row['reason']}")
+
+
+def _plan(
+    problems: list[Problem], left_out: list[dict[str, str]], target: Target, values: dict[str, Any], as_json: bool
+) -> int:
     from flashgen import settings
 
     mode = choose_mode(values["mode"], target)
@@ -100,7 +135,14 @@ def _plan(problems: list[Any], target: Target, values: dict[str, Any], as_json: 
     where = values["database"] or settings.read().database_url
     if as_json:
         print_json(
-            {"target": target.name, "mode": mode, "strategy": values["strategy"], "database": where, "problems": rows}
+            {
+                "target": target.name,
+                "mode": mode,
+                "strategy": values["strategy"],
+                "database": where,
+                "problems": rows,
+                "not_tuned": left_out,
+            }
         )
         return 0
     print_table(
@@ -109,6 +151,7 @@ def _plan(problems: list[Any], target: Target, values: dict[str, Any], as_json: 
     click.echo(
         f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)"
     )
+    _print_left_out(left_out)
     return 0
 
 

@@ -60,11 +60,10 @@ USAGE = [
     (["export", "attention_fwd-bf16-d64", "-o", "nowhere/x.py"], "does not exist"),
     (["export", "attention_fwd-bf16-d64", "-o", "kernel.txt"], "kernel.txt"),
     (["export", "attention_fwd-bf16-d64", "--format", "zip", "-o", "x.py"], "--format"),
+    (["bench"], "name a problem"),
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
-    ["bench"],
-    ["memory", "--preset", "llama3-8b"],
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
     ["check", "--simulate"],

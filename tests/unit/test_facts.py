@@ -1,4 +1,4 @@
-"""Facts without a GPU: the reader of machine code on texts, the compiler itself on a few kernels."""
+"""Facts without a GPU: the compiler itself on a few kernels, one per architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import flashgen
-from flashgen import AttentionSpec, BuildError, InvalidProblemError, KernelConfig, Target, UnsupportedProblemError, sass
+from flashgen import AttentionSpec, BuildError, InvalidProblemError, KernelConfig, Target, UnsupportedProblemError
 from flashgen.compile_pool import CompilePool
 from flashgen.facts import CompiledFacts, cached
 from flashgen.render import KernelSource, render
@@ -21,51 +21,35 @@ from flashgen.variants import by_name
 SPEC = AttentionSpec(dtype="bf16", head_dim=64, head_dim_v=64)
 TILE = KernelConfig(variant="triton_fwd", BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
 
-LOOPS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
-        /*0020*/                   MUFU.EX2 R3, R3 ;
-        /*0030*/                   STL [R1], R3 ;
-        /*0040*/              @P0  BRA 0x10 ;
-        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
-{selects}
-        /*0200*/             @!P0  BRA 0x50 ;
-        /*0210*/                   EXIT ;
-        /*0220*/                   BRA 0x0 ;
-"""
+# Per architecture: the class of its products, and how often a block computes the scores of this tile. Products of gfx942 have
+# 32 rows: its four wavefronts cover the tile's 64 rows twice, in the scores; the output they share out by columns.
+ARCHITECTURES = {
+    "a100": ("hmma", 1),
+    "l40s": ("hmma", 1),
+    "h100": ("hgmma", 1),
+    "b200": ("utcmma", 1),
+    "rtx5090": ("hmma", 1),
+    "mi300x": ("mfma", 2),
+}
 
 
-def test_the_main_loop_is_the_unmasked_innermost_one() -> None:
-    selects = "\n".join(f"        /*{0x60 + 16 * i:04x}*/                   FSEL R4, R4, R5, P1 ;" for i in range(10))
-    text = LOOPS.format(selects=selects)
-    loops = sass.product_loops(sass.parse(text))
-    assert [loop.masked for loop in loops] == [False, True]
-    assert sass.main_loop(text) == {"total": 4, "hgmma": 1, "mufu": 1, "spill": 1, "other": 1}
-    assert sass.main_loop("") == {}
-
-
-def test_registers_that_nothing_wrote_are_found() -> None:
-    """The shape of what ptxas 12.8 made of a narrow value tile: an increment of a register before its first write."""
-    broken = """
-        /*0000*/                   R2UR UR4, R6 ;
-        /*0010*/                   UIADD3 UR46, UP0, UR46, 0x20, URZ ;
-        /*0020*/                   UMOV UR7, 0xc0000010 ;
-        /*0030*/                   USGXT.U32 UR6, UR4, 0xe ;
-        /*0040*/                   HGMMA.64x16x16.F32.BF16 R56, R24, gdesc[UR4].tnspB, R56 ;
-        /*0050*/                   HGMMA.64x16x16.F32.BF16 R56, R32, gdesc[UR48].tnspB, R56 ;
-"""
-    assert [line.split(":")[0] for line in sass.undefined_registers(broken)] == ["0010", "0050"]
-    assert sass.undefined_registers(broken.replace("UR46, 0x20", "UR4, 0x20").split("/*0050*/")[0]) == []
-
-
-@pytest.mark.parametrize(("target", "product"), [("h100", "hgmma"), ("a100", "hmma")])
-def test_the_compilers_facts(target: str, product: str) -> None:
-    facts = flashgen.compile_facts(SPEC, TILE, Target.named(target))
-    assert facts.arch == Target.named(target).arch and facts.num_warps == 4
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_compilers_facts(name: str) -> None:
+    target, (product, times) = Target.named(name), ARCHITECTURES[name]
+    facts = flashgen.compile_facts(SPEC, TILE, target)
+    assert facts.arch == target.arch and facts.num_warps == 4
     assert 32 <= facts.n_regs <= 255 and facts.spill_bytes == facts.stack_bytes == facts.loop_spill_ops == 0
-    assert 16 * 1024 <= facts.smem_bytes <= Target.named(target).smem_bytes
-    assert facts.loop[product] >= 8 and facts.loop["mufu"] >= 32 and facts.undefined_registers == 0
-    assert cached(render(SPEC, by_name("triton_fwd")), Target.named(target), TILE) == facts
+    assert 16 * 1024 <= facts.smem_bytes <= target.smem_bytes
+    assert facts.loop[product] >= 8 and facts.undefined_registers == 0
+    # One exponential a score, and one a row to rescale; a warp's threads share 64 * 64 scores.
+    per_thread = times * 64 * 64 // (4 * target.warp_size)
+    assert per_thread <= facts.loop["mufu"] <= per_thread + 4
+    # The products of one step over the keys: scores and output, both 64 x 64 x 64.
+    assert facts.loop_macs == (times + 1) * 64**3
+    assert (facts.tmem_columns > 0) == (name == "b200") and facts.tmem_columns <= 512
+    assert (facts.scalar_regs > 0) == (name == "mi300x") and facts.accumulation_regs <= facts.n_regs
+    assert cached(render(SPEC, by_name("triton_fwd")), target, TILE) == facts
     assert CompiledFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
 

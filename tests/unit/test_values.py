@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from flashgen import AttentionSpec, InvalidProblemError, KernelConfig, Problem, Target, UnsupportedProblemError
-from flashgen.presets import PRESETS
 from flashgen.spec import flag_names
-from flashgen.variants import REGISTRY, by_name
+from flashgen.variants import by_name
 
 BASE = AttentionSpec(dtype="bf16", head_dim=128, head_dim_v=128)
 OTHER_VALUES = {"op": "attention_bwd", "dtype": "fp16", "head_dim": 64, "head_dim_v": 64}
@@ -89,14 +88,6 @@ def test_visible_pairs_against_counting(alignment: str) -> None:
         counted = sum(j <= i + offset for i in range(seqlen_q) for j in range(seqlen_k))
         assert problem.visible_pairs == counted, (seqlen_q, seqlen_k)
     assert small_problem().flops == 2 * 2 * 4 * 5 * 7 * 32
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_make_problems(name: str) -> None:
-    problem = Problem.preset(name, seqlen=77, batch=3)
-    assert (problem.batch, problem.seqlen_q, problem.seqlen_k) == (3, 77, 77)
-    assert len(PRESETS[name].source) > 20
-    assert any(variant.supports(problem.spec, Target.named("h100")) is None for variant in REGISTRY)
 
 
 @pytest.mark.parametrize(

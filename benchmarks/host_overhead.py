@@ -1,0 +1,127 @@
+"""What one warm call of `flashgen.attention` costs the host, without a GPU: everything but the launch itself.
+
+    python benchmarks/host_overhead.py [--check] [--json]
+
+The tensors are on the CPU and the target is a fake h100, so that a call takes the GPU's path: checks, dispatch, allocation; the rendered
+kernel's `launch` is replaced by a no-op. Neither the torch backend nor the interpreter runs. Printed are microseconds a call (the median
+of many batches), beside `torch.empty_like(q)` of the same run, since machines differ. --check exits 1 where a warm call takes over
+12 us or over 15 times `torch.empty_like(q)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+import flashgen
+from flashgen import build, dispatch, warm
+from flashgen.target import Target
+
+LIMIT_US, LIMIT_RATIO = 12.0, 15.0
+H100 = Target.named("h100")
+
+
+@contextmanager
+def fake_h100() -> Iterator[list[int]]:
+    """CPU tensors count as on an h100, and launches as done; yields a counter of launches."""
+    launches = [0]
+
+    def no_launch(*_: Any, **__: Any) -> None:
+        launches[0] += 1
+
+    real = build.build
+
+    def built(source: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(real(source), launch=no_launch)
+
+    dispatch.forget()
+    with (
+        mock.patch.object(Target, "detect", classmethod(lambda cls, device=None: H100)),
+        mock.patch("flashgen.ops.build", built),
+        mock.patch("flashgen.warm.build", built),
+        mock.patch("flashgen.torch_blocked.forward", side_effect=AssertionError("the torch backend ran")),
+        mock.patch("flashgen.interpret.launch", side_effect=AssertionError("the interpreter ran")),
+    ):
+        yield launches
+    dispatch.forget()
+
+
+def microseconds(call: Callable[[], object], *, batch: int = 200, batches: int = 60) -> float:
+    """Median over batches of the mean of a batch."""
+    for _ in range(batch):
+        call()
+    means = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        means.append((time.perf_counter() - start) / batch * 1e6)
+    return statistics.median(means)
+
+
+def run(batches: int = 60) -> dict[str, float]:
+    """The figures, in microseconds."""
+    q = torch.randn(1, 128, 8, 64, dtype=torch.bfloat16)
+    k = torch.randn(1, 128, 2, 64, dtype=torch.bfloat16)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, k)]
+    trained = [x.clone().requires_grad_() for x in (q, k, k)]
+    figures = {"torch.empty_like(q)": microseconds(lambda: torch.empty_like(q), batches=batches)}
+    calls: dict[str, Callable[[], object]] = {
+        "attention(q, k, v, causal=True)": lambda: flashgen.attention(q, k, k, causal=True),
+        "... with return_lse": lambda: flashgen.attention(q, k, k, causal=True, return_lse=True),
+        "... layout bhsd": lambda: flashgen.attention(*heads_first, causal=True, layout="bhsd"),
+    }
+    with fake_h100() as launches, torch.no_grad():
+        for name, call in calls.items():
+            before = launches[0]
+            figures[name] = microseconds(call, batches=batches)
+            if launches[0] - before != 200 * (batches + 1):
+                raise SystemExit(f"{name}: {launches[0] - before} launches, not one a call")
+        warm.forget()
+        with mock.patch.object(warm, "key_of", lambda *_: None):
+            figures["... through the operator (what a traced call takes)"] = microseconds(
+                calls["attention(q, k, v, causal=True)"], batches=max(3, batches // 6)
+            )
+    with fake_h100(), mock.patch.dict("os.environ", {"FLASHGEN_ON_FALLBACK": "silent"}):
+        figures["... recorded by autograd"] = microseconds(
+            lambda: flashgen.attention(*trained, causal=True), batches=max(3, batches // 6)
+        )
+    return figures
+
+
+def main() -> int:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 over the limits")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    arguments = parser.parse_args()
+    figures = run()
+    call, empty = figures["attention(q, k, v, causal=True)"], figures["torch.empty_like(q)"]
+    ok = call <= LIMIT_US and call <= LIMIT_RATIO * empty
+    if arguments.json:
+        print(
+            json.dumps(
+                {"us": figures, "limit_us": LIMIT_US, "limit_ratio": LIMIT_RATIO, "ratio": call / empty, "ok": ok}
+            )
+        )
+    else:
+        for name, value in figures.items():
+            print(f"{value:9.2f} us  {name}")
+        print(
+            f"a warm call is {call / empty:.1f} times torch.empty_like(q); wanted: at most {LIMIT_US:g} us and {LIMIT_RATIO:g} times"
+        )
+    return 0 if ok or not arguments.check else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""Which options of a call no generated kernel covers yet: asked of the variants, one option at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants import Variant, candidates
+
+# Masks and outputs that belong to plain attention: no options that a kernel could lack on their own.
+_PLAIN = ("causal", "has_lse")
+
+
+def generated(spec: AttentionSpec, target: Target) -> list[Variant]:
+    """The variants with a template that support a spec on a target, in the dispatcher's order."""
+    return [v for v in candidates(spec) if v.template is not None and v.supports(spec, target) is None]
+
+
+def options_of(spec: AttentionSpec) -> list[str]:
+    """The flags of a spec beyond plain attention."""
+    return [flag for flag in spec.flags if flag not in _PLAIN]
+
+
+def uncovered(spec: AttentionSpec, target: Target) -> dict[str, list[str]]:
+    """Generated variants of a spec's operation -> the options of the spec that they do not cover on a target.
+
+    An option counts where the variant takes the spec without options, but refuses it with this one alone. Options are
+    spelled as in `attention()`.
+    """
+    options = options_of(spec)
+    plain = _with(spec, **dict.fromkeys(options, False))
+    found = {
+        variant.name: [spelled(o) for o in options if variant.supports(_with(plain, **{o: True}), target) is not None]
+        for variant in generated(plain, target)
+    }
+    return {name: missing for name, missing in found.items() if missing}
+
+
+def spelled(flag: str) -> str:
+    """What a spec's flag is called in `attention()`."""
+    names = {"window": "window_size", "has_alibi": "alibi_slopes", "dropout": "dropout_p"}
+    return names.get(flag, flag.removeprefix("has_"))
+
+
+def _with(spec: AttentionSpec, **flags: Any) -> AttentionSpec:
+    return replace(spec, **flags)

@@ -1,0 +1,67 @@
+"""flashgen as a contestant of its own bench, once per backend that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flashgen import settings
+from flashgen.api import attention
+from flashgen.bench.environment import own_version
+from flashgen.dispatch import Plan, resolve
+from flashgen.errors import UnsupportedProblemError
+from flashgen.peers.base import BenchOp, Peer
+from flashgen.problem import Problem
+
+INTERPRETED = "CPU tensors would run in Triton's interpreter, which is for checking: its time says nothing about speed"
+
+
+class Flashgen(Peer):
+    """`flashgen.attention`, as a user calls it."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
+        self.name = "flashgen" if backend == "auto" else f"flashgen-{backend}"
+
+    def available(self, device: str) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return f"flashgen {own_version()}"
+
+    def supports(self, problem: Problem, op: BenchOp) -> str | None:
+        asked = settings.read().backend if self.backend == "auto" else self.backend
+        if not problem.device.startswith("cuda") and asked not in ("auto", "torch"):
+            return INTERPRETED
+        try:
+            self._plan(problem, op)
+        except UnsupportedProblemError as error:
+            return str(error)
+        return None
+
+    def _plan(self, problem: Problem, op: BenchOp) -> Plan:
+        return resolve(replace(problem, requires_grad=op == "attention_bwd"), backend=self.backend)
+
+    def detail(self, problem: Problem, op: BenchOp) -> str:
+        plan = self._plan(problem, op)
+        inside = f"{plan.variant} {plan.config.label} ({plan.config_source})" if plan.config.label else plan.variant
+        return (
+            f"{inside}, backward in the torch backend" if op == "attention_bwd" and plan.backend != "torch" else inside
+        )
+
+    def forward(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        options: dict[str, Any] = {
+            "causal": problem.causal,
+            "causal_alignment": problem.causal_alignment,
+            "softmax_scale": problem.softmax_scale,
+            "backend": self.backend,
+        }
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = attention(q, k, v, **options)  # type: ignore[assignment]  # no lse is asked for
+            return out
+
+        return run
