@@ -122,6 +122,24 @@ def legal_list(variant: Variant, problem: Problem, target: Target) -> tuple[list
     return list(dict.fromkeys([*variant.space(spec, target), *(row.config for row in known)])), known
 
 
+def launch_strides(problem: Problem) -> dict[str, int]:
+    """The strides of a problem's dense tensors by the kernel's names: what its candidates are compiled for and timed with."""
+    p = problem
+    rows = {
+        "q": ("m", p.seqlen_q, p.num_heads_q, p.head_dim),
+        "k": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim),
+        "v": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim_v),
+        "o": ("m", p.seqlen_q, p.num_heads_q, p.head_dim_v),
+    }
+    found: dict[str, int] = {}
+    for name, (row, seqlen, heads, head_dim) in rows.items():
+        sizes = (max(1, seqlen), max(1, heads), head_dim)
+        found[f"stride_{name}b"] = sizes[0] * sizes[1] * sizes[2]
+        found[f"stride_{name}{row}"] = sizes[1] * sizes[2]
+        found[f"stride_{name}h"] = sizes[2]
+    return found
+
+
 def source_of(variant: Variant, problem: Problem) -> KernelSource:
     """The rendered kernel of a problem."""
     return render(problem.spec, variant)
