@@ -29,6 +29,8 @@ from flashgen.target import Target
 _BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from flashgen.compile_worker import main; main(*map(int, sys.argv[2:]))"
 _START_TIMEOUT_S = 60.0
 
+STOPPED = "compiling was stopped"  # what `close` makes of candidates that still compile: no verdict on them
+
 Result = CompiledFacts | BuildError
 
 
@@ -192,7 +194,7 @@ class _Worker:
         while True:
             if self._stop.is_set():
                 self.kill()
-                raise BuildError("compiling was stopped")
+                raise BuildError(STOPPED)
             ready, _, _ = select.select([self._replies], [], [], 0.1)
             if ready:
                 break

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 PROTOCOL = "shootout-1"
+PROTOCOL_GRAPH = "shootout-graph-1"  # each turn is a CUDA graph of several launches, on inputs that rotate
 LEAST_ROUNDS = 30
 MOST_ROUNDS = 240
 _LOOKS = (30, 45, 60, 90, 120, 180, 240)  # rounds after which to look whether it is decided
 LEAST_FLOOR = 0.005  # no difference below half a percent is called one
 NOISY_FLOOR = 0.02  # above it the machine was too noisy: the result is of low quality
-_TWIN = "A/A twin"
+TWIN = "A/A twin"
 _RESAMPLES = 400
 _LEVEL = 0.99  # of the intervals: there are several contestants, looked at several times
 
@@ -81,7 +82,7 @@ def shoot_out(
         The verdict. Ties keep the incumbent.
     """
     incumbent = next(iter(runs))
-    everyone = {**runs, _TWIN: runs[incumbent]}
+    everyone = {**runs, TWIN: runs[incumbent]}
     order = list(everyone)
     shuffle = random.Random(seed).shuffle
     for name in order:
@@ -103,11 +104,11 @@ def shoot_out(
 
 def judge(samples: Mapping[str, Sequence[float]], *, seed: int = 0) -> Verdict:
     """The verdict over rounds that were timed; the first name is the incumbent, the twin stands under `A/A twin`."""
-    names = [name for name in samples if name != _TWIN]
+    names = [name for name in samples if name != TWIN]
     incumbent, challengers = names[0], names[1:]
     generator = np.random.default_rng(seed)
     base = np.log(np.asarray(samples[incumbent]))
-    twin = np.log(np.asarray(samples[_TWIN]))
+    twin = np.log(np.asarray(samples[TWIN]))
     aa = _interval(twin - base, generator)
     floor = max(LEAST_FLOOR, abs(aa.low), abs(aa.high))
     # Both runs of the incumbent are its time: their mean has less noise than either.

@@ -34,7 +34,9 @@ def test_a_second_call_finds_the_process_of_the_first(tmp_path: Path) -> None:
         for config in (TILE, OTHER):
             assert all(isinstance(result, BuildError) for _, result in pool.map(source, H100, [config]))
         pool_pids = log.read_text().split()
-        other = KernelSource(text=text + "# another file, since one is imported once\n", spec=SPEC, variant="triton_fwd")
+        other = KernelSource(
+            text=text + "# another file, since one is imported once\n", spec=SPEC, variant="triton_fwd"
+        )
         list(pool.map(other, H100, [TILE]))
     pids = log.read_text().split()
     assert len(pool_pids) >= 1 and len(pids) > len(pool_pids) and len(set(pids)) == 1
