@@ -16,20 +16,23 @@ def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:
 
     A finalist that fails on the way ends it: the reply names it by its `index`, and the caller asks again without it.
     """
-    provider, contestants, index = case.provider, [Contestant(case, config) for config in request["configs"]], 0
+    provider, contestants = case.provider, [Contestant(case, config) for config in request["configs"]]
     log = RoundLog(provider.state)
+    index = -1  # whose turn it is
     try:
-        for index, contestant in enumerate(contestants):
+        for contestant in contestants:
+            index += 1
             contestant.first()
         protocol = shootout.PROTOCOL
         if provider.short_ms and min(contestants[0].once() for _ in range(3)) < provider.short_ms:
             protocol = shootout.PROTOCOL_GRAPH
-            for index, contestant in enumerate(contestants):
+            for contestant in contestants:
                 contestant.shorten()
         runs = {str(number): contestant.once for number, contestant in enumerate(contestants)}
         index = -1  # from here on nobody knows whose fault it was, until each is checked
         verdict = shootout.shoot_out(runs, once=lambda run: run(), most=request["most"], each_round=log)  # type: ignore[arg-type, return-value]
-        for index, contestant in enumerate(contestants):
+        for contestant in contestants:
+            index += 1
             contestant.check()
     except Exception as error:
         return {**failure(error), "index": index}

@@ -156,11 +156,11 @@ def _on_cluster(
     stack: ExitStack, address: str, target: Target | None, mode: Mode, provider: str, workers: int | None
 ) -> tuple[Target, list[Place]]:
     """The target and the places of a Ray cluster."""
-    from flashgen.tuner import cluster  # Ray is an extra
+    from flashgen.tuner.cluster import join  # Ray is an extra
 
     if mode == "predicted":
         raise InvalidProblemError("cluster is for measuring: a prediction needs no GPU. Leave one of the two out.")
-    joined = stack.enter_context(cluster.join(address, provider=provider, most=workers, compilers=None))
+    joined = stack.enter_context(join(address, provider=provider, most=workers, compilers=None))
     where = target or joined.target()
     return where, list(joined.places(where))
 

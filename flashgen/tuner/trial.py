@@ -153,7 +153,8 @@ class Contestant:
 
     def __init__(self, case: Case, config: dict[str, Any]) -> None:
         self._case, self._config = case, config
-        self._own = tuple(one.tensor for one in case.inputs)
+        q, k, v = case.inputs
+        self._own = (q.tensor, k.tensor, v.tensor)
         self._first: list[Tensor] = []
         self._strayed: Tensor | None = None
         self._replay: Callable[[], object] | None = None
@@ -238,7 +239,11 @@ def spot_check(case: Case) -> accuracy.AccuracyReport:
         keys = tuple(x[batch : batch + 1, :, head // group : head // group + 1] for x in (k, v))
         for start in starts:
             rows = slice(start, start + _CHECKED_ROWS)
-            options = {"causal": p.causal, "sm_scale": p.scale, "causal_offset": p.causal_offset + start}
+            options: dict[str, Any] = {
+                "causal": p.causal,
+                "sm_scale": p.scale,
+                "causal_offset": p.causal_offset + start,
+            }
             block = q[batch : batch + 1, rows, head : head + 1]
             found[0].append(case.out.tensor[batch : batch + 1, rows, head : head + 1])
             found[1].append(attention_oracle(block, *keys, **options)[0])
@@ -265,7 +270,9 @@ def run_trial(case: Case, request: dict[str, Any]) -> dict[str, Any]:
     contestant.first()
     screen, best = contestant.once(), request["best_ms"]
     if best is not None and screen > CENSOR_FACTOR * max(best, provider.short_ms):
-        message = f"one launch took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far"
+        screen = min(screen, contestant.once(), contestant.once())  # it may have been the machine
+    if best is not None and screen > CENSOR_FACTOR * max(best, provider.short_ms):
+        message = f"the best of three launches took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far"
         return {"status": "censored", "message": message, **verdict}
     protocol = PROTOCOL_SEARCH
     if screen < provider.short_ms:

@@ -54,7 +54,7 @@ def launch(q, k, v, o, lse, *, sm_scale, causal_offset, BLOCK_M, BLOCK_N, num_wa
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     elif fault == "bug":
         raise TypeError("a launch that is simply wrong")
-    elif isinstance(fault, float):
+    elif isinstance(fault, float) and counts[key] == 1:
         time.sleep(fault)
     out, sums = attention_low_precision(q, k, v, causal=True, sm_scale=sm_scale, causal_offset=causal_offset)
     o.copy_(out)
