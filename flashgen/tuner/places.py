@@ -56,10 +56,9 @@ class LocalPlace:
         self._compiler = CompilePool(workers)
         self._device, self._study = device, study
 
-    @property
-    def worker(self) -> MeasuringWorker:
-        """Its measuring process."""
-        return self._worker
+    def prepare(self) -> None:
+        """Start the measuring process, and do not wait for it."""
+        self._worker.spawn()
 
     def run(self, context: Context) -> None:
         compiler = measured.NoCompiler() if self._device.kind == "cpu" else self._compiler

@@ -103,9 +103,11 @@ def tune(
         stack.callback(dispatch.forget)
         if way == "measured" and not places:
             here = [Device(kind="cpu")] * (workers or 1) if provider == "cpu" else devices.local(where, workers)
-            places = [LocalPlace(device, workers=workers, study=study) for device in here]
-            for place in places:
+            for device in here:
+                place = LocalPlace(device, workers=workers, study=study)
                 stack.callback(place.close)
+                place.prepare()
+                places.append(place)
 
         def left_s() -> float | None:
             return None if timeout_s is None else timeout_s - (time.monotonic() - start)

@@ -63,12 +63,13 @@ class MeasuringWorker:
     hello: dict[str, str] = field(default_factory=dict)
     starts: int = 0
     _aborted: bool = False
+    _greeted: bool = False
     _process: subprocess.Popen[bytes] | None = None
     _requests: int = -1
     _replies: int = -1
 
-    def start(self) -> None:
-        """Start the process unless it runs.
+    def spawn(self) -> None:
+        """Start the process unless it runs, and do not wait for it: torch and a device take seconds to come up.
 
         Raises:
             DeviceLostError: it cannot be started.
@@ -97,15 +98,31 @@ class MeasuringWorker:
             os.close(request_read)
             os.close(reply_write)
         self.starts += 1
+        self._greeted = False
+
+    def start(self) -> None:
+        """Start the process unless it runs, and wait until it can measure.
+
+        Raises:
+            DeviceLostError: it cannot be started.
+            KeyboardInterrupt: `abort` was called.
+        """
+        if self._greeted or self._process is None:
+            self.spawn()
+        if self._greeted:
+            return
         try:
             hello = self._receive(_START_TIMEOUT_S)
         except TimeoutError:
             hello = {"error": f"it gave no answer within {_START_TIMEOUT_S:g} s"}
+        if self._aborted:
+            raise KeyboardInterrupt
         if hello is None or "error" in hello:
             why = "it ended before it answered" if hello is None else hello["error"]
             self.close()
             raise DeviceLostError(f"the measuring process did not start: {why}")
         self.hello = {name: str(hello[name]) for name in ("name", "uuid", "driver") if hello.get(name)}
+        self._greeted = True
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a request and wait; a process that does not answer is killed, and that is the trial's status.
@@ -149,7 +166,7 @@ class MeasuringWorker:
 
     def close(self) -> None:
         """Kill the process and its children; may be called twice."""
-        process, self._process = self._process, None
+        process, self._process, self._greeted = self._process, None, False
         self._kill(process)
         if process is not None:
             process.wait()

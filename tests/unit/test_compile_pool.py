@@ -25,6 +25,7 @@ TILE = KernelConfig(variant="triton_fwd", BLOCK_M=64, BLOCK_N=64, num_warps=4, n
 OTHER = KernelConfig(variant="triton_fwd", BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_the_process_of_the_first(tmp_path: Path) -> None:
     """The file that is compiled leaves its process id behind; it is no kernel, so compiling ends in an error."""
     log = tmp_path / "pids"
@@ -79,6 +80,7 @@ def asked(launch: Any, kernel: Any, arguments: tuple[Any, ...], config: KernelCo
 BASE = Problem(dtype="bf16", batch=2, seqlen_q=48, seqlen_k=80, num_heads_q=4, num_heads_kv=2, head_dim=64, head_dim_v=64)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [

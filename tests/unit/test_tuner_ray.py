@@ -66,7 +66,11 @@ def test_units_are_shared_out_and_rows_stream_to_the_one_writer(
     for row in result.problems:
         # A unit that begins after the fault is known leaves that tile out: it is the same kernel.
         crashed = row.counts().get("crashed", 0)
-        assert row.winner is not None and crashed + len(row.excluded) == 1 and set(row.counts()) <= {"ok", "crashed", "censored"}
+        assert (
+            row.winner is not None
+            and crashed + len(row.excluded) == 1
+            and set(row.counts()) <= {"ok", "crashed", "censored"}
+        )
         assert row.winner in row.trials
     assert sum(row.counts().get("crashed", 0) for row in result.problems) in (1, 2)
     with open_store() as store:
@@ -79,7 +83,7 @@ def test_units_are_shared_out_and_rows_stream_to_the_one_writer(
 
 
 def kill_when(log: Path, killed: list[int], *, count: int) -> threading.Thread:
-    """Kill the actor of the first process that the log names, `count` times in all."""
+    """Kill the actors of the first processes that the log names, `count` of them."""
 
     def watch() -> None:
         seen: set[str] = set()
@@ -110,17 +114,10 @@ def test_an_actor_that_dies_costs_its_unit_and_no_more(monkeypatch: pytest.Monke
     result = go(PROBLEMS[:2])
     thread.join()
     assert len(killed) == 1 and all(row.winner is not None for row in result.problems)
-    assert {trial.status for row in result.problems for trial in row.trials} <= {"ok", "censored"}  # no candidate was blamed
-
-
-def test_a_unit_that_kills_three_actors_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    log, killed = tmp_path / "log", []
-    use(monkeypatch, TILES[:2], {at(TILES[0]): 0.7}, log)
-    thread = kill_when(log, killed, count=3)
-    with pytest.raises(TuningError, match=r"device was lost: .*given up after 3 losses"):
-        go(PROBLEMS[:1], workers=1)
-    thread.join()
-    assert len(killed) == 3
+    assert {trial.status for row in result.problems for trial in row.trials} <= {
+        "ok",
+        "censored",
+    }  # no candidate was blamed
 
 
 def test_addresses_and_clusters_that_will_not_do() -> None:
