@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
+from flashgen import settings
 from flashgen.errors import DatabaseError
 from flashgen.store import Record, Store
 from flashgen.store.location import locate
@@ -46,49 +47,57 @@ class Writer:
 
     def _aside(self, rows: list[Record]) -> str:
         text = "".join(f"{row.to_json()}\n" for row in rows)
-        for folder in (_folder(self._url), Path(tempfile.gettempdir())):
-            if folder is None:
-                continue
-            path = folder / f"{_stem(self._url)}{_MARK}{self._session}.jsonl"
-            with suppress(OSError):
-                size = path.stat().st_size if path.exists() else 0
-                try:
-                    with path.open("a") as file:
-                        file.write(text)
-                except OSError:
-                    with path.open("r+") as file:
-                        file.truncate(size)  # no half lines
-                    raise
-                return f"in {path}: the next `flashgen tune` with this database adds them."
+        folder, stem = _beside(self._url)
+        name = f"{stem}{_MARK}{self._session}.jsonl"
+        if _append(folder / name, text):
+            return f"in {folder / name}: the next `flashgen tune` with this database adds them."
+        elsewhere = Path(tempfile.gettempdir()) / name
+        if _append(elsewhere, text):
+            return f"in {elsewhere}: move it to {folder}, and the next `flashgen tune` with this database adds them."
         print(text, file=sys.stderr, end="", flush=True)
         return "printed above as JSON lines, since no file could be written either."
+
+
+def _append(path: Path, text: str) -> bool:
+    """Whether the whole text could be written; no half lines are left."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.write(text)
+        except OSError:
+            with path.open("r+") as file:
+                file.truncate(size)
+            raise
+    except OSError:
+        return False
+    return True
 
 
 def recover(store: Store, url: str) -> int:
     """Add what an earlier run could not store, and remove its files; returns how many rows were new.
 
+    Only files beside the database are read: a folder for everybody's temporary files may hold anybody's rows.
+
     Raises:
         DatabaseError: they cannot be stored now either; the files stay.
     """
     added = 0
-    for folder in dict.fromkeys((_folder(url), Path(tempfile.gettempdir()))):
-        if folder is None or not folder.is_dir():
-            continue
-        for path in sorted(folder.glob(f"{_stem(url)}{_MARK}*.jsonl")):
-            try:
-                rows = [Record.from_json(line) for line in path.read_text().splitlines() if line]
-            except (OSError, DatabaseError):
-                continue  # another user's, or damaged: it stays, and harms nobody
-            added += store.add(rows)
-            path.unlink(missing_ok=True)
+    folder, stem = _beside(url)
+    for path in sorted(folder.glob(f"{stem}{_MARK}*.jsonl")):
+        try:
+            rows = [Record.from_json(line) for line in path.read_text().splitlines() if line]
+        except (OSError, DatabaseError):
+            continue  # damaged, or not ours to read: it stays, and harms nobody
+        added += store.add(rows)
+        path.unlink(missing_ok=True)
     return added
 
 
-def _folder(url: str) -> Path | None:
+def _beside(url: str) -> tuple[Path, str]:
+    """The folder and the first part of the name of files that belong to a database; a server's lie in the cache folder."""
     path = locate(url).path
-    return None if path is None else path.parent
-
-
-def _stem(url: str) -> str:
-    path = locate(url).path
-    return "flashgen" if path is None else path.name
+    if path is not None:
+        return path.parent, path.name
+    return settings.read().cache_dir, f"database-{hashlib.sha256(url.encode()).hexdigest()[:8]}"

@@ -169,7 +169,7 @@ def test_a_full_disk_loses_no_row(
     with open_store() as store:
         rows = store.trials()
     assert Record.from_json(line) in rows and not aside.exists() and len({row.session for row in rows}) == 2
-    # Where no file can be written either, the rows go to the terminal.
+    # Where no file can be written either, the rows go to the terminal; where only the database's disk is full, elsewhere.
     with monkeypatch.context() as patch:
         full_disk(patch, after=0)
         open_file = Path.open

@@ -15,7 +15,7 @@ from flashgen import Target, TuningError
 from flashgen.compile_pool import CompilePool
 from flashgen.render import KernelSource
 from flashgen.store import Record, open_store, utc_now
-from flashgen.tuner import TuneResult, measured, places, tune
+from flashgen.tuner import TuneResult, devices, measured, places, tune
 from flashgen.tuner.condemned import condemned
 from flashgen.tuner.run import _context
 from flashgen.tuner.worker import Device, DeviceLostError, MeasuringWorker
@@ -168,6 +168,26 @@ def test_two_devices_share_the_problems_and_each_winner_is_one_devices(
     assert [row.problem for row in result.problems] == problems and all(row.winner for row in result.problems)
     pids = {line.split()[0] for line in log.read_text().splitlines()}
     assert len(pids) == 2
+
+
+def test_the_devices_of_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cards = ["h100", "a100", "h100", "h100"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(Target, "detect", lambda device: Target.named(cards[int(device.removeprefix("cuda:"))]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    h100 = Target.named("h100")
+    assert (
+        [device.visible for device in devices.local(h100, None)]
+        == [None]
+        == [d.visible for d in devices.local(h100, 1)]
+    )
+    assert [device.visible for device in devices.local(h100, 8)] == ["0", "2", "3"]
+    assert [device.visible for device in devices.local(h100, 2)] == ["0", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4")
+    chosen = devices.local(h100, 3)
+    assert [device.environment["CUDA_VISIBLE_DEVICES"] for device in chosen] == ["7", "5", "4"]
 
 
 def test_a_unit_that_is_lost_begins_again_elsewhere_at_most_twice() -> None:
