@@ -8,7 +8,8 @@ from flashgen.config import KernelConfig
 from flashgen.errors import BuildError
 from flashgen.store import Record
 
-PROTOCOL_COMPILE = "compile-only-1"
+COMPILE_ONLY = "compile-only"  # how protocols begin that never launch anything
+PROTOCOL_COMPILE = f"{COMPILE_ONLY}-1"
 FAILED = ("compile_error", "out_of_resources", "wrong_result", "timeout", "crashed")
 
 
@@ -37,12 +38,12 @@ def condemned(
         if row.variant != variant or row.versions.get("triton") != triton:
             continue
         config = KernelConfig(variant=variant, **row.config)
-        compiled = row.protocol == PROTOCOL_COMPILE
+        compiled = row.protocol.startswith(COMPILE_ONLY)
         if row.status in FAILED:
             anywhere = compiled or row.status in ("compile_error", "wrong_result", "crashed")
             if anywhere or row.shape == dict(shape):
                 found[config] = row
-        elif config in found and (row.status != "predicted" or found[config].protocol == PROTOCOL_COMPILE):
+        elif config in found and (row.status != "predicted" or found[config].protocol.startswith(COMPILE_ONLY)):
             del found[config]
     return found
 

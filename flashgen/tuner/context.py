@@ -19,7 +19,7 @@ from flashgen.store import Record, utc_now
 from flashgen.target import Target
 from flashgen.tuner.result import ProblemResult
 from flashgen.tuner.strategies import Strategy
-from flashgen.variants import KnownGood, Variant, candidates
+from flashgen.variants import KnownGood, MeasuredTile, Variant, candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,7 @@ class Context:
         order: the legal list, as a strategy that learns nothing would try it.
         strategy: chooses what is measured next.
         max_trials: how many are measured at most; None for all.
+        measured_tiles: the measured table of the problem, nearest first; only filled without the GPU.
         earlier: rows of this very kernel, target, shape and Triton, when the run resumes.
         condemned: what failed before and is not tried again (`condemned.condemned`).
         favourites: who defends its place in the final rounds: the first of these that was measured.
@@ -66,6 +67,7 @@ class Context:
     save: Callable[[Iterable[Record]], None]
     report: Callable[[Event], None]
     expired: Callable[[], bool]
+    measured_tiles: tuple[MeasuredTile, ...] = ()
     earlier: dict[KernelConfig, Record] = field(default_factory=dict)
     condemned: dict[KernelConfig, Record] = field(default_factory=dict)
     favourites: tuple[KernelConfig, ...] = ()

@@ -15,7 +15,7 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import devices, strategies
+from flashgen.tuner import devices, policy, strategies
 from flashgen.tuner.condemned import FAILED, condemned
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, require_space, source_of
 from flashgen.tuner.experience import Case, lessons_from
@@ -243,6 +243,8 @@ def _context(
     variant = choose_variant(problem, target)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
+    measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
+    legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     near = _near_winners(problem, variant.name, stored, source.spec.op, target)
     first = [*(row.config for row in known), *near]
@@ -257,8 +259,8 @@ def _context(
         failed = condemned(stored, triton=triton_version(), shape=problem.shape, variant=variant.name)
     order = strategies.ordered(legal, first, strategy)
     if max_trials is not None and mode == "predicted":
-        # A predicted winner is a known-good tile, so those are compiled however short the list is cut.
-        always = [row.config for row in known]
+        # What the policy chooses among is compiled however short the list is cut.
+        always = policy.considered(variant, problem.spec, target, measured_tiles, known)
         order = list(dict.fromkeys([*always, *order]))[: max(max_trials, len(always))]
     return Context(
         problem=problem,
@@ -266,6 +268,7 @@ def _context(
         variant=variant,
         source=source,
         known_good=known,
+        measured_tiles=measured_tiles,
         order=order,
         strategy=strategies.make(strategy, legal, seeds=first, lessons=lessons),
         max_trials=max_trials,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import AttentionSpec
-from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
 from flashgen.variants.torch_blocked import TorchBlocked
 from flashgen.variants.triton_fwd import TritonForward
 
-__all__ = ["REGISTRY", "Knob", "KnownGood", "ResourceFacts", "Variant", "by_name", "candidates"]
+__all__ = ["REGISTRY", "Knob", "KnownGood", "MeasuredTile", "ResourceFacts", "Variant", "by_name", "candidates"]
 
 # Fastest first: dispatch takes the first that supports the problem.
 REGISTRY: tuple[Variant, ...] = (TritonForward(), TorchBlocked())

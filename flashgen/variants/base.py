@@ -42,6 +42,25 @@ class KnownGood:
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTile:
+    """The winner of one measured problem of this kind of kernel, on the same family of architecture, dtype width and head dim.
+
+    Attributes:
+        config: the tile.
+        seqlen: of the problem's keys.
+        causal: whether it masked the future.
+        source: where the measurement stands.
+        own: whether it is of the variant's own kernel (a shipped row), not of another plain kernel.
+    """
+
+    config: KernelConfig
+    seqlen: int
+    causal: bool
+    source: str
+    own: bool = False
+
+
 class Variant:
     """A recipe. Subclasses set the class attributes and override the four questions.
 
@@ -82,6 +101,10 @@ class Variant:
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         """Tiles with a source, best first; the only ones a prediction may pick."""
+        return ()
+
+    def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
+        """Winners measured elsewhere for the same family of architecture, dtype width and padded head dim."""
         return ()
 
     def config(self, **tunables: Tunable) -> KernelConfig:
