@@ -324,7 +324,8 @@ def tune(
         max_trials: how many candidates of a problem at most; None for all legal ones.
         timeout_s: of the whole run, seconds.
         database: a path or an SQLAlchemy URL; None for the user's own.
-        workers: compiling processes; None for one per core.
+        workers: compiling processes, None for one per core; where more GPUs of that kind are installed, up to so many of them
+            measure side by side, a problem each.
         progress: show a progress bar (plain lines where stderr is no terminal).
 
     Returns:

@@ -20,7 +20,7 @@ from typing import Any
 
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError
-from flashgen.facts import CompiledFacts, cached
+from flashgen.facts import CompiledFacts, Strides, cached
 from flashgen.interpret_worker import receive, send
 from flashgen.render import KernelSource
 from flashgen.target import Target
@@ -29,11 +29,13 @@ from flashgen.target import Target
 _BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from flashgen.compile_worker import main; main(*map(int, sys.argv[2:]))"
 _START_TIMEOUT_S = 60.0
 
+STOPPED = "compiling was stopped"  # what `close` makes of candidates that still compile: no verdict on them
+
 Result = CompiledFacts | BuildError
 
 
 class CompilePool:
-    """Compiles configurations side by side.
+    """Compiles configurations side by side. Its processes live until it is closed, so that one `map` after another is cheap.
 
     Args:
         workers: processes; None for one per core.
@@ -45,6 +47,7 @@ class CompilePool:
         self._timeout_s = timeout_s
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
     def __enter__(self) -> CompilePool:
         return self
@@ -55,14 +58,27 @@ class CompilePool:
         self.close()
 
     def close(self) -> None:
-        """Kill what still compiles and wait for the threads."""
+        """Kill what still compiles, wait for the threads, and end the idle processes."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        while (worker := self._waiting()) is not None:
+            worker.kill()
+
+    def _waiting(self) -> _Worker | None:
+        """An idle process that lives, or None."""
+        while True:
+            try:
+                worker = self._idle.get_nowait()
+            except queue.Empty:
+                return None
+            if worker.alive:
+                return worker
+            worker.kill()
 
     def map(
-        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig]
+        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig], strides: Strides | None = None
     ) -> Iterator[tuple[KernelConfig, Result]]:
         """Facts, or the reason why there are none, per configuration, as they become known; cached ones first.
 
@@ -70,21 +86,23 @@ class CompilePool:
             source: the rendered kernel.
             target: for which architecture.
             configs: what to compile; each once.
+            strides: see `facts.inspect`.
 
         Yields:
             (config, facts) or (config, BuildError).
         """
         todo: queue.Queue[KernelConfig] = queue.Queue()
         for config in configs:
-            known = cached(source, target, config)
+            known = cached(source, target, config, strides)
             if known is None:
                 todo.put(config)
             else:
                 yield config, known
         left = todo.qsize()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
         done: queue.Queue[tuple[KernelConfig, Result]] = queue.Queue()
         for _ in range(min(self._workers, left)):
-            thread = threading.Thread(target=self._serve, args=(source, target, todo, done), daemon=True)
+            thread = threading.Thread(target=self._serve, args=(source, target, strides, todo, done), daemon=True)
             thread.start()
             self._threads.append(thread)
         for _ in range(left):
@@ -94,29 +112,28 @@ class CompilePool:
         self,
         source: KernelSource,
         target: Target,
+        strides: Strides | None,
         todo: queue.Queue[KernelConfig],
         done: queue.Queue[tuple[KernelConfig, Result]],
     ) -> None:
         """One thread per worker process: it feeds the process and replaces it when it dies."""
-        worker: _Worker | None = None
-        try:
-            while not self._stop.is_set():
-                try:
-                    config = todo.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    worker = worker or _Worker(self._stop)
-                    result: Result = worker.compile(source, target, config, self._timeout_s)
-                except BuildError as error:
-                    result = error
-                if worker is not None and not worker.alive:
-                    worker.kill()
-                    worker = None
-                done.put((config, result))
-        finally:
-            if worker is not None:
-                worker.kill()
+        while not self._stop.is_set():
+            try:
+                config = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                worker = self._waiting() or _Worker(self._stop)
+            except BuildError as error:
+                done.put((config, error))
+                continue
+            try:
+                result: Result = worker.compile(source, target, config, strides, self._timeout_s)
+            except BuildError as error:
+                result = error
+            # Idle before the answer is known: whoever asks for the next one finds it. A dead one is sorted out there.
+            self._idle.put(worker)
+            done.put((config, result))
 
 
 class _Worker:
@@ -148,7 +165,9 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def compile(self, source: KernelSource, target: Target, config: KernelConfig, timeout_s: float) -> CompiledFacts:
+    def compile(
+        self, source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None, timeout_s: float
+    ) -> CompiledFacts:
         request = {
             "spec": source.spec.key,
             "digest": source.digest,
@@ -158,6 +177,7 @@ class _Worker:
             "warp_size": target.warp_size,
             "variant": config.variant,
             "config": config.to_dict(),
+            "strides": None if strides is None else dict(strides),
         }
         what = f"died while it compiled {config.label} for {target.arch}"
         try:
@@ -174,7 +194,7 @@ class _Worker:
         while True:
             if self._stop.is_set():
                 self.kill()
-                raise BuildError("compiling was stopped")
+                raise BuildError(STOPPED)
             ready, _, _ = select.select([self._replies], [], [], 0.1)
             if ready:
                 break

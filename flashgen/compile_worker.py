@@ -26,7 +26,10 @@ def main(requests: int, replies: int) -> None:
         return
     send(replies, {"triton": triton.__version__, "pid": os.getpid()})
     while (request := receive(requests)) is not None:
-        send(replies, _answer(request))
+        try:
+            send(replies, _answer(request))
+        except BrokenPipeError:
+            return  # the parent is gone
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
         )
         config = KernelConfig(variant=request["variant"], **request["config"])
-        return inspect(source, _target(request), config).to_json()
+        return inspect(source, _target(request), config, request["strides"]).to_json()
     except Exception as error:
         return {"error": f"{error}" if str(error) else type(error).__name__}
 

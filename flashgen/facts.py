@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib import metadata
@@ -31,7 +32,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-_FORMAT = 3  # of the cache's files
+_FORMAT = 4  # of the cache's files
 _LOG = {
     "n_regs": re.compile(r"Used (\d+) registers"),
     "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
@@ -39,7 +40,11 @@ _LOG = {
     "spill_load_bytes": re.compile(r"(\d+) bytes spill loads"),
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
+_DIVISIBLE = ":16"
 _POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+
+
+Strides = Mapping[str, int]  # a kernel's stride parameter -> elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,26 +163,36 @@ def require_gpu(target: Target) -> None:
         )
 
 
-def inspect(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts:
+def inspect(
+    source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None
+) -> CompiledFacts:
     """Compile in this process and read the facts; answers and writes the disk cache.
 
     Never call it in a process that interprets kernels: `compile_facts` keeps them apart.
 
+    Args:
+        source: the rendered kernel.
+        target: for which architecture.
+        config: the knobs.
+        strides: those of the call that is compiled for, by the kernel's names; None for multiples of 16 that fit 32 bits.
+
     Raises:
         BuildError: the compiler refused; the message holds its first useful lines.
     """
-    known = cached(source, target, config)
+    known = cached(source, target, config, strides)
     if known is not None:
         return known
-    facts = _compile(source, target, config)
-    _write(_cache_path(source, target, config), {"format": _FORMAT, **facts.to_json()})
+    facts = _compile(source, target, config, strides)
+    _write(_cache_path(source, target, config, strides), {"format": _FORMAT, **facts.to_json()})
     return facts
 
 
 # -- the compiler --
 
 
-def _compile(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts:
+def _compile(
+    source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None
+) -> CompiledFacts:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -185,8 +200,7 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
 
     kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
     gluon = by_name(source.variant).backend == "gluon"
-    options: dict[str, Any] = {"enable_fp_fusion": True}
-    options |= {"num_warps": facts_gluon.NUM_WARPS} if gluon else {n: config[n] for n in ("num_warps", "num_stages")}
+    options = {"enable_fp_fusion": True, "num_warps": facts_gluon.NUM_WARPS} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -199,7 +213,7 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
                 if gluon:
                     ast_source = facts_gluon.ast_source(kernel, source.spec, config)
                 else:
-                    ast_source = ASTSource(kernel, *_signature(kernel, source.spec, config))
+                    ast_source = ASTSource(kernel, *_signature(kernel, source.spec, config, strides))
                 compiled = triton.compile(
                     ast_source,
                     target=GPUTarget(target.backend, target.compiler_arch, target.warp_size),
@@ -260,9 +274,9 @@ def _of_amd(text: str) -> dict[str, Any]:
 
 
 def _signature(
-    kernel: Any, spec: AttentionSpec, config: KernelConfig
+    kernel: Any, spec: AttentionSpec, config: KernelConfig, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """What a call would specialise on: 16-byte aligned pointers, strides that are multiples of 16."""
+    """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
     values = {
         "HEAD_DIM": spec.head_dim,
         "HEAD_DIM_V": spec.head_dim_v,
@@ -284,11 +298,47 @@ def _signature(
             attributes[(index,)] = aligned
         elif name == "sm_scale":
             signature[name] = "fp32"
-        else:
+        elif parameter.do_not_specialize:
             signature[name] = "i32"
-            if not parameter.do_not_specialize:
-                attributes[(index,)] = aligned
-    return signature, constants, attributes
+        else:
+            form = specialised((strides or {}).get(name, 16))
+            signature[name] = form.removesuffix(_DIVISIBLE)
+            if form == "constexpr":
+                constants[(index,)] = 1
+            else:
+                attributes[(index,)] = aligned if form.endswith(_DIVISIBLE) else []
+    if _constants_have_attributes(kernel):
+        attributes |= {path: [] for path in constants}
+    return signature, constants, dict(sorted(attributes.items()))
+
+
+def _constants_have_attributes(kernel: Any) -> bool:
+    """Whether a launch gives constants empty attributes (Triton 3.9 does, 3.6 does not).
+
+    They are part of the compiler's key: where they differ, the first launch compiles everything once more.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    ones = dict.fromkeys((parameter.name for parameter in kernel.params), 1)
+    try:
+        backend, options = make_backend(GPUTarget("cuda", 80, 32)), {"enable_fp_fusion": True}
+        packed = kernel._pack_args(backend, options, ones, [("constexpr", 1)] * len(ones), {})
+    except (AttributeError, TypeError):  # another Triton: at worst it compiles twice
+        return False
+    return bool(packed[3])
+
+
+def compile_options(config: KernelConfig) -> dict[str, Any]:
+    """Triton's options of a candidate, as the rendered `launch` passes them."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def specialised(value: int) -> str:
+    """What Triton compiles an integer argument as: a constant where it is 1, else its width and whether 16 divides it."""
+    if value == 1:
+        return "constexpr"
+    return ("i32" if -(1 << 31) <= value < 1 << 31 else "i64") + (_DIVISIBLE if value % 16 == 0 else "")
 
 
 def _resources(log: str) -> dict[str, int]:
@@ -314,17 +364,22 @@ def triton_version() -> str:
         raise BuildError("triton is not installed: pip install triton") from None
 
 
-def cached(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts | None:
+def cached(
+    source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None
+) -> CompiledFacts | None:
     """The facts from the disk cache, or None; a corrupt file counts as none."""
     try:
-        data = json.loads(_cache_path(source, target, config).read_text())
+        data = json.loads(_cache_path(source, target, config, strides).read_text())
         return CompiledFacts.from_json(data) if data["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _cache_path(source: KernelSource, target: Target, config: KernelConfig) -> Path:
-    key = json.dumps([_FORMAT, source.digest, config.to_dict(), target.arch, triton_version()], sort_keys=True)
+def _cache_path(source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None) -> Path:
+    parts = [_FORMAT, source.digest, config.to_dict(), target.arch, triton_version()]
+    # Equal forms are equal binaries; the usual one (multiples of 16) is the one that no strides mean.
+    forms = {name: form for name, value in (strides or {}).items() if (form := specialised(value)) != "i32:16"}
+    key = json.dumps([*parts, forms] if forms else parts, sort_keys=True)
     return settings.read().cache_dir / "facts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 

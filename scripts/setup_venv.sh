@@ -28,7 +28,7 @@ fi
 grep -qi '^Requires-Dist: triton' "$venv"/lib/python*/site-packages/torch-*.dist-info/METADATA ||
     "${pip[@]}" install --quiet "triton==3.9.0"
 echo "== the other dependencies, and flashgen itself (editable) =="
-"${pip[@]}" install --quiet --constraint constraints.txt --editable ".[dev,plot,quickstart]"
+"${pip[@]}" install --quiet --constraint constraints.txt --editable ".[dev,plot,quickstart,ray]"
 "$venv/bin/python" - <<'PY'
 from importlib.metadata import version
 print("== ready:", ", ".join(f"{name} {version(name)}" for name in ("flashgen", "torch", "triton", "numpy")), "==")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from flashgen.bench.timing import (
     FLUSH_BYTES,
     PROTOCOL_FINAL,
+    PROTOCOL_GRAPH,
     PROTOCOL_SEARCH,
     Measurement,
     Timer,
@@ -19,6 +20,7 @@ from flashgen.bench.timing import (
 __all__ = [
     "FLUSH_BYTES",
     "PROTOCOL_FINAL",
+    "PROTOCOL_GRAPH",
     "PROTOCOL_SEARCH",
     "Measurement",
     "Timer",

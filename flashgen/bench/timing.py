@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-PROTOCOL_SEARCH = "events-search-1"
+PROTOCOL_SEARCH = "events-search-2"  # 2: NaN in the output before each launch, its bits compared after, both untimed
+PROTOCOL_GRAPH = "graph-search-1"  # several launches in one CUDA graph, on inputs that rotate past the cache
 PROTOCOL_FINAL = "events-interleaved-1"
 FLUSH_BYTES = 128 << 20  # more than any L2 cache there is
 _WARM_UP = 3
@@ -58,7 +59,11 @@ class Timer:
 
 
 def measure(
-    run: Callable[[], object], *, once: Callable[[Callable[[], object]], float], budget_ms: float = 15.0
+    run: Callable[[], object],
+    *,
+    once: Callable[[Callable[[], object]], float],
+    budget_ms: float = 15.0,
+    protocol: str = PROTOCOL_SEARCH,
 ) -> Measurement:
     """Time one kernel alone, for search.
 
@@ -66,13 +71,14 @@ def measure(
         run: launches it.
         once: milliseconds of one launch, e.g. `Timer().once`.
         budget_ms: of GPU time; at least 7 launches are timed whatever it says.
+        protocol: name of how `once` times.
     """
     for _ in range(_WARM_UP):
         once(run)
     samples: list[float] = []
     while len(samples) < _LEAST_SAMPLES or (sum(samples) < budget_ms and len(samples) < _MOST_SAMPLES):
         samples.append(once(run))
-    return summarise(samples, PROTOCOL_SEARCH)
+    return summarise(samples, protocol)
 
 
 def measure_interleaved(

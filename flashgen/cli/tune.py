@@ -10,10 +10,10 @@ import click
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
 from flashgen.errors import UnsupportedProblemError
-from flashgen.problem import Problem, not_built
+from flashgen.problem import Problem
 from flashgen.store import Record, seeds
 from flashgen.target import Target
-from flashgen.tuner import STRATEGIES, TuneResult, choose_mode
+from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, devices
 from flashgen.tuner import tune as run_tuner
 from flashgen.tuner.context import choose_variant, legal_list
 
@@ -27,10 +27,18 @@ from flashgen.tuner.context import choose_variant, legal_list
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
 @click.option("--trials", type=click.IntRange(min=1), help="At most so many configurations per problem.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Of the whole run, seconds.")
-@click.option("--workers", type=click.IntRange(min=1), help="Compiling processes; one per core where not given.")
-@click.option("--cluster", metavar="ADDRESS", help="Several hosts (not built yet).")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Compiling processes (one per core where not given), and at most so many GPUs side by side (this host's current one "
+    "where not given; all of a cluster's).",
+)
+@click.option(
+    "--cluster", metavar="ADDRESS", help="Measure on the GPUs of a Ray cluster: host:port of its head, auto, or local."
+)
 @click.option("--study", metavar="FILE", help="Keep Optuna's studies in this storage (never the tuning database).")
 @click.option("--resume", is_flag=True, help="Do not repeat what the database holds already.")
+@click.option("--retry-failed", is_flag=True, help="Also try what crashed, hung or was wrong in an earlier run.")
 @click.option("--plan", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option(
     "--write-seeds",
@@ -48,12 +56,12 @@ def tune(as_json: bool, **values: Any) -> int:
     called predicted.
     """
     problems = problems_of(take(values), all_kinds=True)
-    if values["cluster"] is not None:
-        raise not_built("--cluster")
     target = target_of(values["target_name"])
-    problems, left_out = _coverable(problems, target or Target.detect())
+    left_out: list[dict[str, str]] = []
+    if values["cluster"] is None or target is not None:  # else the cluster says what its GPUs are
+        problems, left_out = _coverable(problems, target or devices.installed())
     if values["plan"]:
-        return _plan(problems, left_out, target or Target.detect(), values, as_json)
+        return _plan(problems, left_out, target or devices.installed(), values, as_json)
     result = run_tuner(
         problems,
         target=target,
@@ -66,6 +74,8 @@ def tune(as_json: bool, **values: Any) -> int:
         strategy=values["strategy"],
         study=values["study"],
         resume=values["resume"],
+        retry_failed=values["retry_failed"],
+        cluster=values["cluster"],
     )
     written: tuple[Path, ...] = ()
     if values["seeds_folder"] is not None:
@@ -117,7 +127,8 @@ def _plan(
 ) -> int:
     from flashgen import settings
 
-    mode = choose_mode(values["mode"], target)
+    # A cluster's GPUs are not here to be asked, and it measures.
+    mode = "measured" if values["cluster"] is not None else choose_mode(values["mode"], target)
     rows = []
     for problem in problems:
         variant = choose_variant(problem, target)
@@ -185,4 +196,6 @@ def _figure(winner: Record | None) -> str:
     if winner.status == "predicted":
         time = f", predicted {winner.predicted_ms:.3g} ms" if winner.predicted_ms is not None else ""
         return f"predicted rank {winner.rank}, bound by {winner.bound_by}{time}"
-    return f"{winner.latency_ms:.4f} ms" if winner.latency_ms is not None else winner.status
+    if winner.latency_ms is None:
+        return winner.status
+    return f"{winner.latency_ms:.4f} ms" + (" (low quality)" if winner.quality == "low" else "")

@@ -61,13 +61,15 @@ class Record:
         latency_p90_ms: 90th percentile.
         max_abs_error: largest absolute error against the fp64 oracle.
         error_ratio: error over the accuracy budget; <= 1 is inside, None is not checked.
-        facts: the compiler's facts.
-        rank: place among the predicted candidates of one session, 0 or 1 first.
+        facts: the compiler's facts; a finalist's also hold `shootout`, how the final rounds went.
+        rank: place among the predicted candidates of one session, 0 or 1 first; or among the finalists of measured ones,
+            1 for the winner.
         bound_by: what limits it, by the cost model.
         predicted_ms: the cost model's time, where it is calibrated.
         model: version of the cost model.
         message: why it failed, or a remark.
-        quality: `low` where the machine was too noisy to trust the time.
+        quality: `low` where the time is not to be trusted: the machine was noisy, or candidates were timed one after
+            another and no final rounds confirmed it.
         versions: torch, triton, ptxas, driver, flashgen, ...
         protocol: how it was timed.
         session: which tuning run.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from flashgen.errors import InvalidProblemError
@@ -49,8 +49,10 @@ def usable_prediction(record: Record) -> bool:
 def best_measured(records: Iterable[Record], shape: Mapping[str, int]) -> Record | None:
     """The measured winner for a shape.
 
-    The nearest shape decides first; at that shape trusted quality before low, local before imported, then the least
-    time; remaining ties go to the config that sorts first. The order of `records` never matters.
+    The nearest shape decides first; at that shape trusted quality before low, local before imported, side by side before
+    one after another. Among what was timed side by side a configuration that lost its latest final rounds is out, since a
+    tie keeps the incumbent whatever the medians say, and since times of two runs do not compare as well as times of one.
+    Then the least time; remaining ties go to the config that sorts first. The order of `records` never matters.
 
     Args:
         records: rows of one (spec, variant, digest, gpu): the caller filters.
@@ -63,7 +65,28 @@ def best_measured(records: Iterable[Record], shape: Mapping[str, int]) -> Record
         InvalidProblemError: `shape` lacks a size.
     """
     rows = _nearest(filter(usable_measurement, records), shape)
-    return _first(rows, lambda row: (*_trust(row), not _side_by_side(row), row.latency_ms, row.config_json))
+    beaten = _beaten(rows)
+
+    def order(row: Record) -> tuple[Any, ...]:
+        trust = (*_trust(row), not _side_by_side(row))
+        return (*trust, (*trust, row.config_json) in beaten, row.latency_ms, row.config_json)
+
+    return _first(rows, order)
+
+
+def _beaten(rows: Iterable[Record]) -> set[tuple[Any, ...]]:
+    """The configurations, by trust, whose latest final rounds another one won."""
+    latest: dict[tuple[Any, ...], tuple[datetime, int]] = {}
+    for row in rows:
+        if row.rank is None or not _side_by_side(row):
+            continue
+        key = (*_trust(row), False, row.config_json)
+        latest[key] = max(latest.get(key, (datetime.min.replace(tzinfo=UTC), 0)), (_when(row), row.rank))
+    return {key for key, (_, rank) in latest.items() if rank > 1}
+
+
+def _when(row: Record) -> datetime:
+    return datetime.fromisoformat(row.created)
 
 
 def best_predicted(records: Iterable[Record], shape: Mapping[str, int]) -> Record | None:
@@ -100,7 +123,7 @@ def _accurate(record: Record) -> bool:
 
 def _side_by_side(record: Record) -> bool:
     """Candidates timed one after another drift with the card's clocks; the finalists' interleaved times decide."""
-    return "interleaved" in record.protocol
+    return "interleaved" in record.protocol or record.protocol.startswith("shootout")
 
 
 def _trust(record: Record) -> tuple[bool, bool]:

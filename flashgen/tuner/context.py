@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import flashgen
 from flashgen.config import KernelConfig
-from flashgen.errors import UnsupportedProblemError
+from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
 from flashgen.render import KernelSource, render
 from flashgen.store import Record, utc_now
 from flashgen.target import Target
 from flashgen.tuner.result import ProblemResult
+from flashgen.tuner.strategies import Strategy
 from flashgen.variants import KnownGood, MeasuredTile, Variant, candidates
 
 
@@ -35,8 +38,16 @@ class Context:
     """One problem on one target in one run.
 
     Attributes:
+        order: the legal list, as a strategy that learns nothing would try it.
+        strategy: chooses what is measured next.
+        max_trials: how many are measured at most; None for all.
         measured_tiles: the measured table of the problem, nearest first; only filled without the GPU.
         earlier: rows of this very kernel, target, shape and Triton, when the run resumes.
+        condemned: what failed before and is not tried again (`condemned.condemned`).
+        favourites: who defends its place in the final rounds: the first of these that was measured.
+        trusted: the stored row of high quality for this shape, which a noisy run does not replace.
+        trial_timeout_s: of one candidate in the measuring worker.
+        left_s: seconds that the run has left, or None.
         save: hands finished records to the store.
         report: progress.
         expired: whether the run's time is up.
@@ -48,6 +59,8 @@ class Context:
     source: KernelSource
     known_good: tuple[KnownGood, ...]
     order: list[KernelConfig]
+    strategy: Strategy
+    max_trials: int | None
     session: str
     result: ProblemResult
     workers: int | None
@@ -56,12 +69,48 @@ class Context:
     expired: Callable[[], bool]
     measured_tiles: tuple[MeasuredTile, ...] = ()
     earlier: dict[KernelConfig, Record] = field(default_factory=dict)
+    condemned: dict[KernelConfig, Record] = field(default_factory=dict)
+    favourites: tuple[KernelConfig, ...] = ()
+    trusted: Record | None = None
+    trial_timeout_s: float = 60.0
+    left_s: Callable[[], float | None] = lambda: None
+
+    def timed(self) -> list[Record]:
+        """The trials that ran, fastest first."""
+        ran = (row for row in self.result.trials if row.status == "ok" and row.latency_ms is not None)
+        return sorted(ran, key=lambda row: row.latency_ms or 0.0)
+
+    def best(self) -> Record | None:
+        """The fastest trial so far."""
+        return next(iter(self.timed()), None)
 
     def record(
-        self, config: KernelConfig, status: str, *, protocol: str, facts: CompiledFacts | None = None, **values: Any
+        self,
+        config: KernelConfig,
+        status: str,
+        *,
+        protocol: str,
+        facts: CompiledFacts | None = None,
+        device: Mapping[str, str] | None = None,
+        shootout: Mapping[str, Any] | None = None,
+        **values: Any,
     ) -> Record:
-        """A record of one trial, complete."""
+        """A record of one trial, complete.
+
+        Args:
+            config: what was tried.
+            status: what came of it.
+            protocol: how it was timed.
+            facts: the compiler's.
+            device: what the worker said of its device; driver and UUID are kept among the versions.
+            shootout: how the final rounds went, kept beside the compiler's facts.
+            values: other fields of `Record`.
+        """
         spec = self.problem.spec
+        known = {} if facts is None else facts.to_json()
+        if shootout is not None:
+            known["shootout"] = dict(shootout)
+        told = {name: value for name, value in (device or {}).items() if name in ("driver", "uuid")}
         return Record(
             op=spec.op,
             spec_key=spec.key,
@@ -73,8 +122,8 @@ class Context:
             shape=self.problem.shape,
             config=config.to_dict(),
             status=status,  # type: ignore[arg-type]  # Record checks it
-            facts=None if facts is None else facts.to_json(),
-            versions=versions(),
+            facts=known or None,
+            versions={**versions(), **told},
             protocol=protocol,
             session=self.session,
             created=utc_now(),
@@ -116,6 +165,51 @@ def legal_list(variant: Variant, problem: Problem, target: Target) -> tuple[list
     spec = problem.spec
     known = tuple(row for row in variant.known_good(spec, target) if variant.illegal(spec, target, row.config) is None)
     return list(dict.fromkeys([*variant.space(spec, target), *(row.config for row in known)])), known
+
+
+def require_space(variant: Variant, problem: Problem, target: Target) -> None:
+    """Refuse a problem whose space is empty on a target.
+
+    Raises:
+        TuningError: no configuration is legal; counts them by reason.
+    """
+    spec = problem.spec
+    legal, _ = legal_list(variant, problem, target)
+    if legal:
+        return
+    counted: dict[str, list[str]] = {}
+    names = [knob.name for knob in variant.knobs]
+    for values in product(*(knob.values for knob in variant.knobs)):
+        config = variant.config(**dict(zip(names, values, strict=True)))
+        reason = variant.illegal(spec, target, config) or ""
+        counted.setdefault(re.sub(r"\d+", "#", reason), []).append(f"{config.label}: {reason}")
+    ranked = sorted(counted.values(), key=lambda rows: (-len(rows), rows[0]))
+    total = sum(map(len, ranked))
+    raise TuningError(
+        f"no configuration of {variant.name} is legal for {spec.key} on {target.name}: all {total} are refused.",
+        {
+            f"{len(rows)} of {total}, for instance {rows[0].partition(': ')[0]}": rows[0].partition(": ")[2]
+            for rows in ranked
+        },
+    )
+
+
+def launch_strides(problem: Problem) -> dict[str, int]:
+    """The strides of a problem's dense tensors by the kernel's names: what its candidates are compiled for and timed with."""
+    p = problem
+    rows = {
+        "q": ("m", p.seqlen_q, p.num_heads_q, p.head_dim),
+        "k": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim),
+        "v": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim_v),
+        "o": ("m", p.seqlen_q, p.num_heads_q, p.head_dim_v),
+    }
+    found: dict[str, int] = {}
+    for name, (row, seqlen, heads, head_dim) in rows.items():
+        sizes = (max(1, seqlen), max(1, heads), head_dim)
+        found[f"stride_{name}b"] = sizes[0] * sizes[1] * sizes[2]
+        found[f"stride_{name}{row}"] = sizes[1] * sizes[2]
+        found[f"stride_{name}h"] = sizes[2]
+    return found
 
 
 def source_of(variant: Variant, problem: Problem) -> KernelSource:

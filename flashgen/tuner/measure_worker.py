@@ -1,140 +1,52 @@
-"""The other end of `measured.GpuWorker`: a process with a CUDA context that checks and times what it is sent."""
+"""The other end of `worker.MeasuringWorker`: a process with a device of its own that checks and times what it is sent."""
 
 from __future__ import annotations
 
+import gc
 import os
+import queue
 import signal
-from dataclasses import dataclass
-from functools import partial
+import threading
 from typing import Any
 
-from flashgen import accuracy
-from flashgen.bench import Timer, measure, measure_interleaved
-from flashgen.build import build
 from flashgen.interpret_worker import receive, send
-from flashgen.problem import Problem
-from flashgen.render import KernelSource
-from flashgen.spec import AttentionSpec
-from flashgen.tuner.measured import CENSOR_FACTOR, times_json
-
-# After these a CUDA context answers every call with the same error: the process has to go.
-_STICKY = (
-    "illegal memory access",
-    "misaligned address",
-    "unspecified launch failure",
-    "device-side assert",
-    "CUDA error",
-    "hardware",
-)
+from flashgen.tuner import providers
+from flashgen.tuner.faults import failure
+from flashgen.tuner.final import run_final
+from flashgen.tuner.trial import Case, prepare, run_trial
 
 
-@dataclass(slots=True)
-class _Case:
-    """The inputs and the output of one problem, made once."""
-
-    key: str
-    launch: Any
-    arguments: tuple[Any, ...]
-    scalars: dict[str, Any]
-    checked: dict[str, Any]
-
-
-def main(requests: int, replies: int) -> None:
+def main(requests: int, replies: int, kind: str) -> None:
     """Serve until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        timer = Timer()
+        provider = providers.make(kind)
     except Exception as error:
         send(replies, {"error": f"{type(error).__name__}: {error}"})
         return
-    send(replies, {"pid": os.getpid()})
-    case: _Case | None = None
-    while (request := receive(requests)) is not None:
+    send(replies, {"pid": os.getpid(), **provider.describe()})
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests, inbox), daemon=True).start()
+    case: Case | None = None
+    while True:
+        request = inbox.get()
         try:
             if case is None or case.key != request["key"]:
-                case = _prepare(request)
-            reply = _trial(case, timer, request) if request["do"] == "trial" else _final(case, timer, request)
+                case = None  # the old one's memory goes before the new one's comes
+                gc.collect()
+                case = prepare(request, provider)
+            reply = run_trial(case, request) if request["do"] == "trial" else run_final(case, request)
         except Exception as error:
-            reply = _failure(error)
+            reply = failure(error)
+            error.__traceback__ = None  # it holds on to the candidate's tensors
         try:
             send(replies, reply)
         except BrokenPipeError:
             return  # the parent is gone
 
 
-def _failure(error: Exception) -> dict[str, Any]:
-    text = f"{type(error).__name__}: {error}"
-    module = type(error).__module__
-    status = "crashed"
-    if type(error).__name__ == "OutOfResources" or "out of memory" in text.lower():
-        status = "out_of_resources"
-    elif module.startswith("triton") or type(error).__name__ in ("BuildError", "CompilationError"):
-        status = "compile_error"
-    sticky = any(word in text for word in _STICKY) and status == "crashed"
-    return {"status": status, "message": text[:500], "sticky": sticky}
-
-
-def _prepare(request: dict[str, Any]) -> _Case:
-    import torch
-
-    fields = dict(request["problem"])
-    fields |= {"window_size": tuple(fields["window_size"]), "copies": tuple(fields["copies"])}
-    fields["unaligned"] = tuple(fields["unaligned"])
-    problem = Problem(**fields)
-    source = KernelSource(
-        text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
-    )
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.dtype]
-    generator = torch.Generator(device="cuda").manual_seed(0)
-
-    def draw(seqlen: int, heads: int, head_dim: int) -> Any:
-        # Normal data: zeros draw less power and clock higher than what users run.
-        return torch.randn((problem.batch, seqlen, heads, head_dim), dtype=dtype, device="cuda", generator=generator)
-
-    q = draw(problem.seqlen_q, problem.num_heads_q, problem.head_dim)
-    k = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim)
-    v = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim_v)
-    out = torch.empty((*q.shape[:3], problem.head_dim_v), dtype=dtype, device="cuda")
-    lse = None
-    if problem.spec.has_lse:
-        lse = torch.empty((problem.batch, problem.num_heads_q, problem.seqlen_q), dtype=torch.float32, device="cuda")
-    scalars = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset}
-    return _Case(request["key"], build(source).launch, (q, k, v, out, lse), scalars, {"spec": source.spec})
-
-
-def _runner(case: _Case, config: dict[str, Any]) -> Any:
-    return partial(case.launch, *case.arguments, **case.scalars, **config)
-
-
-def _trial(case: _Case, timer: Timer, request: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    # Dense strides are what is timed; every other kind of stride would compile the candidate once more.
-    launch = partial(case.launch, **request["config"])
-    report = accuracy.check_launch(launch, case.checked["spec"], device="cuda", strides=("dense",))
-    verdict = {"max_abs_error": report.max_error, "error_ratio": report.ratio}
-    if not report.ok:
-        return {"status": "wrong_result", "message": report.message[:500], **verdict}
-    run, out = _runner(case, request["config"]), case.arguments[3]
-    run()
-    torch.cuda.synchronize()
-    before = out.clone()
-    screen = timer.once(run)
-    best = request["best_ms"]
-    if best is not None and screen > CENSOR_FACTOR * best:
-        return {
-            "status": "censored",
-            "message": f"one launch took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far",
-            **verdict,
-        }
-    out.fill_(float("nan"))
-    times = measure(run, once=timer.once)
-    if not torch.equal(out, before):
-        return {"status": "wrong_result", "message": "launches of the same inputs differ", **verdict}
-    return {"status": "ok", **verdict, **times_json(times)}
-
-
-def _final(case: _Case, timer: Timer, request: dict[str, Any]) -> dict[str, Any]:
-    runs = {str(index): _runner(case, config) for index, config in enumerate(request["configs"])}
-    times = measure_interleaved(runs, once=timer.once)
-    return {"status": "ok", "times": [times_json(times[name]) for name in runs]}
+def _listen(requests: int, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand requests on; end the process with the parent, even in the middle of a launch."""
+    while (request := receive(requests)) is not None:
+        inbox.put(request)
+    os._exit(0)

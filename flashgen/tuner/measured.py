@@ -1,260 +1,187 @@
-"""Tuning on the GPU: compile side by side, measure one candidate at a time in a worker process that may die.
+"""Tuning on a device: compile side by side, measure one candidate at a time in a worker process that may die.
 
-A candidate is compiled in the pool first, which decides legality exactly and fills Triton's own cache; then the worker checks
-its accuracy on poisoned small problems, screens it with one launch, times it, and compares its output again. Whatever goes
-wrong is a trial's status, never the end of the run. The three best are timed once more, interleaved, and that decides.
+A candidate is compiled in the pool first, which decides legality exactly and fills Triton's own cache; then the worker (`trial`)
+checks and times it. Whatever goes wrong is a trial's status, never the end of the run, and what failed once is not tried again
+unasked (`condemned`). The best few are timed once more, side by side, and that decides (`decision`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import select as os_select
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flashgen.bench import PROTOCOL_SEARCH
-from flashgen.compile_pool import CompilePool
+from flashgen.compile_pool import STOPPED, Result
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError
-from flashgen.facts import CompiledFacts
-from flashgen.interpret_worker import receive, send
+from flashgen.facts import CompiledFacts, Strides
+from flashgen.render import KernelSource
 from flashgen.store import Record
-from flashgen.tuner.context import Context
-from flashgen.tuner.search import new_study, proposals
+from flashgen.target import Target
+from flashgen.tuner import condemned, decision
+from flashgen.tuner.context import Context, launch_strides
+from flashgen.tuner.search import history, new_study, proposals
 
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from flashgen.tuner.measure_worker import main; main(*map(int, sys.argv[2:]))"
-)
-_START_TIMEOUT_S = 120.0
-_TRIAL_TIMEOUT_S = 60.0
-_FINALISTS = 3
-CENSOR_FACTOR = 3.0  # one launch slower than this many times the best so far is not timed further
+if TYPE_CHECKING:
+    import optuna
+
+FINALISTS = 3
 
 
 class Bench(Protocol):
     """The worker as the loop sees it; tests put their own in its place."""
 
+    hello: dict[str, str]
+
     def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """A reply with at least `status`; `crashed` and `timeout` where the process did not answer."""
 
-    def close(self) -> None:
-        """End it."""
+
+class Compiler(Protocol):
+    """`CompilePool`, or what stands in for it."""
+
+    def map(
+        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig], strides: Strides | None = None
+    ) -> Iterator[tuple[KernelConfig, Result | None]]:
+        """Facts or the reason why there are none; None where nothing is compiled."""
 
 
-def run(context: Context, *, study_storage: str | None = None, bench: Callable[[], Bench] | None = None) -> None:
+class NoCompiler:
+    """For the CPU provider, whose kernels are plain Python."""
+
+    def map(
+        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig], strides: Strides | None = None
+    ) -> Iterator[tuple[KernelConfig, Result | None]]:
+        for config in configs:
+            yield config, None
+
+
+def run(context: Context, bench: Bench, compiler: Compiler, *, study_storage: str | None = None) -> None:
     """Measure one problem's candidates and store every trial as it ends.
 
-    A KeyboardInterrupt keeps what is measured, and is raised again.
+    Where every legal configuration is to be measured, all are compiled first, side by side: compiling is the bill. A bounded
+    search compiles what the strategy proposes when it proposes it.
+
+    A KeyboardInterrupt keeps what is measured, and is raised again; so does the loss of the device.
+
+    Raises:
+        DeviceLostError: no worker can be started.
     """
     context.result.trials.extend(context.earlier.values())
-    compiled, order = _compile(context)
-    study = (
-        new_study(order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
-        if order
-        else None
+    context.result.excluded |= {
+        config.label: condemned.reason(row) for config, row in context.condemned.items() if config in context.order
+    }
+    limit = len(context.order) if context.max_trials is None else context.max_trials  # an earlier run's count too
+    study = new_study(
+        context.strategy, context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage
     )
-    worker = (bench or GpuWorker)()
-    try:
-        for number, (trial, config) in enumerate(proposals(study, order) if study is not None else (), start=1):
+    _remember(study, context)
+    compiled = _compile(context, compiler, context.order if limit >= len(context.order) else [])
+    number = 0
+    for trial, config in proposals(study, context.order):
+        if context.expired() or number + len(context.earlier) >= limit:
+            break
+        if config not in compiled:
+            compiled |= _compile(context, compiler, [config])
+        if config not in compiled:
+            break  # the time is up
+        number += 1
+        runs, facts = compiled[config]
+        if not runs:
+            study.tell(trial, state=_fail())
+            continue
+        record = _trial(context, bench, config, facts)
+        context.finish([record])
+        study.tell(trial, *_told(record))
+        context.tell(number, limit - len(context.earlier), _shown(context), "measuring")
+    finalists = context.strategy.finalists(history(study, context.order), FINALISTS)
+    decision.decide(context, bench, finalists)
+
+
+def _remember(study: optuna.Study, context: Context) -> None:
+    """An earlier run's trials, and what is condemned, become trials of the study: the strategy reads nothing else."""
+    import optuna
+
+    known = {trial.config for trial in history(study, context.order)}
+    space = {
+        name: optuna.distributions.CategoricalDistribution(sorted({config[name] for config in context.order}))
+        for name in (context.order[0] if context.order else ())
+    }
+    legal = set(context.order)
+    for config, row in {**context.condemned, **context.earlier}.items():
+        if config in known or config not in legal:
+            continue
+        ran = row.status == "ok" and row.latency_ms is not None
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.COMPLETE if ran else optuna.trial.TrialState.FAIL,
+                params=config.to_dict(),
+                distributions=space,  # type: ignore[arg-type]
+                value=row.latency_ms if ran else None,
+            )
+        )
+
+
+def _compile(
+    context: Context, compiler: Compiler, configs: Sequence[KernelConfig]
+) -> dict[KernelConfig, tuple[bool, CompiledFacts | None]]:
+    """Whether each runs, and its facts; what does not is recorded and excluded. What is done or condemned is left out."""
+    todo = [config for config in configs if config not in context.earlier and config not in context.condemned]
+    compiled: dict[KernelConfig, tuple[bool, CompiledFacts | None]] = {}
+    strides = launch_strides(context.problem)
+    for number, (config, result) in enumerate(compiler.map(context.source, context.target, todo, strides), start=1):
+        reason, status, facts = None, "compile_error", None
+        if isinstance(result, BuildError):
+            reason, status = str(result), condemned.compile_status(result)
+            if reason == STOPPED:
+                raise KeyboardInterrupt
+        elif result is not None:
+            facts, status = result, "out_of_resources"
+            reason = context.variant.illegal(context.problem.spec, context.target, config, result)
+        compiled[config] = (reason is None, facts)
+        if reason is not None:
+            context.result.excluded[config.label] = reason
+            protocol = condemned.PROTOCOL_COMPILE
+            context.finish([context.record(config, status, protocol=protocol, facts=facts, message=reason[:500])])
+        if len(todo) > 1:
+            context.tell(number, len(todo), "", "compiling")
             if context.expired():
                 break
-            best = _best(context)
-            record = _trial(context, worker, config, compiled[config], best)
-            context.finish([record])
-            study.tell(trial, *_told(record))  # type: ignore[union-attr]  # there is a study where there are proposals
-            shown = _best(context)
-            text = (
-                f"best so far {shown.latency_ms:.4f} ms: {_label(shown)}"
-                if shown is not None and shown.latency_ms
-                else ""
-            )
-            context.tell(number, len(order), text, "measuring")
-        _decide(context, worker)
-    finally:
-        worker.close()
+    return compiled
 
 
-def _compile(context: Context) -> tuple[dict[KernelConfig, CompiledFacts], list[KernelConfig]]:
-    """Facts of what fits; what does not is recorded and excluded. What an earlier run finished is left out."""
-    todo = [config for config in context.order if config not in context.earlier]
-    compiled: dict[KernelConfig, CompiledFacts] = {}
-    with CompilePool(context.workers) as pool:
-        for number, (config, result) in enumerate(pool.map(context.source, context.target, todo), start=1):
-            reason: str | None
-            if isinstance(result, BuildError):
-                reason, status, facts = str(result), "compile_error", None
-            else:
-                reason, status, facts = (
-                    context.variant.illegal(context.problem.spec, context.target, config, result),
-                    "out_of_resources",
-                    result,
-                )
-            if reason is None and facts is not None:
-                compiled[config] = facts
-            else:
-                context.result.excluded[config.label] = reason or status
-                context.finish(
-                    [
-                        context.record(
-                            config, status, protocol=PROTOCOL_SEARCH, facts=facts, message=(reason or "")[:500]
-                        )
-                    ]
-                )
-            context.tell(number, len(todo), "", "compiling")
-    return compiled, [config for config in todo if config in compiled]
-
-
-def _trial(context: Context, worker: Bench, config: KernelConfig, facts: CompiledFacts, best: Record | None) -> Record:
-    request = {
-        **_request(context),
-        "do": "trial",
-        "config": config.to_dict(),
-        "best_ms": None if best is None else best.latency_ms,
-    }
-    reply = worker.ask(request, _TRIAL_TIMEOUT_S)
-    return _as_record(context, config, reply, facts)
-
-
-def _as_record(context: Context, config: KernelConfig, reply: dict[str, Any], facts: CompiledFacts | None) -> Record:
+def _trial(context: Context, bench: Bench, config: KernelConfig, facts: CompiledFacts | None) -> Record:
+    best = context.best()
+    best_ms = None if best is None else best.latency_ms
+    request = {**decision.request_of(context), "do": "trial", "config": config.to_dict(), "best_ms": best_ms}
+    # The incumbent's time bounds what a candidate may take: each is launched some ten times, and once through the checks.
+    reply = bench.ask(request, max(context.trial_timeout_s, 50 * (best_ms or 0.0) / 1e3))
     names = ("latency_ms", "latency_p10_ms", "latency_p90_ms", "max_abs_error", "error_ratio", "message")
     values = {name: reply[name] for name in names if reply.get(name) is not None}
     return context.record(
-        config, reply["status"], protocol=reply.get("protocol", PROTOCOL_SEARCH), facts=facts, **values
+        config,
+        reply["status"],
+        protocol=reply.get("protocol", PROTOCOL_SEARCH),
+        facts=facts,
+        device=bench.hello,
+        # Timed one after another, so the card's drift is in it: only the final rounds make a time to be relied on.
+        quality="low" if reply["status"] == "ok" else "high",
+        **values,
     )
 
 
-def _request(context: Context) -> dict[str, Any]:
-    return {
-        "spec": context.source.spec.key,
-        "variant": context.variant.name,
-        "text": context.source.text,
-        "problem": {name: getattr(context.problem, name) for name in context.problem.__slots__},
-        "key": f"{context.source.digest} {context.problem}",
-    }
-
-
-def _best(context: Context) -> Record | None:
-    timed = [row for row in context.result.trials if row.status == "ok" and row.latency_ms is not None]
-    return min(timed, key=lambda row: row.latency_ms or 0.0, default=None)
-
-
-def _decide(context: Context, worker: Bench) -> None:
-    """Re-time the best few side by side; the least median wins."""
-    timed = sorted((row for row in context.result.trials if row.status == "ok"), key=lambda row: row.latency_ms or 0.0)
-    finalists = [KernelConfig(variant=context.variant.name, **row.config) for row in timed]
-    finalists = list(dict.fromkeys(finalists))[:_FINALISTS]
-    if not finalists:
-        causes = dict(list(context.result.excluded.items())[:5])
-        causes |= {_label(row): row.message or row.status for row in context.result.trials[:5] if row.status != "ok"}
-        context.result.message = "no candidate could be measured: " + "; ".join(f"{k}: {v}" for k, v in causes.items())
-        return
-    context.tell(0, 1, "", "re-timing the best")
-    reply = worker.ask(
-        {**_request(context), "do": "final", "configs": [c.to_dict() for c in finalists]}, _TRIAL_TIMEOUT_S
-    )
-    rows: list[Record] = []
-    if reply["status"] == "ok":
-        by_config = {KernelConfig(variant=context.variant.name, **row.config): row for row in reversed(timed)}
-        for config, one in zip(finalists, reply["times"], strict=True):
-            old = by_config[config]
-            facts = None if old.facts is None else CompiledFacts.from_json(old.facts)
-            verdict = {"status": "ok", "max_abs_error": old.max_abs_error, "error_ratio": old.error_ratio}
-            rows.append(_as_record(context, config, {**verdict, **one}, facts))
-        context.finish(rows)
-    else:
-        context.result.message = f"the re-timing failed ({reply.get('message')}); the search's times decide"
-    context.tell(1, 1, "", "re-timing the best")
-    context.result.winner = min(rows or timed, key=lambda row: row.latency_ms or 0.0)
-
-
-def _label(row: Record) -> str:
-    return " ".join(f"{name}={value}" for name, value in sorted(row.config.items()))
+def _shown(context: Context) -> str:
+    best = context.best()
+    if best is None or best.latency_ms is None:
+        return ""
+    return f"best so far {best.latency_ms:.4f} ms: {decision.label(best)}"
 
 
 def _told(record: Record) -> tuple[Any, ...]:
+    return (record.latency_ms,) if record.status == "ok" else (None, _fail())
+
+
+def _fail() -> Any:
     import optuna
 
-    if record.status == "ok":
-        return (record.latency_ms,)
-    return (None, optuna.trial.TrialState.FAIL)
-
-
-class GpuWorker:
-    """The measuring process: respawned when it dies, hangs, or reports an error that a CUDA context does not survive."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._requests = self._replies = -1
-
-    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Send a request and wait; a process that does not answer is killed, and that is the trial's status."""
-        try:
-            if self._process is None:
-                self._start()
-            send(self._requests, request)
-            reply = self._receive(timeout_s)
-        except BrokenPipeError:
-            reply = None
-        except TimeoutError:
-            self.close()
-            return {"status": "timeout", "message": f"gave no answer within {timeout_s:g} s and was killed"}
-        if reply is None:
-            code = self._process.wait() if self._process is not None else None
-            self.close()
-            return {"status": "crashed", "message": f"the measuring process died (exit status {code})"}
-        if reply.get("sticky"):
-            self.close()
-        return reply
-
-    def _start(self) -> None:
-        request_read, self._requests = os.pipe()
-        self._replies, reply_write = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(request_read), str(reply_write)],
-                pass_fds=(request_read, reply_write),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-                start_new_session=True,  # Ctrl-C is the parent's to handle, and a kill takes the compiler's children along
-            )
-        finally:
-            os.close(request_read)
-            os.close(reply_write)
-        hello = self._receive(_START_TIMEOUT_S)
-        if hello is None or "error" in hello:
-            why = "it ended before it answered" if hello is None else hello["error"]
-            self.close()
-            raise BuildError(f"the measuring process did not start: {why}")
-
-    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        deadline = time.monotonic() + timeout_s
-        ready, _, _ = os_select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError
-        return receive(self._replies)
-
-    def close(self) -> None:
-        """Kill the process and its children; may be called twice."""
-        if self._process is not None:
-            try:
-                os.killpg(self._process.pid, 9)
-            except ProcessLookupError:
-                pass
-            self._process.wait()
-            self._process = None
-        for fd in (self._requests, self._replies):
-            if fd >= 0:
-                os.close(fd)
-        self._requests = self._replies = -1
-
-
-def times_json(measurement: Any) -> dict[str, Any]:
-    """A Measurement as part of a reply."""
-    return {name: value for name, value in asdict(measurement).items() if name != "samples"}
+    return optuna.trial.TrialState.FAIL

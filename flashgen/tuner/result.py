@@ -75,6 +75,8 @@ def winner_json(winner: Record) -> dict[str, Any]:
             "latency_ms": winner.latency_ms,
             "latency_p10_ms": winner.latency_p10_ms,
             "latency_p90_ms": winner.latency_p90_ms,
+            "quality": winner.quality,
+            "protocol": winner.protocol,
         }
     return shown
 

@@ -61,13 +61,16 @@ USAGE = [
     (["export", "attention_fwd-bf16-d64", "-o", "kernel.txt"], "kernel.txt"),
     (["export", "attention_fwd-bf16-d64", "--format", "zip", "-o", "x.py"], "--format"),
     (["bench"], "name a problem"),
+    (["tune", "--preset", "llama3-8b", "--target", "h100", "--cluster", "nowhere"], "'nowhere' is not host:port"),
+    (["tune", "--preset", "llama3-8b", "--target", "h100", "--strategy", "best"], "'best' is not one of"),
+    (["tune", "--preset", "llama3-8b", "--target", "h100", "--timeout", "nan"], "timeout_s=nan must be positive"),
+    (["tune", "--preset", "llama3-8b", "--target", "h100", "--timeout", "0"], "--timeout"),
+    (["tune", "--preset", "llama3-8b", "--target", "h100", "--trials", "0"], "--trials"),
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
     ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
-    ["tune", "--preset", "llama3-8b", "--target", "h100", "--cluster", "a:1"],
-    ["tune", "--preset", "llama3-8b", "--target", "h100", "--strategy", "tpe"],
     ["tune", "--op", "attention_bwd", "--target", "h100"],
     ["export", "attention_fwd-bf16-d64", "--format", "aot", "-o", "x.py"],
     ["export", "attention_fwd-bf16-d64", "--format", "hf-kernels", "-o", "x"],

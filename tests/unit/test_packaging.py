@@ -25,7 +25,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # torch's CUDA build demands a Triton of its own, so that an exact pin would make the constraints unusable with a GPU.
 RANGES = {"triton"}
 # Extras that neither `make` nor CI installs.
-UNPINNED_EXTRAS = {"postgres", "ray"}
+UNPINNED_EXTRAS = {"postgres"}
 
 
 def pins() -> dict[str, Requirement]:
