@@ -5,6 +5,6 @@ from __future__ import annotations
 from flashgen.tuner.context import Event
 from flashgen.tuner.result import ProblemResult, TuneResult
 from flashgen.tuner.run import choose_mode, tune
-from flashgen.tuner.search import STRATEGIES
+from flashgen.tuner.strategies import NAMES as STRATEGIES
 
 __all__ = ["STRATEGIES", "Event", "ProblemResult", "TuneResult", "choose_mode", "tune"]

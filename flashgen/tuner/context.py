@@ -16,6 +16,7 @@ from flashgen.render import KernelSource, render
 from flashgen.store import Record, utc_now
 from flashgen.target import Target
 from flashgen.tuner.result import ProblemResult
+from flashgen.tuner.strategies import Strategy
 from flashgen.variants import KnownGood, MeasuredTile, Variant, candidates
 
 
@@ -35,6 +36,9 @@ class Context:
     """One problem on one target in one run.
 
     Attributes:
+        order: the legal list, as a strategy that learns nothing would try it.
+        strategy: chooses what is measured next.
+        max_trials: how many are measured at most; None for all.
         measured_tiles: the measured table of the problem, nearest first; only filled without the GPU.
         earlier: rows of this very kernel, target, shape and Triton, when the run resumes.
         save: hands finished records to the store.
@@ -48,6 +52,8 @@ class Context:
     source: KernelSource
     known_good: tuple[KnownGood, ...]
     order: list[KernelConfig]
+    strategy: Strategy
+    max_trials: int | None
     session: str
     result: ProblemResult
     workers: int | None

@@ -13,9 +13,9 @@ import select as os_select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flashgen.bench import PROTOCOL_SEARCH
 from flashgen.compile_pool import CompilePool
@@ -25,7 +25,10 @@ from flashgen.facts import CompiledFacts
 from flashgen.interpret_worker import receive, send
 from flashgen.store import Record
 from flashgen.tuner.context import Context
-from flashgen.tuner.search import new_study, proposals
+from flashgen.tuner.search import history, new_study, proposals
+
+if TYPE_CHECKING:
+    import optuna
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -33,7 +36,7 @@ _BOOTSTRAP = (
 )
 _START_TIMEOUT_S = 120.0
 _TRIAL_TIMEOUT_S = 60.0
-_FINALISTS = 3
+FINALISTS = 3
 CENSOR_FACTOR = 3.0  # one launch slower than this many times the best so far is not timed further
 
 
@@ -50,64 +53,95 @@ class Bench(Protocol):
 def run(context: Context, *, study_storage: str | None = None, bench: Callable[[], Bench] | None = None) -> None:
     """Measure one problem's candidates and store every trial as it ends.
 
+    Where every legal configuration is to be measured, all are compiled first, side by side: compiling is the bill. A bounded
+    search compiles what the strategy proposes when it proposes it.
+
     A KeyboardInterrupt keeps what is measured, and is raised again.
     """
     context.result.trials.extend(context.earlier.values())
-    compiled, order = _compile(context)
-    study = (
-        new_study(order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
-        if order
-        else None
+    limit = len(context.order) if context.max_trials is None else context.max_trials  # an earlier run's count too
+    study = new_study(
+        context.strategy, context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage
     )
+    _remember(study, context)
     worker = (bench or GpuWorker)()
     try:
-        for number, (trial, config) in enumerate(proposals(study, order) if study is not None else (), start=1):
-            if context.expired():
-                break
-            best = _best(context)
-            record = _trial(context, worker, config, compiled[config], best)
-            context.finish([record])
-            study.tell(trial, *_told(record))  # type: ignore[union-attr]  # there is a study where there are proposals
-            shown = _best(context)
-            text = (
-                f"best so far {shown.latency_ms:.4f} ms: {_label(shown)}"
-                if shown is not None and shown.latency_ms
-                else ""
-            )
-            context.tell(number, len(order), text, "measuring")
-        _decide(context, worker)
+        with CompilePool(context.workers) as pool:
+            compiled = _compile(context, pool, context.order if limit >= len(context.order) else [])
+            number = 0
+            for trial, config in proposals(study, context.order):
+                if context.expired() or number + len(context.earlier) >= limit:
+                    break
+                if config not in compiled:
+                    compiled |= _compile(context, pool, [config])
+                facts = compiled[config]
+                number += 1
+                if facts is None:
+                    study.tell(trial, state=_fail())
+                    continue
+                record = _trial(context, worker, config, facts, _best(context))
+                context.finish([record])
+                study.tell(trial, *_told(record))
+                shown = _best(context)
+                text = (
+                    f"best so far {shown.latency_ms:.4f} ms: {_label(shown)}"
+                    if shown is not None and shown.latency_ms
+                    else ""
+                )
+                context.tell(number, limit - len(context.earlier), text, "measuring")
+        _decide(context, worker, context.strategy.finalists(history(study, context.order), FINALISTS))
     finally:
         worker.close()
 
 
-def _compile(context: Context) -> tuple[dict[KernelConfig, CompiledFacts], list[KernelConfig]]:
-    """Facts of what fits; what does not is recorded and excluded. What an earlier run finished is left out."""
-    todo = [config for config in context.order if config not in context.earlier]
-    compiled: dict[KernelConfig, CompiledFacts] = {}
-    with CompilePool(context.workers) as pool:
-        for number, (config, result) in enumerate(pool.map(context.source, context.target, todo), start=1):
-            reason: str | None
-            if isinstance(result, BuildError):
-                reason, status, facts = str(result), "compile_error", None
-            else:
-                reason, status, facts = (
-                    context.variant.illegal(context.problem.spec, context.target, config, result),
-                    "out_of_resources",
-                    result,
-                )
-            if reason is None and facts is not None:
-                compiled[config] = facts
-            else:
-                context.result.excluded[config.label] = reason or status
-                context.finish(
-                    [
-                        context.record(
-                            config, status, protocol=PROTOCOL_SEARCH, facts=facts, message=(reason or "")[:500]
-                        )
-                    ]
-                )
+def _remember(study: optuna.Study, context: Context) -> None:
+    """An earlier run's trials become trials of the study: the strategy reads nothing else."""
+    import optuna
+
+    known = {trial.config for trial in history(study, context.order)}
+    space = {
+        name: optuna.distributions.CategoricalDistribution(sorted({config[name] for config in context.order}))
+        for name in (context.order[0] if context.order else ())
+    }
+    for config, row in context.earlier.items():
+        if config in known or config not in set(context.order):
+            continue
+        ran = row.status == "ok" and row.latency_ms is not None
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.COMPLETE if ran else optuna.trial.TrialState.FAIL,
+                params=config.to_dict(),
+                distributions=space,  # type: ignore[arg-type]
+                value=row.latency_ms if ran else None,
+            )
+        )
+
+
+def _compile(
+    context: Context, pool: CompilePool, configs: Sequence[KernelConfig]
+) -> dict[KernelConfig, CompiledFacts | None]:
+    """Facts of what fits; what does not is recorded and excluded, and None here. What an earlier run finished is left out."""
+    todo = [config for config in configs if config not in context.earlier]
+    compiled: dict[KernelConfig, CompiledFacts | None] = {}
+    for number, (config, result) in enumerate(pool.map(context.source, context.target, todo), start=1):
+        reason: str | None
+        if isinstance(result, BuildError):
+            reason, status, facts = str(result), "compile_error", None
+        else:
+            reason, status, facts = (
+                context.variant.illegal(context.problem.spec, context.target, config, result),
+                "out_of_resources",
+                result,
+            )
+        compiled[config] = facts if reason is None else None
+        if reason is not None:
+            context.result.excluded[config.label] = reason
+            context.finish(
+                [context.record(config, status, protocol=PROTOCOL_SEARCH, facts=facts, message=reason[:500])]
+            )
+        if len(todo) > 1:
             context.tell(number, len(todo), "", "compiling")
-    return compiled, [config for config in todo if config in compiled]
+    return compiled
 
 
 def _trial(context: Context, worker: Bench, config: KernelConfig, facts: CompiledFacts, best: Record | None) -> Record:
@@ -144,11 +178,9 @@ def _best(context: Context) -> Record | None:
     return min(timed, key=lambda row: row.latency_ms or 0.0, default=None)
 
 
-def _decide(context: Context, worker: Bench) -> None:
+def _decide(context: Context, worker: Bench, finalists: list[KernelConfig]) -> None:
     """Re-time the best few side by side; the least median wins."""
     timed = sorted((row for row in context.result.trials if row.status == "ok"), key=lambda row: row.latency_ms or 0.0)
-    finalists = [KernelConfig(variant=context.variant.name, **row.config) for row in timed]
-    finalists = list(dict.fromkeys(finalists))[:_FINALISTS]
     if not finalists:
         causes = dict(list(context.result.excluded.items())[:5])
         causes |= {_label(row): row.message or row.status for row in context.result.trials[:5] if row.status != "ok"}
@@ -183,6 +215,12 @@ def _told(record: Record) -> tuple[Any, ...]:
     if record.status == "ok":
         return (record.latency_ms,)
     return (None, optuna.trial.TrialState.FAIL)
+
+
+def _fail() -> Any:
+    import optuna
+
+    return optuna.trial.TrialState.FAIL
 
 
 class GpuWorker:

@@ -13,11 +13,12 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import measured, policy, predicted
+from flashgen.tuner import measured, policy, predicted, strategies
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, source_of
+from flashgen.tuner.experience import Case, lessons_from
 from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
-from flashgen.tuner.search import check_strategy, ordered
+from flashgen.tuner.search import check_strategy
 
 _FINAL_STATUSES = (
     "ok",
@@ -148,15 +149,18 @@ def _context(
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
     legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
-    order = ordered(
-        legal,
-        [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)],
-        strategy,
-    )
-    if max_trials is not None:
+    first = [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)]
+    if mode == "measured":
+        here = Case(spec=source.spec, shape=problem.shape, gpu=target.name)
+        rows = [*store.trials(op=source.spec.op, variant=variant.name), *_shipped(source.spec.op)]
+        lessons = lessons_from(rows, here, variant.name)
+    else:
+        lessons = []
+    order = strategies.ordered(legal, first, strategy)
+    if max_trials is not None and mode == "predicted":
         # What the policy chooses among is compiled however short the list is cut.
-        first = policy.considered(variant, problem.spec, target, measured_tiles, known) if mode == "predicted" else []
-        order = list(dict.fromkeys([*first, *order]))[: max(max_trials, len(first))]
+        always = policy.considered(variant, problem.spec, target, measured_tiles, known)
+        order = list(dict.fromkeys([*always, *order]))[: max(max_trials, len(always))]
     return Context(
         problem=problem,
         target=target,
@@ -165,6 +169,8 @@ def _context(
         known_good=known,
         measured_tiles=measured_tiles,
         order=order,
+        strategy=strategies.make(strategy, legal, seeds=first, lessons=lessons),
+        max_trials=max_trials,
         session=result.session,
         result=ProblemResult(
             problem=problem, spec_key=source.spec.key, variant=variant.name, digest=source.digest, legal=len(legal)
@@ -193,6 +199,10 @@ def _earlier(stored: Iterable[Record], problem: Problem, variant: str) -> dict[K
             if old is None or row.error_ratio is not None or old.error_ratio is None:
                 found[config] = row
     return found
+
+
+def _shipped(op: str) -> list[Record]:
+    return [row for gpu in seeds.gpus() for row in seeds.load(gpu, op)]
 
 
 def _near_winners(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +26,12 @@ from flashgen.accuracy import AccuracyReport
 from flashgen.bench import PROTOCOL_FINAL
 from flashgen.facts import CompiledFacts
 from flashgen.store import open_store
-from flashgen.tuner import measured, policy, predicted, tune
+from flashgen.tuner import measured, policy, predicted, strategies, tune
 from flashgen.tuner.context import Context, choose_variant, legal_list
 from flashgen.tuner.run import _context
-from flashgen.tuner.search import new_study, ordered, proposals
+from flashgen.tuner.search import new_study, proposals
 
+_FAIL = optuna.trial.TrialState.FAIL
 H100, A100 = Target.named("h100"), Target.named("a100")
 PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
 VARIANT = choose_variant(PROBLEM, H100)
@@ -95,34 +97,53 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 # -- search --
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_legal_point_once_and_no_other(data: st.DataObject) -> None:
-    legal = data.draw(st.lists(st.sampled_from(LEGAL), unique=True, max_size=12))
-    strategy = data.draw(st.sampled_from(["auto", "random", "exhaustive"]))
+    legal = data.draw(st.lists(st.sampled_from(LEGAL), unique=True, min_size=1, max_size=12))
+    name = data.draw(st.sampled_from(strategies.NAMES))
     seeds = data.draw(st.lists(st.sampled_from(LEGAL), max_size=4))
-    order = ordered(legal, seeds, strategy)
-    assert set(order) == set(legal) and len(order) == len(legal)
-    if not order:
-        return
-    study = new_study(order, "test")
-    proposed = [config for _, config in proposals(study, order)]
-    assert proposed == order
-    wanted = [seed for seed in dict.fromkeys(seeds) if seed in legal]
-    assert strategy != "auto" or proposed[: len(wanted)] == wanted
+    strategy = strategies.make(name, legal, seeds=seeds, vetoed=frozenset(legal[:1]))
+    study = new_study(strategy, legal, "test")
+    proposed = []
+    for trial, config in proposals(study, legal):
+        proposed.append(config)
+        failed = data.draw(st.booleans())
+        study.tell(trial, None if failed else 1.0 + len(proposed), state=_FAIL if failed else None)
+    assert sorted(proposed, key=str) == sorted(legal, key=str)
+    wanted = [seed for seed in dict.fromkeys(seeds) if seed in legal[1:]]
+    assert name != "auto" or proposed[: len(wanted)] == wanted
 
 
 def test_an_enqueued_trial_comes_first_and_is_not_repeated() -> None:
     order = list(LEGAL[:5])
-    study = new_study(order, "test")
+    study = new_study(strategies.InOrder(order), order, "test")
     study.enqueue_trial(order[3].to_dict())
-    proposed = [config for _, config in proposals(study, order)]
+    proposed = []
+    for trial, config in proposals(study, order):
+        proposed.append(config)
+        study.tell(trial, 1.0)
     assert proposed[0] == order[3] and sorted(proposed, key=str) == sorted(order, key=str)
 
 
+def test_a_study_in_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    order, path = list(LEGAL[:6]), str(tmp_path / "study.sqlite3")
+    first = new_study(strategies.InOrder(order), order, "test", path)
+    for (trial, _), value in zip(proposals(first, order), (3.0, 2.0), strict=False):
+        first.tell(trial, value)
+    again = new_study(strategies.InOrder(order), order, "test", path)
+    assert [config for _, config in _told(again, order)] == order[2:]
+
+
+def _told(study: Any, order: list[KernelConfig]) -> list[tuple[Any, KernelConfig]]:
+    found = []
+    for trial, config in proposals(study, order):
+        study.tell(trial, 1.0)
+        found.append((trial, config))
+    return found
+
+
 def test_strategies_by_name() -> None:
-    with pytest.raises(UnsupportedProblemError, match="strategy 'gp'"):
-        tune(PROBLEM, target=H100, strategy="gp")
     with pytest.raises(InvalidProblemError, match="strategy='best' is not known"):
         tune(PROBLEM, target=H100, strategy="best")
 
