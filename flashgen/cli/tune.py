@@ -11,9 +11,9 @@ from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
 from flashgen.errors import UnsupportedProblemError
 from flashgen.problem import Problem, not_built
-from flashgen.store import Record, seeds
+from flashgen.store import Record, open_store, portfolios, seeds
 from flashgen.target import Target
-from flashgen.tuner import STRATEGIES, TuneResult, choose_mode
+from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, portfolio
 from flashgen.tuner import tune as run_tuner
 from flashgen.tuner.context import choose_variant, legal_list
 
@@ -36,7 +36,7 @@ from flashgen.tuner.context import choose_variant, legal_list
     "--write-seeds",
     "seeds_folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Also write the winners as seeds.",
+    help="Also write the winners as seeds, and the portfolios of all trials.",
 )
 @click.option("--database", metavar="PATH_OR_URL", help="Instead of the user's own.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -69,7 +69,7 @@ def tune(as_json: bool, **values: Any) -> int:
     )
     written: tuple[Path, ...] = ()
     if values["seeds_folder"] is not None:
-        written = seeds.write(values["seeds_folder"], _winners(result))
+        written = _write_seeds(values["seeds_folder"], result)
     if as_json:
         print_json({**result.to_json(), "not_tuned": left_out, "seeds": [str(path) for path in written]})
     else:
@@ -78,8 +78,20 @@ def tune(as_json: bool, **values: Any) -> int:
     return 130 if result.interrupted else 0
 
 
-def _winners(result: TuneResult) -> list[Record]:
-    return [row.winner for row in result.problems if row.winner is not None]
+def _write_seeds(folder: Path, result: TuneResult) -> tuple[Path, ...]:
+    """The winners as seeds, and the portfolios of what was tuned, from every trial: the folder's, the database's, this run's."""
+    winners = [row.winner for row in result.problems if row.winner is not None]
+    files = seeds.write(folder, winners)
+    if not winners:
+        return files
+    arch = winners[0].arch
+    rows = [row for path in sorted(folder.glob("*/*.jsonl")) for row in seeds.read(path) if row.arch == arch]
+    with open_store(result.database) as store:
+        rows += store.trials(arch=arch)
+    rows += [row for problem in result.problems for row in problem.trials]
+    tuned = {(row.op, row.variant) for row in winners}
+    members = [row for row in portfolio.derive(rows) if row.arch == arch and (row.op, row.variant) in tuned]
+    return (*files, *portfolios.write(portfolio.folder_beside(folder), members))
 
 
 def _coverable(problems: list[Problem], target: Target) -> tuple[list[Problem], list[dict[str, str]]]:

@@ -13,7 +13,7 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import measured, policy, predicted, strategies
+from flashgen.tuner import measured, policy, portfolio, predicted, strategies
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, source_of
 from flashgen.tuner.experience import Case, lessons_from
 from flashgen.tuner.progress import reporter
@@ -149,7 +149,9 @@ def _context(
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
     legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
-    first = [*(row.config for row in known), *_near_winners(problem, variant.name, stored, source.spec.op, target)]
+    near = _near_winners(problem, variant.name, stored, source.spec.op, target)
+    shared = portfolio.configs(variant, source.spec, target)[: strategies.SEEDS]
+    first = [*(row.config for row in known), *near, *shared]
     if mode == "measured":
         here = Case(spec=source.spec, shape=problem.shape, gpu=target.name)
         rows = [*store.trials(op=source.spec.op, variant=variant.name), *_shipped(source.spec.op)]
