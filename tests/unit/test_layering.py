@@ -47,6 +47,7 @@ ROWS = (
     ("integrations", "peers"),
     ("tuner",),
     ("exporter",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )
