@@ -58,11 +58,12 @@ class Whisker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntervalChart:
-    """The final rounds."""
+    """The final rounds; `band` is where the noise floor reaches, None where bars are milliseconds."""
 
     whiskers: tuple[Whisker, ...]
     ticks: tuple[Tick, ...]
     height: int
+    band: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,25 +117,34 @@ def history_chart(steps: Sequence[Step]) -> HistoryChart | None:
 
 
 def interval_chart(finals: Sequence[Finalist]) -> IntervalChart | None:
-    """The final rounds; None where there were none."""
+    """The final rounds; None where there were none.
+
+    Where the protocol keeps them, bars are intervals of the time against the incumbent's, and the band is the noise of the
+    incumbent's twin; else they reach from p10 to p90.
+    """
     if not finals:
         return None
-    low, high = min(one.low_ms for one in finals), max(one.high_ms for one in finals)
-    pad = 0.05 * (high - low) or 0.05 * high
+    paired = any(one.interval is not None for one in finals)
+    floor = max((one.floor or 0.0 for one in finals), default=0.0) if paired else 0.0
+    bars = [
+        ((one.interval or (0.0, 0.0, 0.0)) if paired else (one.low_ms, one.median_ms, one.high_ms)) for one in finals
+    ]
+    low, high = min(bar[0] for bar in bars), max(bar[2] for bar in bars)
+    if paired:
+        low, high = min(low, -floor), max(high, floor)
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     x = _linear(low - pad, high + pad, 10, WIDTH - 10)
     whiskers = tuple(
         Whisker(
-            text=f"{one.label}" + (" (winner)" if one.winner else ""),
-            y=34 + 44 * i,
-            low=x(one.low_ms),
-            middle=x(one.median_ms),
-            high=x(one.high_ms),
-            winner=one.winner,
+            text=one.label + (" (winner)" if one.winner else "") + (" incumbent" if paired and one.interval is None else ""),
+            y=34 + 44 * i, low=x(bar[0]), middle=x(bar[1]), high=x(bar[2]), winner=one.winner,
         )
-        for i, one in enumerate(finals)
-    )
-    ticks = tuple(Tick(at=x(value), text=figure(value)) for value in _even(low, high, 4))
-    return IntervalChart(whiskers=whiskers, ticks=ticks, height=44 * len(finals) + 46)
+        for i, (one, bar) in enumerate(zip(finals, bars, strict=True))
+    )  # fmt: skip
+    text: Callable[[float], str] = (lambda value: f"{100 * value:+.1f} %") if paired else figure
+    ticks = tuple(Tick(at=x(value), text=text(value)) for value in _even(low, high, 4))
+    band = (x(-floor), x(floor)) if paired else None
+    return IntervalChart(whiskers=whiskers, ticks=ticks, height=44 * len(finals) + 46, band=band)
 
 
 def growth_charts(rows: Sequence[MemoryRow]) -> tuple[GrowthChart, ...]:

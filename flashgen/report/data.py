@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flashgen.errors import FlashgenError
 from flashgen.problem import Problem
@@ -43,13 +45,25 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """One configuration of the final rounds: median and the interval from p10 to p90 over the rounds, in milliseconds."""
+    """One configuration of the final rounds.
+
+    Attributes:
+        median_ms, low_ms, high_ms: median, p10 and p90 over the rounds.
+        ratio: its median over the least one.
+        interval: low, middle and high of its time over the incumbent's, pair by pair (bootstrap), less 1; None for the
+            incumbent itself, and in protocols that do not store it.
+        floor: what a difference had to clear, likewise; None where it is not stored.
+        rounds: how many there were; 0 where that is not stored.
+    """
 
     label: str
     median_ms: float
     low_ms: float
     high_ms: float
     ratio: float
+    interval: tuple[float, float, float] | None
+    floor: float | None
+    rounds: int
     winner: bool
     quality: str
     message: str
@@ -214,7 +228,7 @@ def _subject(rows: list[Record]) -> tuple[tuple[object, ...], Subject]:
         importance=importances([(row.config, row.latency_ms) for row in points if row.status == "ok" and row.latency_ms]),
         failures=_failures(rows),
         accuracy=_accuracy(rows, winner),
-        ranked=tuple(sorted((r for r in rows if r.rank is not None), key=lambda r: (r.rank or 0, r.config_json)))[:10],
+        ranked=tuple(sorted((r for r in rows if r.status == "predicted" and r.rank is not None), key=lambda r: (r.rank or 0, r.config_json)))[:10],
         versions=_versions(rows),
         protocols=tuple(sorted({row.protocol for row in rows})),
         sessions=tuple(dict.fromkeys(row.session for row in rows)),
@@ -249,7 +263,15 @@ def _tflops(spec: AttentionSpec, winner: Record | None) -> float | None:
     if spec.op != "attention_fwd":
         return None
     problem = Problem(
-        dtype=spec.dtype, head_dim=spec.head_dim, head_dim_v=spec.head_dim_v, causal=spec.causal, **winner.shape
+        dtype=spec.dtype,
+        head_dim=spec.head_dim,
+        head_dim_v=spec.head_dim_v,
+        causal=spec.causal,
+        batch=winner.shape["batch"],
+        seqlen_q=winner.shape["seqlen_q"],
+        seqlen_k=winner.shape["seqlen_k"],
+        num_heads_q=winner.shape["num_heads_q"],
+        num_heads_kv=winner.shape["num_heads_kv"],
     )
     return problem.flops / winner.latency_ms / 1e9
 
@@ -271,18 +293,26 @@ def _finals(rows: Sequence[Record], winner: Record | None) -> tuple[Finalist, ..
         return ()
     newest = [row for row in timed if row.session == timed[-1].session]
     best = min(row.latency_ms or 0.0 for row in newest)
-    return tuple(
-        Finalist(
-            label=compact(dict(row.config)),
-            median_ms=row.latency_ms or 0.0,
-            low_ms=row.latency_p10_ms or row.latency_ms or 0.0,
-            high_ms=row.latency_p90_ms or row.latency_ms or 0.0,
-            ratio=(row.latency_ms or 0.0) / best,
-            winner=winner is not None and row.config == winner.config,
-            quality=row.quality,
-            message=row.message or "",
-        )
-        for row in sorted(newest, key=lambda row: row.latency_ms or 0.0)
+    return tuple(_finalist(row, best, winner) for row in sorted(newest, key=lambda row: row.latency_ms or 0.0))
+
+
+def _finalist(row: Record, best: float, winner: Record | None) -> Finalist:
+    final: dict[str, Any] = (row.facts or {}).get("shootout") or {}
+    found = final.get("interval")
+    return Finalist(
+        label=compact(dict(row.config)),
+        median_ms=row.latency_ms or 0.0,
+        low_ms=row.latency_p10_ms or row.latency_ms or 0.0,
+        high_ms=row.latency_p90_ms or row.latency_ms or 0.0,
+        ratio=(row.latency_ms or 0.0) / best,
+        interval=None
+        if found is None
+        else (math.expm1(found["low"]), math.expm1(found["middle"]), math.expm1(found["high"])),
+        floor=None if final.get("floor") is None else math.expm1(final["floor"]),
+        rounds=int(final.get("rounds", 0)),
+        winner=winner is not None and row.config == winner.config,
+        quality=row.quality,
+        message=row.message or "",
     )
 
 

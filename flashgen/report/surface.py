@@ -126,20 +126,23 @@ def _cell(
     if predicted and row.rank is not None:
         # Places are spread over the scale: they say an order, nothing of how much.
         share = (row.rank - min(places)) / max(1, max(places) - min(places))
+        paint = _paint(share)
         return Cell(
             text=f"#{row.rank}",
             status=row.status,
-            **_paint(share),
+            colour=paint["colour"],
+            ink=paint["ink"],
             winner=row.config == chosen,
         )
     if row.latency_ms is None or row.status != "ok":
         return Cell(text=WORDS.get(row.status, row.status), status=row.status)
     slowdown = row.latency_ms / (best or row.latency_ms)
-    share = min(1.0, math.log(slowdown) / math.log(_PALEST))
+    paint = _paint(min(1.0, math.log(slowdown) / math.log(_PALEST)))
     return Cell(
         text=figure(row.latency_ms),
         status=row.status,
-        **_paint(share),
+        colour=paint["colour"],
+        ink=paint["ink"],
         best=row.latency_ms == best,
         winner=row.config == chosen,
     )

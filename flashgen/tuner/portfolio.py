@@ -120,7 +120,9 @@ def _slowdowns(rows: Sequence[Record]) -> dict[KernelConfig, float]:
     Ratios are formed within one run and protocol, since a card drifts between them. What was timed side by side counts so alone: a
     lucky reading of the search must not beat the finalists.
     """
-    rows = [row for row in rows if row.quality == "high"] or list(rows)
+    # A run whose final rounds were too noisy counts only where no better one is; the search's readings are rough anyway.
+    if any(row.quality == "high" and _side_by_side(row.protocol) for row in rows):
+        rows = [row for row in rows if row.quality == "high" or not _side_by_side(row.protocol)]
     runs: dict[tuple[str, str], dict[KernelConfig, float]] = {}
     for row in rows:
         run = runs.setdefault((row.session, row.protocol), {})
@@ -225,6 +227,6 @@ def _greedy(problems: Sequence[Seen], covers: Mapping[KernelConfig, frozenset[in
     return chosen
 
 
-def _loss(problems: Sequence[Seen], group: Sequence[KernelConfig]) -> float:
+def _loss(problems: Sequence[Seen], group: Iterable[KernelConfig]) -> float:
     """Log slowdown of the best of a group, added up over the problems; what was never tried counts as e times slower."""
     return round(sum(min(math.log(one.slowdowns.get(config, math.e)) for config in group) for one in problems), 9)

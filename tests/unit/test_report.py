@@ -126,6 +126,22 @@ def test_charts_keep_inside_their_frame() -> None:
     assert log_ticks(1.0, 10.0) == [1.0, 2.0, 5.0, 10.0] and log_ticks(1.3, 1.6)[0] == 1.3
 
 
+def test_intervals_against_the_incumbent_and_the_noise_floor_where_they_are_stored() -> None:
+    def finalist(block: int, ms: float, interval: dict[str, float] | None) -> Record:
+        final = {"incumbent": "x", "floor": 0.01, "rounds": 60, "interval": interval}
+        return make(config={"BLOCK_M": block}, latency_ms=ms, protocol="shootout-1", facts={"shootout": final})
+
+    rows = [finalist(64, 2.0, None), finalist(128, 1.9, {"low": -0.06, "middle": -0.05, "high": -0.04})]
+    (one,) = gather(rows)
+    chart = interval_chart(one.finals)
+    assert chart is not None and chart.band is not None
+    assert one.finals[0].interval == pytest.approx((math.expm1(-0.06), math.expm1(-0.05), math.expm1(-0.04)))
+    faster, incumbent = chart.whiskers
+    assert faster.high < chart.band[0] < incumbent.middle < chart.band[1] and "incumbent" in incumbent.text
+    text = shown(rows)
+    assert "-4.9 % (-5.8 to -3.9)" in text and "over 60 rounds" in text and Outline(text).open == []
+
+
 # -- the text --
 
 
@@ -147,7 +163,7 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
-        if tag not in ("meta", "link", "br", "line", "path", "circle"):
+        if tag not in ("meta", "link", "br", "line", "path", "circle", "rect"):
             self.open.append(tag)
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
@@ -167,7 +183,7 @@ class Outline(html.parser.HTMLParser):
             self._headers += 1
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("line", "path", "circle"):
+        if tag in ("line", "path", "circle", "rect"):
             return
         assert self.open.pop() == tag
         if tag == "table":
