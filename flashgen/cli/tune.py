@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from flashgen import settings
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
-from flashgen.errors import UnsupportedProblemError
+from flashgen.errors import DatabaseError, UnsupportedProblemError
 from flashgen.problem import Problem, not_built
 from flashgen.store import Record, open_store, portfolios, seeds
 from flashgen.target import Target
 from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, portfolio
 from flashgen.tuner import tune as run_tuner
-from flashgen.tuner.context import choose_variant, legal_list
+from flashgen.tuner.context import choose_variant
+from flashgen.tuner.plan import plan
+from flashgen.tuner.progress import clock_time
 
 
 @click.command()
@@ -127,24 +132,19 @@ def _print_left_out(left_out: list[dict[str, str]]) -> None:
 def _plan(
     problems: list[Problem], left_out: list[dict[str, str]], target: Target, values: dict[str, Any], as_json: bool
 ) -> int:
-    from flashgen import settings
-
     mode = choose_mode(values["mode"], target)
-    rows = []
-    for problem in problems:
-        variant = choose_variant(problem, target)
-        legal, known = legal_list(variant, problem, target)
-        trials = min(len(legal), max(values["trials"] or len(legal), len(known) if mode == "predicted" else 1))
-        rows.append(
-            {
-                "problem": str(problem),
-                "spec": problem.spec.key,
-                "variant": variant.name,
-                "legal": len(legal),
-                "trials": trials,
-            }
-        )
-    where = values["database"] or settings.read().database_url
+    env = settings.read()
+    where = values["database"] or env.database_url
+    stored: list[Record] = []
+    if values["database"] is not None or (env.database_path is not None and env.database_path.exists()):
+        with contextlib.suppress(DatabaseError), open_store(where) as store:
+            stored = store.trials(op=problems[0].spec.op)
+    plans = [
+        plan(problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored)
+        for problem in problems
+    ]
+    known = [row.estimate_s for row in plans if row.estimate_s is not None]
+    total = sum(known) if len(known) == len(plans) else None
     if as_json:
         print_json(
             {
@@ -152,19 +152,33 @@ def _plan(
                 "mode": mode,
                 "strategy": values["strategy"],
                 "database": where,
-                "problems": rows,
+                "estimate_s": total,
+                "problems": [
+                    {**asdict(row), "problem": str(row.problem), "spec": row.problem.spec.key, "strategy": values["strategy"]}
+                    for row in plans
+                ],
                 "not_tuned": left_out,
             }
-        )
+        )  # fmt: skip
         return 0
     print_table(
-        ["problem", "variant", "legal", "trials"], [[r["problem"], r["variant"], r["legal"], r["trials"]] for r in rows]
-    )
+        ["problem", "variant", "legal", "seeds", "trials", "compiled already", "strategy", "estimate"],
+        [
+            [row.problem, row.variant, row.legal, row.seeds, row.trials, row.cached, values["strategy"], _about(row.estimate_s)]
+            for row in plans
+        ],
+    )  # fmt: skip
+    for basis in dict.fromkeys(row.basis for row in plans):
+        click.echo(f"estimate: {basis}")
     click.echo(
-        f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)"
+        f"target {target.name}, mode {mode}, database {where}; in all {_about(total)} (an estimate); nothing was done (--plan)"
     )
     _print_left_out(left_out)
     return 0
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"about {clock_time(seconds)}"
 
 
 def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
