@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,4 +116,4 @@ def _gaps(rows: Sequence[Record]) -> list[float]:
     for row in rows:
         if row.status in ("ok", "censored", "wrong_result"):
             runs.setdefault(row.session, []).append(datetime.fromisoformat(row.created).timestamp())
-    return [b - a for times in map(sorted, runs.values()) for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for times in map(sorted, runs.values()) for a, b in itertools.pairwise(times)]
