@@ -38,3 +38,12 @@ def seeds_dir() -> Path:
         FlashgenError: neither the wheel's nor the checkout's folder exists.
     """
     return _find("tuning_db", "README.md") / "seeds"
+
+
+def portfolios_dir() -> Path:
+    """The folder of shipped portfolios, `<arch>/<op>.jsonl`.
+
+    Raises:
+        FlashgenError: neither the wheel's nor the checkout's folder exists.
+    """
+    return _find("tuning_db", "README.md") / "portfolios"

@@ -20,7 +20,8 @@ from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.settings import BACKENDS, Settings
 from flashgen.spec import AttentionSpec
-from flashgen.store import seeds, select
+from flashgen.store import portfolios, seeds, select
+from flashgen.store.portfolios import Member
 from flashgen.store.records import Record
 from flashgen.target import Target
 from flashgen.variants import REGISTRY, Variant, by_name, candidates
@@ -154,7 +155,7 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         rejected=rejected,
         problem=problem,
         target=target,
-        notes=_notes(problem, target, variant),
+        notes=_notes(problem, target, variant) + _default_note(variant, spec, target, chosen, source),
     )
     _report_fallback(plan, env)
     return plan
@@ -218,6 +219,18 @@ def _notes(problem: Problem, target: Target, variant: Variant) -> tuple[str, ...
     return tuple(notes)
 
 
+def _default_note(
+    variant: Variant, spec: AttentionSpec, target: Target, config: KernelConfig, source: str
+) -> tuple[str, ...]:
+    if source != "default" or not variant.knobs:
+        return ()
+    if portfolio_first(variant, spec, target) == config:
+        return (
+            f"nothing is tuned for this kernel: the configuration is the first of {target.arch}'s portfolio (flashgen show portfolio)",
+        )
+    return ("nothing is tuned for this kernel: the configuration is the variant's own default",)
+
+
 def _report_fallback(plan: Plan, env: Settings) -> None:
     """On a GPU a fall to torch is said once per spec: of the forward, or of the backward alone."""
     if plan.target.backend == "cpu" or env.on_fallback == "silent":
@@ -262,12 +275,22 @@ def _configure(
             if source == "predicted":
                 _report_miss(problem, target, env, f"uses the predicted configuration {config.label}", error=False)
             return config, source
-    default = variant.default(spec, target)
-    _report_miss(problem, target, env, f"uses the default configuration {default.label}", error=True)
+    member = portfolio_first(variant, spec, target)
+    default, kind = (member, "portfolio's first") if member is not None else (variant.default(spec, target), "default")
+    _report_miss(problem, target, env, f"uses the {kind} configuration {default.label}", error=True)
     return default, "default"
 
 
-def _legal(row: Record | None, variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfig | None:
+def portfolio_first(variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfig | None:
+    """The first shipped configuration for this architecture, dtype and padded head dim that is legal here, or None."""
+    found = portfolios.find(
+        arch=target.arch, op=spec.op, variant=variant.name, dtype=spec.dtype,
+        head_dim=spec.block_head_dim, head_dim_v=spec.block_head_dim_v,
+    )  # fmt: skip
+    return next((config for row in found if (config := _legal(row, variant, spec, target)) is not None), None)
+
+
+def _legal(row: Record | Member | None, variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfig | None:
     """A stored winner that today's predicate refuses is skipped, with a line in the log."""
     if row is None:
         return None

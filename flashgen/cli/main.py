@@ -25,10 +25,10 @@ _COMMANDS = {
     "bench": ("bench", "Time flashgen beside its peers."),
     "check": ("check", "Accuracy of the generated kernels against the fp64 reference."),
     "render": ("render", "Print the kernel source of a spec."),
-    "show": ("show", "Variants, targets, presets, spaces, plans."),
+    "show": ("show", "Variants, targets, presets, spaces, portfolios, plans."),
     "export": ("export", "Write a kernel that works without flashgen."),
     "memory": ("memory", "Activation memory and HBM traffic of a model's attention, against materialised."),
-    "report": ("unbuilt", "One HTML file of all results (not built yet)."),
+    "report": ("report", "One HTML file: tuning results, accuracy, memory."),
     "db": ("db", "The tuning database."),
 }
 

@@ -12,7 +12,7 @@ import click
 from flashgen import plot
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.errors import InvalidProblemError
-from flashgen.memory import Account, ModelAccount, of_model
+from flashgen.memory import Account, ModelAccount, of_model, size
 from flashgen.target import Target
 
 _BASIS = "bytes counted by the IO analysis of FlashAttention (arXiv 2205.14135, section 3.2), not measured"
@@ -159,16 +159,6 @@ def _line(
         str(seqlen), layers, tile, size(flash), size(other), _ratio(other, flash), size(issued),
         f"{size(estimate)} ({size(least)} to {size(most)})", size(hbm), _ratio(hbm, estimate),
     ]  # fmt: skip
-
-
-def size(count: int) -> str:
-    """Bytes in a unit that leaves three digits, powers of 1024."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB" if value < 1000 else f"{value:.0f} TiB"
 
 
 def _ratio(more: int, less: int) -> str:

@@ -16,13 +16,15 @@ from flashgen.cli.problems import named, problem_of, problem_options, problems_o
 from flashgen.coverage import uncovered
 from flashgen.presets import PRESETS, Layers, find
 from flashgen.problem import Problem
+from flashgen.spec import OPS
+from flashgen.store import portfolios
 from flashgen.target import TARGETS, Target
 from flashgen.variants import REGISTRY, candidates
 
 
 @click.group(cls=Group)
 def show() -> None:
-    """Variants, targets, presets, spaces, plans."""
+    """Variants, targets, presets, spaces, portfolios, plans."""
 
 
 @show.command()
@@ -183,6 +185,34 @@ def _headings(given: dict[str, Any]) -> list[str]:
         return [""]
     model, kinds = find(given["presets"][0])
     return [f"{model.name}/{row.kind}, {row.count} layers: " for row in kinds] if len(kinds) > 1 else [""]
+
+
+@show.command()
+@click.option("--target", "target_name", metavar="NAME", help="One GPU; all where not given.")
+@json_option
+def portfolio(target_name: str | None, as_json: bool) -> None:
+    """The few configurations per dtype and head dim that are good where nothing was tuned; a call takes the first."""
+    named_targets = [Target.named(target_name)] if target_name else [t for t in TARGETS.values() if t.backend != "cpu"]
+    rows: dict[str, tuple[portfolios.Member, ...]] = {
+        target.name: tuple(row for op in OPS for row in portfolios.load(target.arch, op)) for target in named_targets
+    }
+    if as_json:
+        print_json({"portfolios": {name: [asdict(row) for row in found] for name, found in rows.items()}})
+        return
+    headers = ["target", "kernel", "dtype", "head dim", "place", "configuration", "basis", "problems", "worst", "from"]
+    print_table(headers, [_member(name, row) for name, found in rows.items() for row in found])
+    click.echo(
+        "worst: time over the best one, on the measured problems that a member is taken for; a predicted member was never timed"
+    )
+
+
+def _member(target: str, row: portfolios.Member) -> list[str]:
+    dims = f"{row.head_dim}" if row.head_dim == row.head_dim_v else f"{row.head_dim}/{row.head_dim_v}"
+    basis = f"measured ({row.measured} of {row.problems} problems)" if row.measured else "predicted"
+    return [
+        target, row.variant, row.dtype, dims, str(row.place), " ".join(f"{n}={x}" for n, x in sorted(row.config.items())), basis,
+        f"{row.problems} of {row.of}", "-" if row.slowdown is None else f"{row.slowdown:.3f}", ", ".join(row.gpus),
+    ]  # fmt: skip
 
 
 def _plan(problem: Problem, target: Target | None, backend: str) -> tuple[dict[str, Any], str]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from flashgen import settings
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
-from flashgen.errors import UnsupportedProblemError
+from flashgen.errors import DatabaseError, UnsupportedProblemError
 from flashgen.problem import Problem
-from flashgen.store import Record, seeds
+from flashgen.store import Record, open_store, portfolios, seeds
 from flashgen.target import Target
-from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, devices
+from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, devices, portfolio
 from flashgen.tuner import tune as run_tuner
-from flashgen.tuner.context import choose_variant, legal_list
+from flashgen.tuner.context import choose_variant
+from flashgen.tuner.plan import plan
+from flashgen.tuner.progress import clock_time
 
 
 @click.command()
@@ -44,7 +49,7 @@ from flashgen.tuner.context import choose_variant, legal_list
     "--write-seeds",
     "seeds_folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Also write the winners as seeds.",
+    help="Also write the winners as seeds, and the portfolios of all trials.",
 )
 @click.option("--database", metavar="PATH_OR_URL", help="Instead of the user's own.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -79,7 +84,7 @@ def tune(as_json: bool, **values: Any) -> int:
     )
     written: tuple[Path, ...] = ()
     if values["seeds_folder"] is not None:
-        written = seeds.write(values["seeds_folder"], _winners(result))
+        written = _write_seeds(values["seeds_folder"], result)
     if as_json:
         print_json({**result.to_json(), "not_tuned": left_out, "seeds": [str(path) for path in written]})
     else:
@@ -88,8 +93,20 @@ def tune(as_json: bool, **values: Any) -> int:
     return 130 if result.interrupted else 0
 
 
-def _winners(result: TuneResult) -> list[Record]:
-    return [row.winner for row in result.problems if row.winner is not None]
+def _write_seeds(folder: Path, result: TuneResult) -> tuple[Path, ...]:
+    """The winners as seeds, and the portfolios of what was tuned, from every trial: the folder's, the database's, this run's."""
+    winners = [row.winner for row in result.problems if row.winner is not None]
+    files = seeds.write(folder, winners)
+    if not winners:
+        return files
+    arch = winners[0].arch
+    rows = [row for path in sorted(folder.glob("*/*.jsonl")) for row in seeds.read(path) if row.arch == arch]
+    with open_store(result.database) as store:
+        rows += store.trials(arch=arch)
+    rows += [row for problem in result.problems for row in problem.trials]
+    tuned = {(row.op, row.variant) for row in winners}
+    members = [row for row in portfolio.derive(rows) if row.arch == arch and (row.op, row.variant) in tuned]
+    return (*files, *portfolios.write(portfolio.folder_beside(folder), members))
 
 
 def _coverable(problems: list[Problem], target: Target) -> tuple[list[Problem], list[dict[str, str]]]:
@@ -125,25 +142,20 @@ def _print_left_out(left_out: list[dict[str, str]]) -> None:
 def _plan(
     problems: list[Problem], left_out: list[dict[str, str]], target: Target, values: dict[str, Any], as_json: bool
 ) -> int:
-    from flashgen import settings
-
     # A cluster's GPUs are not here to be asked, and it measures.
     mode = "measured" if values["cluster"] is not None else choose_mode(values["mode"], target)
-    rows = []
-    for problem in problems:
-        variant = choose_variant(problem, target)
-        legal, known = legal_list(variant, problem, target)
-        trials = min(len(legal), max(values["trials"] or len(legal), len(known) if mode == "predicted" else 1))
-        rows.append(
-            {
-                "problem": str(problem),
-                "spec": problem.spec.key,
-                "variant": variant.name,
-                "legal": len(legal),
-                "trials": trials,
-            }
-        )
-    where = values["database"] or settings.read().database_url
+    env = settings.read()
+    where = values["database"] or env.database_url
+    stored: list[Record] = []
+    if values["database"] is not None or (env.database_path is not None and env.database_path.exists()):
+        with contextlib.suppress(DatabaseError), open_store(where) as store:
+            stored = store.trials(op=problems[0].spec.op)
+    plans = [
+        plan(problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored)
+        for problem in problems
+    ]
+    known = [row.estimate_s for row in plans if row.estimate_s is not None]
+    total = sum(known) if len(known) == len(plans) else None
     if as_json:
         print_json(
             {
@@ -151,19 +163,33 @@ def _plan(
                 "mode": mode,
                 "strategy": values["strategy"],
                 "database": where,
-                "problems": rows,
+                "estimate_s": total,
+                "problems": [
+                    {**asdict(row), "problem": str(row.problem), "spec": row.problem.spec.key, "strategy": values["strategy"]}
+                    for row in plans
+                ],
                 "not_tuned": left_out,
             }
-        )
+        )  # fmt: skip
         return 0
     print_table(
-        ["problem", "variant", "legal", "trials"], [[r["problem"], r["variant"], r["legal"], r["trials"]] for r in rows]
-    )
+        ["problem", "variant", "legal", "seeds", "trials", "compiled already", "strategy", "estimate"],
+        [
+            [row.problem, row.variant, row.legal, row.seeds, row.trials, row.cached, values["strategy"], _about(row.estimate_s)]
+            for row in plans
+        ],
+    )  # fmt: skip
+    for basis in dict.fromkeys(row.basis for row in plans):
+        click.echo(f"estimate: {basis}")
     click.echo(
-        f"target {target.name}, mode {mode}, strategy {values['strategy']}, database {where}; nothing was done (--plan)"
+        f"target {target.name}, mode {mode}, database {where}; in all {_about(total)} (an estimate); nothing was done (--plan)"
     )
     _print_left_out(left_out)
     return 0
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"about {clock_time(seconds)}"
 
 
 def _print(result: TuneResult, written: tuple[Path, ...]) -> None:

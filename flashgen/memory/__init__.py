@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flashgen.memory.account import Account, Flash, Materialised, Pass, Tile, account
 from flashgen.memory.model import LayerAccount, ModelAccount, of_model
+from flashgen.memory.units import size
 
 __all__ = [
     "Account",
@@ -19,4 +20,5 @@ __all__ = [
     "Tile",
     "account",
     "of_model",
+    "size",
 ]

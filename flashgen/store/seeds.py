@@ -48,6 +48,15 @@ def load(gpu: str, op: str) -> tuple[Record, ...]:
     return _remembered(assets.seeds_dir() / gpu / f"{op}.jsonl")
 
 
+def read(path: Path) -> tuple[Record, ...]:
+    """The rows of one seeds file anywhere, not remembered.
+
+    Raises:
+        DatabaseError: as `load`.
+    """
+    return _parse(path)
+
+
 def forget() -> None:
     """Drop remembered files, after something else changed them."""
     _remembered.cache_clear()
@@ -82,7 +91,7 @@ def write(directory: str | os.PathLike[str], records: Iterable[Record]) -> tuple
         for sha, record in rows.items():
             merged[path].setdefault(sha, record)
         lines = [row.to_json() for _, row in sorted(merged[path].items(), key=lambda item: _order(*item))]
-        _replace(path, "".join(f"{line}\n" for line in lines))
+        replace_file(path, "".join(f"{line}\n" for line in lines))
     forget()
     return tuple(sorted(groups))
 
@@ -126,7 +135,12 @@ def _way_out(path: Path) -> str:
     return f"Correct or remove it; reinstall flashgen if {path.name} was shipped with it."
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a data file as a whole or not at all; its folder is made where missing.
+
+    Raises:
+        DatabaseError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

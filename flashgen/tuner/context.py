@@ -24,13 +24,14 @@ from flashgen.variants import KnownGood, MeasuredTile, Variant, candidates
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Progress: how many of a problem's trials are done, and the best so far in words."""
+    """Progress: how many of a problem's trials are done, the best so far in words, and trials by status."""
 
     problem: str
     done: int
     total: int
     best: str
     phase: str
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +139,9 @@ class Context:
 
     def tell(self, done: int, total: int, best: str, phase: str) -> None:
         """Report progress."""
-        self.report(Event(problem=str(self.problem), done=done, total=total, best=best, phase=phase))
+        excluded = {"excluded": len(self.result.excluded)} if self.result.excluded else {}
+        counts = self.result.counts() or excluded  # without the GPU trials are stored at the end
+        self.report(Event(problem=str(self.problem), done=done, total=total, best=best, phase=phase, counts=counts))
 
 
 def choose_variant(problem: Problem, target: Target) -> Variant:

@@ -34,12 +34,8 @@ def run(context: Context, *, study_storage: str | None = None) -> None:
     A KeyboardInterrupt keeps what is compiled: it is ranked and stored, without a winner, and raised again.
     """
     compiled = _Compiled(context)
-    study = new_study(
-        InOrder(context.order),
-        context.order,
-        f"{context.source.name}-{context.target.name}-{context.session}",
-        study_storage,
-    )
+    name = f"{context.source.name}-{context.target.name}-{context.session}"
+    study = new_study(InOrder(context.order), context.order, name, study_storage)
     trials = {config: trial for trial, config in proposals(study, context.order)}
     told: dict[KernelConfig, AccuracyReport | BuildError] = {}
     try:

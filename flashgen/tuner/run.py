@@ -15,7 +15,7 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import devices, policy, strategies
+from flashgen.tuner import devices, policy, portfolio, strategies
 from flashgen.tuner.condemned import FAILED, condemned
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, require_space, source_of
 from flashgen.tuner.experience import Case, lessons_from
@@ -250,7 +250,8 @@ def _context(
     legal = list(dict.fromkeys([*legal, *considered])) if ranked else considered
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     near = _near_winners(problem, variant.name, stored, source.spec.op, target)
-    first = [*(row.config for row in known), *near]
+    shared = portfolio.configs(variant, source.spec, target)[: strategies.SEEDS]
+    first = [*(row.config for row in known), *near, *shared]
     if mode == "measured":
         here = Case(spec=source.spec, shape=problem.shape, gpu=target.name)
         rows = [*store.trials(op=source.spec.op, variant=variant.name), *_shipped(source.spec.op)]

@@ -69,7 +69,6 @@ USAGE = [
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
-    ["report"],
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
     ["tune", "--op", "attention_bwd", "--target", "h100"],
     ["export", "attention_fwd-bf16-d64", "--format", "aot", "-o", "x.py"],
@@ -101,6 +100,8 @@ def test_the_whole_chain_by_command(capsys: pytest.CaptureFixture[str], own_cach
     code, tuned = document(capsys, "tune", *FAST, "--write-seeds", str(own_cache / "seeds"))
     assert code == 0 and tuned["problems"][0]["winner"]["predicted_rank"] >= 1
     assert (own_cache / "seeds" / "h100" / "attention_fwd.jsonl").read_text().count("\n") == 1
+    (member,) = (own_cache / "portfolios" / "sm_90" / "attention_fwd.jsonl").read_text().splitlines()
+    assert json.loads(member)["config"] == tuned["problems"][0]["winner"]["config"] and '"predicted"' in member
     code, info = document(capsys, "db", "info")
     assert (
         code == 0

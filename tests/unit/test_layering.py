@@ -50,6 +50,7 @@ ROWS = (
     ("integrations", "peers"),
     ("tuner",),
     ("exporter",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )

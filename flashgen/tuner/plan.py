@@ -1,0 +1,119 @@
+"""What a tuning run would do, and about how long: nothing is compiled, measured or written."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from statistics import median
+
+from flashgen.config import KernelConfig
+from flashgen.facts import cached
+from flashgen.problem import Problem
+from flashgen.store import Record, seeds
+from flashgen.target import Target
+from flashgen.tuner import portfolio
+from flashgen.tuner.context import choose_variant, legal_list, source_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemPlan:
+    """One problem.
+
+    Attributes:
+        legal: configurations that the predicate admits before compiling.
+        seeds: of these, how many have a known-good tile or the portfolio behind them.
+        trials: how many are tried at most.
+        cached: of the legal ones, how many are compiled already.
+        estimate_s: seconds, or None where nothing is known to estimate from.
+        basis: what the estimate is made from, in words.
+    """
+
+    problem: Problem
+    variant: str
+    legal: int
+    seeds: int
+    trials: int
+    cached: int
+    estimate_s: float | None
+    basis: str
+
+
+def plan(
+    problem: Problem,
+    target: Target,
+    *,
+    mode: str,
+    max_trials: int | None,
+    workers: int | None,
+    stored: Sequence[Record],
+) -> ProblemPlan:
+    """Plan one problem.
+
+    Args:
+        problem: what would be tuned.
+        target: where.
+        mode: "measured" or "predicted".
+        max_trials: as in `tune`.
+        workers: compiling processes; None for one per core.
+        stored: trials of the user's database, for the estimate.
+    """
+    variant = choose_variant(problem, target)
+    source = source_of(variant, problem)
+    legal, known = legal_list(variant, problem, target)
+    first = {*(row.config for row in known), *portfolio.configs(variant, source.spec, target)} & set(legal)
+    trials = min(len(legal), max(max_trials or len(legal), len(known) if mode == "predicted" else 1))
+    compiled = sum(cached(source, target, config) is not None for config in legal)
+    estimate, basis = _estimate(legal, variant.name, target, mode, trials, compiled, workers, stored)
+    return ProblemPlan(
+        problem=problem, variant=variant.name, legal=len(legal), seeds=len(first), trials=trials, cached=compiled,
+        estimate_s=estimate, basis=basis,
+    )  # fmt: skip
+
+
+def _estimate(
+    legal: Sequence[KernelConfig],
+    variant: str,
+    target: Target,
+    mode: str,
+    trials: int,
+    compiled: int,
+    workers: int | None,
+    stored: Sequence[Record],
+) -> tuple[float | None, str]:
+    own = [row for row in stored if row.variant == variant and row.origin == "local"]
+    shipped = [row for gpu in seeds.gpus() for op in {row.op for row in stored} | {"attention_fwd"} for row in seeds.load(gpu, op)]  # fmt: skip
+    seconds, whose = _compile_s(own), "trials of your database"
+    if not seconds:
+        seconds, whose = (
+            _compile_s([row for row in shipped if row.variant == variant]),
+            "shipped trials of other machines",
+        )
+    if not seconds:
+        return None, "nothing is stored to estimate from"
+    processes = max(1, workers or os.cpu_count() or 1)
+    fresh = max(0, trials - compiled * trials // max(1, len(legal)))
+    total = fresh * median(seconds) / processes
+    basis = f"{fresh} to compile at {median(seconds):.1f} s (median of {len(seconds)} {whose}) by {processes} processes"
+    if mode == "measured":
+        gaps = _gaps([row for row in own if row.gpu == target.name])
+        if not gaps:
+            return None, f"{basis}; no run on {target.name} is stored to say how long a trial takes"
+        total += trials * median(gaps)
+        basis += f", {trials} trials at {median(gaps):.2f} s (median of {len(gaps)} between trials of your database)"
+    return total, basis
+
+
+def _compile_s(rows: Sequence[Record]) -> list[float]:
+    return [float(row.facts["compile_s"]) for row in rows if row.facts and row.facts.get("compile_s")]
+
+
+def _gaps(rows: Sequence[Record]) -> list[float]:
+    """Seconds between one measured trial and the next, run by run."""
+    runs: dict[str, list[float]] = {}
+    for row in rows:
+        if row.status in ("ok", "censored", "wrong_result"):
+            runs.setdefault(row.session, []).append(datetime.fromisoformat(row.created).timestamp())
+    return [b - a for times in map(sorted, runs.values()) for a, b in itertools.pairwise(times)]
