@@ -15,7 +15,7 @@ from flashgen.tuner.search import new_study, proposals
 from flashgen.tuner.strategies import InOrder
 
 H100 = Target.named("h100")
-PROBLEM = Problem.preset("llama3-8b", seqlen=1024)
+PROBLEM = Problem.preset("llama3-8b", seqlen=1024, dtype="fp32")  # of the portable kernel
 
 
 def planned(mode: str = "measured", trials: int = 10, compile_s: float = 4.0) -> ProblemPlan:
@@ -33,7 +33,7 @@ def _no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_estimate_is_compiling_and_measuring_at_the_stored_pace() -> None:
     row = planned()
-    assert row.trials == 10 and row.seeds >= 3 and row.legal >= 40 and row.cached == 0
+    assert row.trials == 10 and row.seeds >= 2 and row.legal >= 40 and row.cached == 0
     assert row.estimate_s == pytest.approx(10 * 4.0 / 2 + 10 * 3.0)
     assert "median of 5 trials of your database" in row.basis and "by 2 processes" in row.basis
     assert planned("predicted").estimate_s == pytest.approx(10 * 4.0 / 2)

@@ -192,7 +192,8 @@ def test_every_gpu_has_a_default_that_is_legal(target: str, dtype: str, head_dim
             default = variant.default(spec, where)
             assert variant.illegal(spec, where, default) is None
             assert default in [row.config for row in variant.known_good(spec, where)]
-            assert len(variant.space(spec, where)) >= 6
+            # A Hopper kernel of a large head dim hardly has a choice: shared memory and registers leave a handful.
+            assert len(variant.space(spec, where)) >= (6 if variant.modelled else 4)
 
 
 @pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
