@@ -105,7 +105,8 @@ def test_a_slow_launch_is_censored_only_when_it_is_slow_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "at_once"), [("nan", True), ("guard", True), ("input", True), ("wrong", False), ("late", False)]
+    ("fault", "at_once"),
+    [("nan", True), ("guard", True), ("input", True), ("wrong", False), ("late", False), ("once", False)],
 )
 def test_the_final_rounds_name_the_finalist_that_fails(fault: str, at_once: bool) -> None:
     case = case_of(Clock(), {at(TILES[1]): fault})
