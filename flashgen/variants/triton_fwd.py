@@ -93,7 +93,9 @@ class TritonForward(Variant):
         rows = triton_fwd_tiles.KNOWN_GOOD[key]
         if (spec.head_dim, spec.head_dim_v) != (spec.block_head_dim, spec.block_head_dim_v):
             rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
-        return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
+        if target.smem_bytes <= triton_fwd_tiles.SMALL_SMEM_BYTES:
+            rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
+        return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in dict(rows).items())
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
         rows = triton_fwd_tiles.MEASURED.get(self._key(spec, target), ())

@@ -75,6 +75,13 @@ PADDED: dict[Key, tuple[tuple[Tile, str], ...]] = {
     ("sm_80", True, 128): (((128, 32, 8, 2), _FLEX_192),),
 }
 
+# Go before everything where a block has 99 KB of shared memory (sm_86, sm_89): the compiler stages query and probabilities there too,
+# which only compiling shows; with three stages head dims 192 and 128 need 118,784 bytes.
+SMALL_SMEM_BYTES = 100 * 1024
+SMALL_SMEM: dict[Key, tuple[tuple[Tile, str], ...]] = {
+    ("sm_80", True, 256): (((32, 64, 4, 2), _FLEX_120),),
+}
+
 MEASURED_SOURCE = (
     "best of 54 tiles of a plain kernel measured on one H200 (benchmarks/data/h200_triton_attention_fwd.jsonl)"
 )
