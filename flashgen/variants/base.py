@@ -42,6 +42,16 @@ class KnownGood:
     source: str
 
 
+def head_dims(spec: AttentionSpec) -> dict[str, Tunable]:
+    """The compile-time head dims that every kernel takes."""
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_D": spec.block_head_dim,
+        "BLOCK_DV": spec.block_head_dim_v,
+    }
+
+
 class Variant:
     """A recipe. Subclasses set the class attributes and override the four questions.
 
@@ -51,6 +61,7 @@ class Variant:
         backend: which `backend=` of `attention()` selects it.
         template: path below `templates/`, or None when the variant is no generated kernel.
         knobs: the tunables; their product, filtered by `illegal`, is the search space.
+        modelled: whether the cost model can rank its configurations; if not, it only vetoes, and `known_good` is the order.
     """
 
     name: ClassVar[str]
@@ -58,6 +69,7 @@ class Variant:
     backend: ClassVar[Literal["gluon", "triton", "torch"]]
     template: ClassVar[str | None] = None
     knobs: ClassVar[tuple[Knob, ...]] = ()
+    modelled: ClassVar[bool] = True
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
         """None, or the reason why this variant cannot compute `spec` on `target`."""
@@ -83,6 +95,10 @@ class Variant:
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         """Tiles with a source, best first; the only ones a prediction may pick."""
         return ()
+
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
+        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop."""
+        return {self.op: {**head_dims(spec), **config}}
 
     def config(self, **tunables: Tunable) -> KernelConfig:
         """A config of this variant."""

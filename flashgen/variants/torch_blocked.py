@@ -30,3 +30,10 @@ class TorchBlocked(Variant):
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
         return self.config()
+
+
+class TorchBlockedBackward(TorchBlocked):
+    """The backward of the same loops; it also differentiates what a generated kernel ran forward."""
+
+    name = "torch_blocked_bwd"
+    op = "attention_bwd"
