@@ -1,7 +1,7 @@
-"""A forecast from the compiler's facts alone: what a configuration costs relative to others, and what bounds it.
+"""A forecast from the compiler's facts alone: what a configuration costs relative to others, what bounds it, what to refuse.
 
-Never a measurement. What it promises: an *order* of configurations of one problem on one target, good enough to veto and to
-choose among known-good tiles. Milliseconds are given only for the kernel family and GPUs they were calibrated on, as a range.
+Never a measurement. Its job, by the policy in `flashgen.tuner.policy`, is to *veto* tiles and, where nothing was measured, to rank
+known-good ones. Milliseconds are given only for the kernel family and GPUs they were calibrated on, as a range.
 
 The form (cycles of one SM quadrant, for one pass of the main loop of one thread block):
 
@@ -10,12 +10,15 @@ The form (cycles of one SM quadrant, for one pass of the main loop of one thread
    (arithmetic instructions, compute capability 8.0 and 9.0): special functions 16 a clock and SM, fp32 128, the rest of the
    arithmetic 64, shared memory and shuffles 32 lanes. `bound_by` is the longest pipe.
 2. Within a block nothing overlaps (a plain kernel waits for its products before it takes the softmax), so a pass costs the
-   sum of the pipes; `OVERLAP` of it hides behind the other blocks that share the SM.
-3. Spill instructions in the loop cost `SPILL_CYCLES` each, and two pipeline stages (one load in flight) `TWO_STAGES`.
+   sum of the pipes; all but `exposed` of it hides behind the other warpgroups that share the SM.
+3. Spill instructions in the loop cost `spill_cycles` each, and two pipeline stages (one load in flight) `two_stages`.
 4. A launch is its blocks, longest first, over the SMs: per block the passes its rows need, plus a fixed start.
 
-The constants were fitted on surfaces of another plain kernel measured on one H200; `benchmarks/model_quality.py` shows how well they
-order them (in sample; chosen on one head dim and judged on the other, the pick was 1.01 and 1.21 of the best, geometric means).
+Where each constant comes from stands beside it: published, measured once, or fitted (`Constants`). What it promises, measured by
+`benchmarks/model_quality.py` on eight problems of one plain kernel on one H200 and refitted there with one head dim held out: an order
+of the tiles of one problem that is right more often than not, and no more. Not promised: the best of the top third, anything about
+pipeline stages beyond "two are worse", kernels whose warps are specialised (measured: it does not rank them), clocks and power, and any
+architecture but sm_90, where the form is the same and nothing was judged.
 """
 
 from __future__ import annotations
@@ -27,19 +30,40 @@ from dataclasses import dataclass
 from flashgen.config import KernelConfig
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
+from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 
-MODEL = "serial-2"
+MODEL = "serial-3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """What is fitted, on the plain surfaces of `benchmarks/data`, by `benchmarks/model_quality.py --fit`.
+
+    Attributes:
+        spill_cycles: of a quadrant, for one spill instruction of one warp in the main loop. 16 is also what the traffic through L2
+            costs at the 32 bytes a clock and SM assumed below (128 bytes x 4 quadrants / 32).
+        two_stages: how much longer a pass takes when only one load is in flight.
+        exposed: the part of a pass that no other warpgroup hides.
+    """
+
+    spill_cycles: float = 16.0
+    two_stages: float = 0.15
+    exposed: float = 0.3
+
+
+FITTED = Constants()
 
 TENSOR_EFFICIENCY = 0.845  # an 8192^3 bf16 product reaches 800 of 947 TFLOP/s at 1.75 GHz on one H100
-SPILL_CYCLES = 16.0
-TWO_STAGES = 0.15
-EXPOSED = 0.3
-PASS_CYCLES = 100.0
-BLOCK_START_CYCLES = 3000.0
+PASS_CYCLES = 100.0  # barriers and the loop's own latency, a guess: the order hardly depends on it
+BLOCK_START_CYCLES = 3000.0  # loading q, filling the pipeline, storing the output; a guess of the same kind
 LAUNCH_US = 3.0
+L2_BYTES_PER_CLOCK = 32.0  # of one SM; unpublished, 32 is what 7.4 TB/s over 132 SMs at 1.75 GHz gives
 # Sustained clock under a tensor-core load, as a part of the boost clock (1.75 of 1.98 GHz measured on an H200).
 SUSTAINED_CLOCK = 0.88
+# From so many spill instructions in the main loop on, a plain kernel is never worth running: on the measured surfaces such tiles were
+# all far behind their problem's best (`benchmarks/model_quality.py` prints how far).
+SPILL_VETO = 50
 # Where milliseconds mean something: the family, dtype width and GPUs the constants were fitted on, with the range that held.
 _CALIBRATED = {("triton_fwd", 2): ("h100", "h200")}
 # Measured over predicted, in the data of benchmarks/model_quality.py, for tiles within 30 % of their problem's best (177 rows): the
@@ -75,7 +99,14 @@ class Prediction:
     model: str = MODEL
 
 
-def predict(facts: CompiledFacts, problem: Problem, target: Target, config: KernelConfig) -> Prediction:
+def predict(
+    facts: CompiledFacts,
+    problem: Problem,
+    target: Target,
+    config: KernelConfig,
+    *,
+    constants: Constants = FITTED,
+) -> Prediction:
     """Forecast one configuration of one problem; deterministic.
 
     Args:
@@ -83,6 +114,7 @@ def predict(facts: CompiledFacts, problem: Problem, target: Target, config: Kern
         problem: the sizes.
         target: with its published figures.
         config: the knobs.
+        constants: others than the shipped ones only to judge the form.
 
     Returns:
         The forecast.
@@ -91,11 +123,12 @@ def predict(facts: CompiledFacts, problem: Problem, target: Target, config: Kern
     resident = occupancy(facts, target)
     # Warpgroups (four warps, one per quadrant) of all blocks on an SM hide behind one another; the longest pipe is a floor.
     groups = resident * config.num_warps / 4
-    exposed = EXPOSED + (1.0 - EXPOSED) / groups
+    exposed = constants.exposed + (1.0 - constants.exposed) / groups
     per_pass = resident * max(max(pipes.values()), (sum(pipes.values()) + PASS_CYCLES * config.num_warps / 4) * exposed)
-    per_pass += SPILL_CYCLES * facts.loop_spill_ops * _passes(facts, problem, config) * config.num_warps / 4 * resident
+    spills = facts.loop_spill_ops * _passes(facts, problem, config)
+    per_pass += constants.spill_cycles * spills * config.num_warps / 4 * resident
     if config.num_stages <= 2:
-        per_pass *= 1.0 + TWO_STAGES
+        per_pass *= 1.0 + constants.two_stages
     cycles = _makespan(problem, config, target.num_sms * resident, per_pass)
     calibrated = target.name in _CALIBRATED.get((config.variant, problem.spec.itemsize), ())
     ms = None
@@ -125,6 +158,27 @@ def rank(predictions: Sequence[tuple[KernelConfig, Prediction]]) -> list[tuple[K
     )
 
 
+def veto(
+    config: KernelConfig, facts: CompiledFacts, spec: AttentionSpec, target: Target, deeper: CompiledFacts | None = None
+) -> str | None:
+    """Why a tile of the plain kernel must not be chosen unmeasured, or None.
+
+    Args:
+        config: the knobs.
+        facts: of the configuration, compiled for the target.
+        spec: what is compiled.
+        target: where; the rule on stages speaks of NVIDIA's asynchronous copies and 16-bit products only, where it was measured.
+        deeper: facts of the same tile with three stages, where they compiled and fit.
+    """
+    if facts.loop_spill_ops >= SPILL_VETO:
+        return f"{facts.loop_spill_ops} spill instructions in its main loop ({SPILL_VETO} or more)"
+    if config.get("num_stages") != 2 or deeper is None or spec.itemsize != 2 or target.backend != "cuda":
+        return None
+    if occupancy(deeper, target) >= occupancy(facts, target):
+        return "two stages where three fit at equal occupancy"
+    return None
+
+
 def occupancy(facts: CompiledFacts, target: Target) -> int:
     """Thread blocks that fit on one SM, by registers, shared memory and threads; at least 1."""
     threads = facts.num_warps * target.warp_size
@@ -148,8 +202,8 @@ def _pipes(facts: CompiledFacts, problem: Problem, target: Target, config: Kerne
         pipes["tensor"] = flops / (peak * TENSOR_EFFICIENCY)
     if target.clock_mhz:
         loaded = config.BLOCK_N * (spec.head_dim + spec.head_dim_v) * spec.itemsize
-        # K and V come from L2 for all but the first block of a head; its bandwidth is unpublished: 32 bytes a clock and SM.
-        pipes["memory"] = loaded / 32.0
+        # K and V come from L2 for all but the first block of a head.
+        pipes["memory"] = loaded / L2_BYTES_PER_CLOCK
     return pipes
 
 
@@ -159,8 +213,8 @@ def _passes(facts: CompiledFacts, problem: Problem, config: KernelConfig) -> flo
     products = config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
     if facts.loop.get("hgmma"):
         return 1.0  # never unrolled in what was compiled; their shapes vary, so their number says nothing
-    if facts.loop.get("hmma"):
-        return float(products / (config.num_warps * 16 * 8 * 16) / facts.loop["hmma"])
+    if facts.loop_macs:
+        return float(products / facts.loop_macs)
     if spec.itemsize == 4 and facts.loop.get("fp32"):
         return float(max(1.0, products / (config.num_warps * 32) / facts.loop["fp32"]))
     return 1.0

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +24,14 @@ from typing import Any
 
 from flashgen import gcn, sass, settings
 from flashgen.build import load_module, write_source
-from flashgen.config import KernelConfig
+from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemError
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-_FORMAT = 3  # of the cache's files
+_FORMAT = 4  # of the cache's files
 _LOG = {
     "n_regs": re.compile(r"Used (\d+) registers"),
     "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
@@ -40,6 +40,8 @@ _LOG = {
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
 _POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+_FP32_POINTERS = ("lse_ptr", "dlse_ptr", "safe_lse_ptr", "delta_ptr")
+_OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class CompiledFacts:
         serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products; always false elsewhere.
         undefined_registers: instructions that read a register nothing wrote (`sass.undefined_registers`): miscompiled. Not
             looked for on AMD, where it is 0.
-        loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`, `flashgen.gcn`); UTCHMMA
+        loop: instructions of one warp in one pass of the unmasked main loop (of a backward, that of dK/dV), by class (`flashgen.sass`, `flashgen.gcn`); UTCHMMA
             (`utcmma`) is issued by one warp for the whole block. Empty where no loop was found.
         compile_s: seconds it took.
         loop_macs: multiply-adds that the tensor cores do for a block in such a pass, as issued: more than the tile's own
@@ -169,23 +171,60 @@ def inspect(source: KernelSource, target: Target, config: KernelConfig) -> Compi
     known = cached(source, target, config)
     if known is not None:
         return known
-    facts = _compile(source, target, config)
+    kernels = by_name(source.variant).kernels(source.spec, config)
+    facts = _joined([_inspect(source, target, config, name, values) for name, values in kernels.items()])
     _write(_cache_path(source, target, config), {"format": _FORMAT, **facts.to_json()})
     return facts
+
+
+def _inspect(
+    source: KernelSource, target: Target, config: KernelConfig, kernel: str, constants: dict[str, Tunable]
+) -> CompiledFacts:
+    """The facts of one of a file's kernels; cached apart, since configurations that differ elsewhere share it."""
+    options = {name: config[name] for name in _OPTIONS}
+    path = _cache_file(source.digest, kernel, {**constants, **options}, target.arch)
+    known = _read(path)
+    if known is not None:
+        return known
+    facts = _compile(source, target, config, kernel, constants)
+    _write(path, {"format": _FORMAT, **facts.to_json()})
+    return facts
+
+
+def _joined(parts: list[CompiledFacts]) -> CompiledFacts:
+    """The facts of a launch of several kernels: the most that any needs; the main loop is the first's.
+
+    What spoils a kernel counts wherever it stands: spill instructions of all main loops are added up.
+    """
+    first, *others = parts
+    if not others:
+        return first
+    spills = sum(part.loop_spill_ops for part in parts)
+    most = ("n_regs", "stack_bytes", "smem_bytes", "tmem_columns", "accumulation_regs", "scalar_regs")
+    total = ("spill_store_bytes", "spill_load_bytes", "undefined_registers", "compile_s")
+    return replace(
+        first,
+        **{name: max(getattr(part, name) for part in parts) for name in most},
+        **{name: sum(getattr(part, name) for part in parts) for name in total},
+        serialised=any(part.serialised for part in parts),
+        loop={**first.loop, "spill": spills} if spills else first.loop,
+    )
 
 
 # -- the compiler --
 
 
-def _compile(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts:
+def _compile(
+    source: KernelSource, target: Target, config: KernelConfig, name: str, values: dict[str, Tunable]
+) -> CompiledFacts:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
-    signature, constants, attributes = _signature(kernel, source.spec, config)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    kernel: Any = getattr(load_module(write_source(source)), name)
+    signature, constants, attributes = _signature(kernel, source.spec, values)
+    options = {**{name: config[name] for name in _OPTIONS}, "enable_fp_fusion": True}
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -203,8 +242,9 @@ def _compile(source: KernelSource, target: Target, config: KernelConfig) -> Comp
             read = _of_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _of_nvidia(compiled, log.getvalue())
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+        what = source.spec.key if name == source.spec.op else f"{name} of {source.spec.key}"
         raise BuildError(
-            f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
+            f"{what} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
         ) from error
     loop = read.pop("main_loop")
     return CompiledFacts(
@@ -255,16 +295,9 @@ def _of_amd(text: str) -> dict[str, Any]:
 
 
 def _signature(
-    kernel: Any, spec: AttentionSpec, config: KernelConfig
+    kernel: Any, spec: AttentionSpec, values: dict[str, Tunable]
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call would specialise on: 16-byte aligned pointers, strides that are multiples of 16."""
-    values = {
-        "HEAD_DIM": spec.head_dim,
-        "HEAD_DIM_V": spec.head_dim_v,
-        "BLOCK_D": spec.block_head_dim,
-        "BLOCK_DV": spec.block_head_dim_v,
-        **config,
-    }
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -275,7 +308,7 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else _POINTER[spec.dtype]
+            signature[name] = "*fp32" if name in _FP32_POINTERS else _POINTER[spec.dtype]
             attributes[(index,)] = aligned
         elif name == "sm_scale":
             signature[name] = "fp32"
@@ -311,15 +344,23 @@ def triton_version() -> str:
 
 def cached(source: KernelSource, target: Target, config: KernelConfig) -> CompiledFacts | None:
     """The facts from the disk cache, or None; a corrupt file counts as none."""
+    return _read(_cache_path(source, target, config))
+
+
+def _read(path: Path) -> CompiledFacts | None:
     try:
-        data = json.loads(_cache_path(source, target, config).read_text())
+        data = json.loads(path.read_text())
         return CompiledFacts.from_json(data) if data["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _cache_path(source: KernelSource, target: Target, config: KernelConfig) -> Path:
-    key = json.dumps([_FORMAT, source.digest, config.to_dict(), target.arch, triton_version()], sort_keys=True)
+    return _cache_file(source.digest, "", config.to_dict(), target.arch)
+
+
+def _cache_file(digest: str, kernel: str, values: dict[str, Tunable], arch: str) -> Path:
+    key = json.dumps([_FORMAT, digest, kernel, values, arch, triton_version()], sort_keys=True)
     return settings.read().cache_dir / "facts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 

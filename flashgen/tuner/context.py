@@ -16,7 +16,7 @@ from flashgen.render import KernelSource, render
 from flashgen.store import Record, utc_now
 from flashgen.target import Target
 from flashgen.tuner.result import ProblemResult
-from flashgen.variants import KnownGood, Variant, candidates
+from flashgen.variants import KnownGood, MeasuredTile, Variant, candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Context:
     """One problem on one target in one run.
 
     Attributes:
+        measured_tiles: the measured table of the problem, nearest first; only filled without the GPU.
         earlier: rows of this very kernel, target, shape and Triton, when the run resumes.
         save: hands finished records to the store.
         report: progress.
@@ -53,6 +54,7 @@ class Context:
     save: Callable[[Iterable[Record]], None]
     report: Callable[[Event], None]
     expired: Callable[[], bool]
+    measured_tiles: tuple[MeasuredTile, ...] = ()
     earlier: dict[KernelConfig, Record] = field(default_factory=dict)
 
     def record(

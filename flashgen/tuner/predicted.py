@@ -1,15 +1,15 @@
-"""Tuning without the GPU: compile every candidate for the target, exclude what does not fit, rank the rest.
+"""Tuning without the GPU: compile candidates for the target, exclude what does not fit, let the policy choose.
 
-Nothing here is a time. The winner is no argmax of the model: it is the best-ranked of the *known-good* tiles that fit and do not
-spill in their main loop, and it passes the accuracy check in the interpreter before it is stored.
+Nothing here is a time. The winner is no argmax of the model: it is the first choice of `flashgen.tuner.policy`, and it passes the
+accuracy check in the interpreter before it is stored. Every stored row's `message` says which rule chose it, or that none did.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flashgen import accuracy, costmodel, interpret
+from flashgen import costmodel
 from flashgen.accuracy import AccuracyReport
 from flashgen.compile_pool import CompilePool, Result
 from flashgen.config import KernelConfig
@@ -17,10 +17,12 @@ from flashgen.costmodel import Prediction
 from flashgen.errors import BuildError
 from flashgen.facts import CompiledFacts
 from flashgen.store import Record
+from flashgen.tuner import policy, verdicts
 from flashgen.tuner.context import Context
+from flashgen.tuner.policy import Decision
 from flashgen.tuner.search import new_study, proposals
 
-PROTOCOL = "compile-only-1"
+PROTOCOL = "compile-only-2"
 
 Ranked = list[tuple[KernelConfig, Prediction]]
 
@@ -30,32 +32,62 @@ def run(context: Context, *, study_storage: str | None = None) -> None:
 
     A KeyboardInterrupt keeps what is compiled: it is ranked and stored, without a winner, and raised again.
     """
-    facts: dict[KernelConfig, CompiledFacts] = {}
-    failures: list[Record] = []
+    compiled = _Compiled(context)
     study = new_study(context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage)
     trials = {config: trial for trial, config in proposals(study, context.order)}
+    told: dict[KernelConfig, AccuracyReport | BuildError] = {}
     try:
         with CompilePool(context.workers) as pool:
-            for config, result in pool.map(context.source, context.target, list(trials)):
-                failure = _failure(context, config, result)
-                if failure is not None:
-                    failures.append(failure)
-                    context.result.excluded[config.label] = failure.message or failure.status
-                    study.tell(trials[config], state=_fail())
-                elif isinstance(result, CompiledFacts):
-                    facts[config] = result
-                    study.tell(trials[config], _predict(context, config, result).cost)
-                context.tell(len(facts) + len(failures), len(trials), _best(context, facts), "compiling")
-                if context.expired():
-                    break
+            compiled.add(pool, list(trials), lambda config, cost: _tell_study(study, trials[config], cost))
+            decision = _decide(context, compiled.facts)
+            if not decision.choices and not context.expired():
+                # No tile that anybody vouches for fits: the model's turn, for which its shortlist is compiled.
+                legal = context.variant.space(context.problem.spec, context.target)
+                compiled.add(pool, [c for c in policy.shortlist(legal) if c not in compiled.seen], lambda *_: None)
+                decision = _decide(context, compiled.facts)
     except KeyboardInterrupt:
-        _store(context, _rank(context, facts), facts, failures, {})
+        _store(context, compiled, Decision(choices=(), vetoed={}), told)
         raise
-    ranked = _rank(context, facts)
-    winner, reports = _choose(context, ranked, facts)
-    _store(context, ranked, facts, failures, reports)
+    winner = _choose(context, decision, compiled, told)
+    _store(context, compiled, decision, told)
     if winner is not None:
         context.result.winner = next(row for row in context.result.trials if row.config == winner.to_dict())
+
+
+class _Compiled:
+    """What the compiler said of one problem's candidates."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.facts: dict[KernelConfig, CompiledFacts] = {}
+        self.failures: list[Record] = []
+        self.seen: set[KernelConfig] = set()
+
+    def add(
+        self, pool: CompilePool, configs: Sequence[KernelConfig], told: Callable[[KernelConfig, float | None], None]
+    ) -> None:
+        """Compile candidates until they are done or the time is up; `told` gets each one's predicted cost, or None."""
+        context, total = self._context, len(self.seen) + len(configs)
+        for config, result in pool.map(context.source, context.target, configs):
+            failure = _failure(context, config, result)
+            if failure is not None:
+                self.failures.append(failure)
+                context.result.excluded[config.label] = failure.message or failure.status
+                told(config, None)
+            elif isinstance(result, CompiledFacts):
+                self.facts[config] = result
+                told(config, _predict(context, config, result).cost)
+            self.seen.add(config)
+            context.tell(len(self.seen), total, _best(context, self.facts), "compiling")
+            if context.expired():
+                break
+
+
+def _tell_study(study: Any, trial: Any, cost: float | None) -> None:
+    if cost is None:
+        study.tell(trial, state=_fail())
+    else:
+        study.tell(trial, cost)
 
 
 def _failure(context: Context, config: KernelConfig, result: Result) -> Record | None:
@@ -86,39 +118,33 @@ def _best(context: Context, facts: dict[KernelConfig, CompiledFacts]) -> str:
     return f"predicted best so far: {config.label}, bound by {prediction.bound_by}"
 
 
-def _choose(
-    context: Context, ranked: Ranked, facts: dict[KernelConfig, CompiledFacts]
-) -> tuple[KernelConfig | None, dict[KernelConfig, AccuracyReport | BuildError]]:
-    """The winner, and the verdicts of the accuracy check on the way to it."""
-    known = {row.config: row.source for row in context.known_good}
-    reports: dict[KernelConfig, AccuracyReport | BuildError] = {}
-    reasons: dict[str, str] = {}
-    for config, _ in ranked:
-        if config not in known:
-            continue
-        spills = facts[config].loop_spill_ops
-        if spills:
-            reasons[config.label] = f"{spills} spill instructions in its main loop"
-            continue
-        context.tell(len(ranked), len(ranked), f"{config.label} (known good)", "checking accuracy")
-        verdict = _check(context, config)
-        reports[config] = verdict
-        if isinstance(verdict, AccuracyReport) and verdict.ok:
-            context.result.message = f"known good: {known[config]}"
-            return config, reports
-        reasons[config.label] = str(verdict if isinstance(verdict, BuildError) else verdict.message)
-    for config in known:
-        if config not in facts:
-            reasons.setdefault(config.label, context.result.excluded.get(config.label, "was not compiled"))
-    told = "; ".join(f"{label}: {reason}" for label, reason in reasons.items()) or "none is listed"
-    context.result.message = (
-        f"no known-good tile qualifies as a predicted winner: {told}. Measure on the GPU: flashgen tune --mode measured"
+def _decide(context: Context, facts: dict[KernelConfig, CompiledFacts]) -> Decision:
+    return policy.decide(
+        context.problem, context.target, facts, measured=context.measured_tiles, known_good=context.known_good
     )
-    return None, reports
 
 
-def _values(config: KernelConfig) -> dict[str, Any]:
-    return dict(config)
+def _choose(
+    context: Context, decision: Decision, compiled: _Compiled, told: dict[KernelConfig, AccuracyReport | BuildError]
+) -> KernelConfig | None:
+    """The first choice that passes the accuracy check; the verdicts on the way to it go into `told`."""
+    reasons = dict(decision.vetoed)
+    done = len(compiled.seen)
+    for choice in decision.choices:
+        context.tell(done, done, choice.config.label, "checking accuracy")
+        verdict = told[choice.config] = _check(context, choice.config)
+        if isinstance(verdict, AccuracyReport) and verdict.ok:
+            context.result.message = choice.rule
+            return choice.config
+        reasons[choice.config.label] = str(verdict if isinstance(verdict, BuildError) else verdict.message)
+    for row in context.known_good:
+        if row.config not in compiled.facts:
+            reasons.setdefault(row.config.label, context.result.excluded.get(row.config.label, "was not compiled"))
+    listed = "; ".join(f"{label}: {reason}" for label, reason in reasons.items()) or "none is listed"
+    context.result.message = (
+        f"no tile qualifies as a predicted winner: {listed}. Measure on the GPU: flashgen tune --mode measured"
+    )
+    return None
 
 
 def _check(context: Context, config: KernelConfig) -> AccuracyReport | BuildError:
@@ -134,36 +160,32 @@ def _check(context: Context, config: KernelConfig) -> AccuracyReport | BuildErro
             lse_ratio=0.0,
             message="checked before",
         )
-    launch: Any = partial(interpret.launch, context.source, **_values(config))
-    try:
-        return accuracy.check_launch(launch, context.problem.spec)
-    except BuildError as error:
-        return error
+    return verdicts.of(context.source, config)
 
 
 def _store(
-    context: Context,
-    ranked: Ranked,
-    facts: dict[KernelConfig, CompiledFacts],
-    failures: list[Record],
-    reports: dict[KernelConfig, AccuracyReport | BuildError],
+    context: Context, compiled: _Compiled, decision: Decision, told: dict[KernelConfig, AccuracyReport | BuildError]
 ) -> None:
-    rows = list(failures)
-    for place, (config, prediction) in enumerate(ranked, start=1):
+    rows = list(compiled.failures)
+    rules = {choice.config: choice.rule for choice in decision.choices}
+    for place, (config, prediction) in enumerate(_rank(context, compiled.facts), start=1):
         values: dict[str, Any] = {
             "rank": place,
             "bound_by": prediction.bound_by,
             "predicted_ms": prediction.ms,
             "model": prediction.model,
         }
-        status, report = "predicted", reports.get(config)
+        status, report = "predicted", told.get(config)
         if isinstance(report, AccuracyReport):
-            values |= {"max_abs_error": report.max_error, "error_ratio": report.ratio, "message": report.message}
-        elif report is not None:
-            values["message"] = str(report)[:500]
-        if report is not None and (isinstance(report, BuildError) or not report.ok):
-            status = "wrong_result"
-        rows.append(context.record(config, status, protocol=PROTOCOL, facts=facts[config], **values))
+            values |= {"max_abs_error": report.max_error, "error_ratio": report.ratio}
+        if report is None:
+            vetoed = decision.vetoed.get(config.label)
+            values["message"] = "not chosen: " + (f"vetoed, {vetoed}" if vetoed else rules.get(config, "only ranked"))
+        elif isinstance(report, AccuracyReport) and report.ok:
+            values["message"] = f"chosen by {rules[config]}"
+        else:
+            status, values["message"] = "wrong_result", str(getattr(report, "message", report))[:500]
+        rows.append(context.record(config, status, protocol=PROTOCOL, facts=compiled.facts[config], **values))
     context.finish(rows)
 
 

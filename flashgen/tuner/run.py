@@ -13,7 +13,7 @@ from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, seeds, select
 from flashgen.target import Target
-from flashgen.tuner import measured, predicted
+from flashgen.tuner import measured, policy, predicted
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, source_of
 from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
@@ -145,6 +145,8 @@ def _context(
     variant = choose_variant(problem, target)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
+    measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
+    legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     order = ordered(
         legal,
@@ -152,8 +154,8 @@ def _context(
         strategy,
     )
     if max_trials is not None:
-        # A predicted winner is a known-good tile, so those are compiled however short the list is cut.
-        first = [row.config for row in known] if mode == "predicted" else []
+        # What the policy chooses among is compiled however short the list is cut.
+        first = policy.considered(variant, problem.spec, target, measured_tiles, known) if mode == "predicted" else []
         order = list(dict.fromkeys([*first, *order]))[: max(max_trials, len(first))]
     return Context(
         problem=problem,
@@ -161,6 +163,7 @@ def _context(
         variant=variant,
         source=source,
         known_good=known,
+        measured_tiles=measured_tiles,
         order=order,
         session=result.session,
         result=ProblemResult(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import AttentionSpec
-from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
 from flashgen.variants.torch_blocked import TorchBlocked, TorchBlockedBackward
 from flashgen.variants.triton_bwd import TritonBackward
 from flashgen.variants.triton_fwd import TritonForward
 
-__all__ = ["REGISTRY", "Knob", "KnownGood", "ResourceFacts", "Variant", "by_name", "candidates"]
+__all__ = ["REGISTRY", "Knob", "KnownGood", "MeasuredTile", "ResourceFacts", "Variant", "by_name", "candidates"]
 
 # Fastest first within an operation: dispatch takes the first that supports the problem.
 REGISTRY: tuple[Variant, ...] = (TritonForward(), TorchBlocked(), TritonBackward(), TorchBlockedBackward())

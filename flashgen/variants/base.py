@@ -42,6 +42,25 @@ class KnownGood:
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTile:
+    """The winner of one measured problem of this kind of kernel, on the same family of architecture, dtype width and head dim.
+
+    Attributes:
+        config: the tile.
+        seqlen: of the problem's keys.
+        causal: whether it masked the future.
+        source: where the measurement stands.
+        own: whether it is of the variant's own kernel (a shipped row), not of another plain kernel.
+    """
+
+    config: KernelConfig
+    seqlen: int
+    causal: bool
+    source: str
+    own: bool = False
+
+
 def head_dims(spec: AttentionSpec) -> dict[str, Tunable]:
     """The compile-time head dims that every kernel takes."""
     return {
@@ -99,6 +118,10 @@ class Variant:
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
         """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop."""
         return {self.op: {**head_dims(spec), **config}}
+
+    def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
+        """Winners measured elsewhere for the same family of architecture, dtype width and padded head dim."""
+        return ()
 
     def config(self, **tunables: Tunable) -> KernelConfig:
         """A config of this variant."""

@@ -7,7 +7,8 @@ from typing import Any
 from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
-from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants import triton_fwd_tiles
+from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
 
 _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
@@ -15,69 +16,6 @@ _STAGES = (1, 8)
 
 # Features the template does not know yet, in the words of the spec's flags.
 _COVERED_FLAGS = frozenset({"causal", "has_lse"})
-
-_FLEX = "default tile of FlexAttention in PyTorch 2.13 (torch/_inductor/template_heuristics/triton.py)"
-_FLEX_FP32 = "default of FlexAttention in PyTorch 2.13 for fp32 where its table has no entry (same file)"
-_FLEX_120 = "default of FlexAttention in PyTorch 2.13 for sm_120, which has as little shared memory (same file)"
-_FLEX_SPILLS = "default of FlexAttention for head dim 128 (same file); the one for 64 spills in the loop when compiled"
-_FLEX_192 = "default of FlexAttention in PyTorch 2.13 for head dim 192 (same file); the one for 128 spills when padded"
-_FLEX_AMD = (
-    "default of FlexAttention in PyTorch 2.13 for gfx950 (same file); the one for gfx942 computes products thrice"
-)
-_H100 = "best of what was measured on one H100 (benchmarks/results/h100_tune.jsonl)"
-_SURFACE = "among the three best of 54 measured on one H200, bf16, S 2048 and 8192 (h200_triton_attention_fwd.jsonl)"
-
-# (BLOCK_M, BLOCK_N, num_warps, num_stages), best first, by (family of architecture, 16-bit?, padded head dim).
-_Tile = tuple[int, int, int, int]
-_KNOWN_GOOD: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
-    ("sm_90", True, 64): (
-        ((64, 64, 4, 3), _SURFACE),
-        ((128, 64, 8, 3), _SURFACE),
-        ((128, 128, 8, 3), _SURFACE),
-        ((128, 128, 4, 3), _FLEX),
-    ),
-    ("sm_90", True, 128): (((128, 128, 8, 3), _H100), ((128, 64, 8, 3), _SURFACE), ((64, 64, 4, 3), _SURFACE)),
-    ("sm_90", True, 256): (((64, 32, 4, 3), _FLEX),),
-    # fp32 is multiplied on the CUDA cores in full precision: the larger tiles spill, the first one never does.
-    ("sm_90", False, 32): (((64, 64, 4, 2), _H100), ((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
-    ("sm_90", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
-    ("sm_90", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((32, 64, 4, 3), _FLEX)),
-    ("sm_90", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((32, 32, 4, 3), _FLEX)),
-    ("sm_80", True, 64): (((128, 64, 4, 3), _FLEX),),
-    ("sm_80", True, 128): (((128, 64, 8, 3), _FLEX),),
-    ("sm_80", True, 256): (((32, 64, 4, 3), _FLEX),),
-    ("sm_80", False, 32): (((128, 32, 4, 3), _FLEX), ((32, 16, 4, 3), _FLEX_FP32)),
-    ("sm_80", False, 64): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
-    ("sm_80", False, 128): (((32, 16, 4, 3), _FLEX_FP32), ((128, 32, 4, 3), _FLEX)),
-    ("sm_80", False, 256): (((32, 16, 4, 3), _FLEX_FP32), ((64, 16, 4, 3), _FLEX)),
-    # The families below lack rows; `_PARENT` says whose they take.
-    ("sm_86", True, 256): (((32, 64, 4, 2), _FLEX_120),),
-    ("sm_100", True, 64): (((128, 64, 8, 3), _FLEX_SPILLS),),
-    ("sm_100", True, 128): (((128, 64, 8, 3), _FLEX),),
-    ("sm_100", True, 256): (((64, 32, 4, 3), _FLEX),),
-    ("sm_120", True, 64): (((128, 64, 4, 2), _FLEX),),
-    ("sm_120", True, 128): (((128, 64, 8, 2), _FLEX),),
-    ("sm_120", True, 256): (((32, 64, 4, 2), _FLEX),),
-    ("gfx942", True, 64): (((128, 64, 4, 2), _FLEX_AMD),),
-    ("gfx942", True, 128): (((128, 64, 4, 2), _FLEX_AMD),),
-    ("gfx942", True, 256): (((32, 64, 4, 2), _FLEX_AMD),),
-}
-# Go first where a head dim is no power of two: masked loads need more registers.
-_PADDED: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
-    ("sm_80", True, 128): (((128, 32, 8, 2), _FLEX_192),),
-    ("sm_86", True, 128): (((128, 32, 8, 2), _FLEX_192),),
-}
-_PARENT = {"sm_86": "sm_80", "sm_100": "sm_90", "sm_120": "sm_90", "gfx942": "sm_90"}
-
-
-def _family(target: Target) -> str:
-    """Whose tiles a target takes: the newest family that is not newer than it."""
-    if target.backend == "hip":
-        return "gfx942"
-    # The interpreter knows no architecture: any tile will do.
-    if target.backend == "cpu":
-        return "sm_90"
-    return next((f"sm_{oldest}" for oldest in (120, 100, 90, 86) if target.capability >= oldest), "sm_80")
 
 
 class TritonForward(Variant):
@@ -151,15 +89,24 @@ class TritonForward(Variant):
         return self.config(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2)
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
-        # The tables' smallest head dim is 64 (32 in fp32, where 64 already spills what 32 holds).
-        head_dim = min(256, max(64 if spec.itemsize == 2 else 32, spec.block_head_dim, spec.block_head_dim_v))
-        family, half = _family(target), spec.itemsize == 2
-        rows = _KNOWN_GOOD.get((family, half, head_dim)) or _KNOWN_GOOD[(_PARENT[family], half, head_dim)]
+        key = self._key(spec, target)
+        rows = triton_fwd_tiles.KNOWN_GOOD[key]
         if (spec.head_dim, spec.head_dim_v) != (spec.block_head_dim, spec.block_head_dim_v):
-            rows = (*_PADDED.get((family, half, head_dim), ()), *rows)
+            rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
-    def _tile(self, tile: _Tile) -> KernelConfig:
+    def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
+        rows = triton_fwd_tiles.MEASURED.get(self._key(spec, target), ())
+        return tuple(
+            MeasuredTile(config=self._tile(tile), seqlen=seqlen, causal=causal, source=triton_fwd_tiles.MEASURED_SOURCE)
+            for seqlen, causal, tile in rows
+        )
+
+    @staticmethod
+    def _key(spec: AttentionSpec, target: Target) -> triton_fwd_tiles.Key:
+        return triton_fwd_tiles.key(target, spec.itemsize, max(spec.block_head_dim, spec.block_head_dim_v))
+
+    def _tile(self, tile: triton_fwd_tiles.Tile) -> KernelConfig:
         block_m, block_n, num_warps, num_stages = tile
         return self.config(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
 

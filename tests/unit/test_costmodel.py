@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from flashgen import KernelConfig, Problem, Target
-from flashgen.costmodel import occupancy, predict, rank
+from flashgen.costmodel import FITTED, occupancy, predict, rank
 from flashgen.facts import CompiledFacts
+from flashgen.target import TARGETS
 
 PROBLEM = Problem.preset("llama3-8b", seqlen=2048)
 H100 = Target.named("h100")
@@ -41,6 +42,27 @@ def test_spills_and_two_stages_cost_and_never_exclude() -> None:
     two = KernelConfig(**{"variant": "triton_fwd", **TILE, "num_stages": 2})
     assert math.isfinite(cost(spilling)) and cost(spilling) > 1.2 * cost()
     assert cost(config=two) == pytest.approx(1.15 * cost(), rel=0.02)
+
+
+def test_other_constants_are_taken() -> None:
+    spilling = replace(FACTS, loop={**FACTS.loop, "spill": 60})
+    for name, facts, config in (
+        ("spill_cycles", spilling, TILE),
+        ("two_stages", FACTS, KernelConfig(**{"variant": "triton_fwd", **TILE, "num_stages": 2})),
+        ("exposed", FACTS, TILE),
+    ):
+        more = replace(FITTED, **{name: getattr(FITTED, name) * 1.5})
+        assert predict(facts, PROBLEM, H100, config, constants=more).cost > cost(facts, config=config), name
+
+
+def test_every_target_gets_a_finite_cost_and_an_unrolled_loop_counts_once() -> None:
+    for target in (target for target in TARGETS.values() if target.backend != "cpu"):
+        assert math.isfinite(cost(target=target)) and cost(target=target) > 0.0
+    products = TILE.BLOCK_M * TILE.BLOCK_N * 256
+    rolled = replace(FACTS, loop={"hmma": 64, "mufu": 34, "fp32": 136}, loop_macs=products)
+    unrolled = replace(rolled, loop={"hmma": 128, "mufu": 68, "fp32": 272}, loop_macs=2 * products)
+    a100 = Target.named("a100")
+    assert cost(unrolled, target=a100) == pytest.approx(cost(rolled, target=a100))
 
 
 def test_cost_grows_with_the_work() -> None:

@@ -25,7 +25,7 @@ from flashgen.accuracy import AccuracyReport
 from flashgen.bench import PROTOCOL_FINAL
 from flashgen.facts import CompiledFacts
 from flashgen.store import open_store
-from flashgen.tuner import measured, predicted, tune
+from flashgen.tuner import measured, policy, predicted, tune
 from flashgen.tuner.context import Context, choose_variant, legal_list
 from flashgen.tuner.run import _context
 from flashgen.tuner.search import new_study, ordered, proposals
@@ -173,18 +173,38 @@ def test_failures_are_trials(compiler: Compiler) -> None:
     assert row.winner is not None
 
 
-def test_a_spilling_known_good_tile_does_not_win(compiler: Compiler) -> None:
-    spilling = replace(FACTS, loop={**FACTS.loop, "spill": 3})
-    best = KNOWN[0].config
-    compiler.facts = lambda config: spilling if config == best else FACTS
+def test_a_spilling_tile_of_the_table_does_not_win(compiler: Compiler) -> None:
+    spilling = replace(FACTS, loop={**FACTS.loop, "spill": 60})
     (row,) = tune(PROBLEM, target=H100, progress=False).problems
-    assert row.winner is not None and row.winner.config != best.to_dict()
-    assert (
-        next(trial for trial in row.trials if trial.config == best.to_dict()).status == "predicted"
-    )  # rank, not exclusion
+    assert row.winner is not None and "measured table" in (row.winner.message or "")
+    best = row.winner.config
+    compiler.facts = lambda config: spilling if config.to_dict() == best else FACTS
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert row.winner is not None and row.winner.config != best
+    vetoed = next(trial for trial in row.trials if trial.config == best)
+    assert vetoed.status == "predicted" and "60 spill instructions" in (vetoed.message or "")  # vetoed, not excluded
     compiler.facts = lambda config: spilling
-    with pytest.raises(TuningError, match="3 spill instructions in its main loop"):
+    with pytest.raises(TuningError, match="60 spill instructions in its main loop"):
         tune(PROBLEM, target=H100, progress=False, database=None)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_every_predicted_row_says_which_rule_chose_it() -> None:
+    (row,) = tune(PROBLEM, target=H100, progress=False).problems
+    assert row.winner is not None and (row.winner.message or "").startswith("chosen by measured table")
+    assert all((trial.message or "").startswith(("chosen by", "not chosen")) for trial in row.trials)
+    (row,) = tune(PROBLEM, target=A100, progress=False).problems
+    assert row.winner is not None and (row.winner.message or "").startswith("chosen by known good")
+
+
+def test_where_no_known_tile_fits_the_model_ranks_its_shortlist(compiler: Compiler) -> None:
+    measured_tiles = VARIANT.measured_tiles(PROBLEM.spec, H100)
+    known = set(policy.considered(VARIANT, PROBLEM.spec, H100, measured_tiles, KNOWN))
+    too_large = replace(FACTS, smem_bytes=H100.smem_bytes + 1)
+    compiler.facts = lambda config: too_large if config in known else FACTS
+    (row,) = tune(PROBLEM, target=H100, max_trials=1, progress=False).problems
+    assert set(compiler.asked) > known and len(compiler.asked) == len(set(compiler.asked)) < len(LEGAL)
+    assert row.winner is not None and "no measured or known-good tile fits" in (row.winner.message or "")
 
 
 def test_a_tile_that_fails_the_accuracy_check_does_not_win(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +235,9 @@ def test_without_calibration_there_are_no_milliseconds() -> None:
 
 def test_known_good_tiles_are_compiled_however_few_trials(compiler: Compiler) -> None:
     (row,) = tune(PROBLEM, target=H100, max_trials=1, progress=False).problems
-    assert set(compiler.asked) == {known.config for known in KNOWN} and row.winner is not None
+    measured_tiles = VARIANT.measured_tiles(PROBLEM.spec, H100)
+    assert set(compiler.asked) == set(policy.considered(VARIANT, PROBLEM.spec, H100, measured_tiles, KNOWN))
+    assert row.winner is not None
 
 
 def test_ctrl_c_keeps_what_is_done(compiler: Compiler) -> None:
@@ -237,6 +259,7 @@ def test_ctrl_c_keeps_what_is_done(compiler: Compiler) -> None:
 
 def test_resume_does_not_check_again(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()  # the real `_check`, which looks at what is stored first
+    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(predicted, "CompilePool", compiler)
     calls: list[int] = []
 
@@ -246,7 +269,8 @@ def test_resume_does_not_check_again(compiler: Compiler, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("flashgen.accuracy.check_launch", check_launch)
     database = str(tmp_path / "own.sqlite3")
-    for resume, expected in ((False, 1), (True, 1), (False, 2)):
+    # The kernel is the same in the third run: its verdict is remembered, too.
+    for resume, expected in ((False, 1), (True, 1), (False, 1)):
         (row,) = tune(PROBLEM, target=H100, progress=False, database=database, resume=resume).problems
         assert row.winner is not None and row.winner.error_ratio == 0.5 and len(calls) == expected
 

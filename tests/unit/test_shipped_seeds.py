@@ -1,0 +1,94 @@
+"""What tuning_db/seeds ships: today's kernels, labelled as they are, for every preset's layers that a kernel covers on every target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashgen import Problem, Target, UnsupportedProblemError, dispatch
+from flashgen.presets import PRESETS
+from flashgen.render import render
+from flashgen.spec import AttentionSpec
+from flashgen.store import seeds, select
+from flashgen.target import TARGETS
+from flashgen.tuner.context import choose_variant
+from flashgen.variants import by_name
+
+GPUS = [name for name in TARGETS if name != "cpu"]
+LAYERS = {
+    f"{name}/{layers.kind}": Problem.preset(name, layer=layers.kind)
+    for name, model in PRESETS.items()
+    for layers in model.layers
+}
+AGAIN = "run scripts/predict_seeds.py again (measured rows: measure again)"
+
+
+@pytest.fixture(autouse=True)
+def shipped_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FLASHGEN_DB", raising=False)
+    monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "silent")
+    dispatch.forget()
+
+
+def covered(problem: Problem, target: Target) -> bool:
+    try:
+        choose_variant(problem, target)
+    except UnsupportedProblemError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_covered_layer_has_a_row(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")  # a miss would raise
+    target = Target.named(gpu)
+    sources = {
+        name: dispatch.resolve(problem, target, backend="triton").config_source
+        for name, problem in LAYERS.items()
+        if covered(problem, target)
+    }
+    assert len(sources) >= 10 and set(sources.values()) <= {"seed", "predicted"}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_layer_with_options_that_no_kernel_covers_has_no_row_and_runs_in_torch(gpu: str) -> None:
+    target, keys = Target.named(gpu), {row.spec_key for row in seeds.load(gpu, "attention_fwd")}
+    left_out = {name: problem for name, problem in LAYERS.items() if not covered(problem, target)}
+    for name, problem in left_out.items():
+        assert problem.spec.key not in keys, name
+        plan = dispatch.resolve(problem, target)
+        assert plan.backend == "torch" and "not covered by this kernel yet" in plan.rejected["triton_fwd"]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_rows_are_of_todays_kernels_legal_and_labelled_as_they_are(gpu: str) -> None:
+    target = Target.named(gpu)
+    rows = seeds.load(gpu, "attention_fwd")
+    assert rows
+    for row in rows:
+        spec, variant = AttentionSpec.from_key(row.spec_key), by_name(row.variant)
+        assert row.digest == render(spec, variant).digest, f"{row.spec_key} on {gpu} is of an older kernel: {AGAIN}"
+        assert row.arch == target.arch and row.error_ratio is not None and row.error_ratio <= 1.0
+        assert variant.parse_config(row.config, spec, target)
+        if row.status == "ok":
+            assert row.latency_ms and row.predicted_ms is None
+        else:
+            assert row.status == "predicted" and row.model and row.latency_ms is None
+            assert (row.message or "").startswith(
+                ("chosen by measured table", "chosen by known good", "chosen by model")
+            )
+
+
+def test_what_was_measured_is_not_predicted_as_well() -> None:
+    rows = seeds.load("h100", "attention_fwd")
+    measured = [row for row in rows if row.status == "ok"]
+    assert {row.spec_key for row in measured} == {
+        "attention_fwd-bf16-d128-causal",
+        "attention_fwd-fp16-d64",
+        "attention_fwd-fp32-d32",
+    }
+    for row in measured:
+        assert not [r for r in rows if r.status == "predicted" and (r.spec_key, r.shape) == (row.spec_key, row.shape)]
+        assert select.best_measured(rows, row.shape) is not None
