@@ -172,7 +172,8 @@ def inspect(source: KernelSource, target: Target, config: KernelConfig) -> Compi
     if known is not None:
         return known
     kernels = by_name(source.variant).kernels(source.spec, config)
-    facts = _joined([_inspect(source, target, config, name, values) for name, values in kernels.items()])
+    inspect_one = _compile if len(kernels) == 1 else _inspect
+    facts = _joined([inspect_one(source, target, config, name, values) for name, values in kernels.items()])
     _write(_cache_path(source, target, config), {"format": _FORMAT, **facts.to_json()})
     return facts
 
@@ -181,7 +182,7 @@ def _inspect(
     source: KernelSource, target: Target, config: KernelConfig, kernel: str, constants: dict[str, Tunable]
 ) -> CompiledFacts:
     """The facts of one of a file's kernels; cached apart, since configurations that differ elsewhere share it."""
-    options = {name: config[name] for name in _OPTIONS}
+    options = {name: config[name] for name in _OPTIONS if name in config}
     path = _cache_file(source.digest, kernel, {**constants, **options}, target.arch)
     known = _read(path)
     if known is not None:
@@ -224,7 +225,7 @@ def _compile(
 
     kernel: Any = getattr(load_module(write_source(source)), name)
     signature, constants, attributes = _signature(kernel, source.spec, values)
-    options = {**{name: config[name] for name in _OPTIONS}, "enable_fp_fusion": True}
+    options: dict[str, Any] = {**{name: config[name] for name in _OPTIONS}, "enable_fp_fusion": True}
     log = io.StringIO()
     start = time.perf_counter()
     try:

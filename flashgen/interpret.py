@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,11 @@ def launch_backward(
     tensors = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
     _run(source, tensors, ("dq", "dk", "dv"), values)
+
+
+def launch_of(source: KernelSource) -> Callable[..., None]:
+    """`launch` or `launch_backward`, whichever the rendered kernel is for."""
+    return launch_backward if source.spec.op == "attention_bwd" else launch
 
 
 def _run(

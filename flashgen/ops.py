@@ -173,19 +173,24 @@ def _packing(problem: Problem, operands: Operands) -> torch_blocked.Packing:
 
 
 def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Run a generated kernel on `bshd` views."""
+    """Run a generated forward on `bshd` views."""
+    _launch(plan, *map(_unit_last_stride, (q, k, v)), out, lse)
+
+
+def _launch(plan: Plan, *arguments: Tensor | None) -> None:
+    """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
-    q, k, v = map(_unit_last_stride, (q, k, v))
     source = render(problem.spec, by_name(plan.variant))
     values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
-        interpret.launch(source, q, k, v, out, lse, **values)
+        interpret.launch_of(source)(source, *arguments, **values)
         return
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    device = next(x.device for x in arguments if x is not None)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
-            build(source).launch(q, k, v, out, lse, **values)
+            build(source).launch(*arguments, **values)
         except Exception as error:
             if type(error).__module__.startswith("triton"):
                 raise BuildError(
@@ -219,8 +224,12 @@ def backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
-    """The blocked torch backward, whatever ran forward."""
-    problem = problem_of(q, k, v, operands, scalars)
+    """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
+    problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
+    plan = resolve(problem, backend=scalars.backend, config=_decode_config(scalars.config)).backward
+    if plan is not None and plan.backend != "torch":
+        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, scalars.layout)
+        return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         return torch_blocked.packed_backward(
@@ -231,6 +240,27 @@ def backward(
     dq, dk, dv, sums = torch_blocked.backward(dout_, dlse, q_, k_, v_, out_, lse, options, **wanted)
     dq, dk, dv = (_bshd(x, scalars.layout) for x in (dq, dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
+
+
+def _run_backward_kernel(
+    plan: Plan,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a generated backward; a gradient that autograd left out counts as zero."""
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
+    dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    dlse = None if dlse is None else dlse.float().contiguous()
+    outputs = (_bshd(x, layout) for x in gradients)
+    _launch(plan, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
+    return gradients
 
 
 def _cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from flashgen import accuracy
+from flashgen import gradients
 from flashgen.bench import Timer, measure, measure_interleaved
 from flashgen.build import build
 from flashgen.interpret_worker import receive, send
@@ -30,11 +30,12 @@ _STICKY = (
 
 @dataclass(slots=True)
 class _Case:
-    """The inputs and the output of one problem, made once."""
+    """The inputs and the outputs of one problem, made once."""
 
     key: str
     launch: Any
     arguments: tuple[Any, ...]
+    outputs: tuple[Any, ...]
     scalars: dict[str, Any]
     checked: dict[str, Any]
 
@@ -93,12 +94,32 @@ def _prepare(request: dict[str, Any]) -> _Case:
     q = draw(problem.seqlen_q, problem.num_heads_q, problem.head_dim)
     k = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim)
     v = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim_v)
+    if source.spec.op == "attention_bwd":
+        return _Case(request["key"], build(source).launch, *_backward(problem, q, k, v, generator), {"spec": source.spec})
     out = torch.empty((*q.shape[:3], problem.head_dim_v), dtype=dtype, device="cuda")
     lse = None
     if problem.spec.has_lse:
         lse = torch.empty((problem.batch, problem.num_heads_q, problem.seqlen_q), dtype=torch.float32, device="cuda")
     scalars = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset}
-    return _Case(request["key"], build(source).launch, (q, k, v, out, lse), scalars, {"spec": source.spec})
+    return _Case(request["key"], build(source).launch, (q, k, v, out, lse), (out,), scalars, {"spec": source.spec})
+
+
+def _backward(
+    problem: Problem, q: Any, k: Any, v: Any, generator: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """Arguments, outputs and scalars of a backward; out and lse are those of the blocked torch forward."""
+    import torch
+
+    from flashgen import torch_blocked
+
+    out = torch.empty((*q.shape[:3], problem.head_dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((problem.batch, problem.num_heads_q, problem.seqlen_q), dtype=torch.float32, device=q.device)
+    scalars = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset}
+    options = torch_blocked.Options(sm_scale=problem.scale, causal=problem.causal, offset=problem.causal_offset)
+    torch_blocked.forward(q, k, v, options, out, lse)
+    dout = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+    gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+    return (dout, None, q, k, v, out, lse, *gradients), gradients, scalars
 
 
 def _runner(case: _Case, config: dict[str, Any]) -> Any:
@@ -110,14 +131,14 @@ def _trial(case: _Case, timer: Timer, request: dict[str, Any]) -> dict[str, Any]
 
     # Dense strides are what is timed; every other kind of stride would compile the candidate once more.
     launch = partial(case.launch, **request["config"])
-    report = accuracy.check_launch(launch, case.checked["spec"], device="cuda", strides=("dense",))
+    report = gradients.check_launch(launch, case.checked["spec"], device="cuda", strides=("dense",))
     verdict = {"max_abs_error": report.max_error, "error_ratio": report.ratio}
     if not report.ok:
         return {"status": "wrong_result", "message": report.message[:500], **verdict}
-    run, out = _runner(case, request["config"]), case.arguments[3]
+    run = _runner(case, request["config"])
     run()
     torch.cuda.synchronize()
-    before = out.clone()
+    before = [out.clone() for out in case.outputs]
     screen = timer.once(run)
     best = request["best_ms"]
     if best is not None and screen > CENSOR_FACTOR * best:
@@ -126,9 +147,10 @@ def _trial(case: _Case, timer: Timer, request: dict[str, Any]) -> dict[str, Any]
             "message": f"one launch took {screen:.4g} ms, over {CENSOR_FACTOR:g} times the best so far",
             **verdict,
         }
-    out.fill_(float("nan"))
+    for out in case.outputs:
+        out.fill_(float("nan"))
     times = measure(run, once=timer.once)
-    if not torch.equal(out, before):
+    if not all(torch.equal(out, old) for out, old in zip(case.outputs, before, strict=True)):
         return {"status": "wrong_result", "message": "launches of the same inputs differ", **verdict}
     return {"status": "ok", **verdict, **times_json(times)}
 

@@ -147,6 +147,8 @@ def _context(
     legal, known = legal_list(variant, problem, target)
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
     legal = list(dict.fromkeys([*legal, *policy.considered(variant, problem.spec, target, measured_tiles, known)]))
+    if mode == "predicted" and not variant.modelled:
+        legal = [row.config for row in known]  # nothing would choose among the others
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     order = ordered(
         legal,
