@@ -364,6 +364,7 @@ def _writable_like(drawn: Tensor, tensor: Tensor) -> Tensor:
 
 
 def poison_all(tensor: Tensor) -> None:
+    """Fill a tensor with the poison that no arithmetic produces."""
     tensor.copy_(
         torch.full((tensor.element_size(),), POISON, dtype=torch.uint8, device=tensor.device).view(tensor.dtype)
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen import dispatch, ops, warm
+from flashgen import autograd, dispatch, ops, warm
 from flashgen.config import KernelConfig
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
@@ -103,7 +103,7 @@ def attention(
             return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
     ops.require_tensors(q, k, v, layout)
     left, right = ops.window(window_size)
-    out, lse = ops.run(
+    out, lse = autograd.run(
         q,
         k,
         v,
@@ -163,6 +163,7 @@ def explain(
     Raises:
         InvalidProblemError, UnsupportedProblemError, DatabaseError: as `attention()`.
     """
+    q, k, v = autograd.autocast(q, k, v)
     return dispatch.resolve(Problem.from_tensors(q, k, v, **options), backend=backend, config=config)
 
 
@@ -219,7 +220,7 @@ def varlen_attention(
     """
     ops.require_tensors(q, k, v, "bshd", dims=3)
     left, right = ops.window(window_size)
-    out, lse = ops.run(
+    out, lse = autograd.run(
         q,
         k,
         v,

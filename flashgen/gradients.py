@@ -159,9 +159,7 @@ def make_gradient_buffers(
     for name, like in (("dq", forward.q), ("dk", forward.k), ("dv", forward.v)):
         outputs[name], allocations[name] = place(tuple(like.shape), dtype, device, heads_first, strides, "o")
     before = {name: allocations[name].clone() for name, tensor in inputs.items() if tensor is not None}
-    return GradientBuffers(
-        problem=p, inputs=inputs, outputs=outputs, call=call, allocations=allocations, before=before
-    )
+    return GradientBuffers(problem=p, inputs=inputs, outputs=outputs, call=call, allocations=allocations, before=before)
 
 
 def _call(problem: Problem, forward: Buffers) -> Call:

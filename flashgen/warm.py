@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from flashgen import dispatch, settings
@@ -54,6 +55,8 @@ def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
         or type(k) not in _ORDINARY
         or type(v) not in _ORDINARY
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
         or not _nobody_listens()
     ):
         return None

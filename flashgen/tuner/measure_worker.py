@@ -95,7 +95,9 @@ def _prepare(request: dict[str, Any]) -> _Case:
     k = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim)
     v = draw(problem.seqlen_k, problem.num_heads_kv, problem.head_dim_v)
     if source.spec.op == "attention_bwd":
-        return _Case(request["key"], build(source).launch, *_backward(problem, q, k, v, generator), {"spec": source.spec})
+        return _Case(
+            request["key"], build(source).launch, *_backward(problem, q, k, v, generator), {"spec": source.spec}
+        )
     out = torch.empty((*q.shape[:3], problem.head_dim_v), dtype=dtype, device="cuda")
     lse = None
     if problem.spec.has_lse:

@@ -57,9 +57,7 @@ class TritonBackward(Variant):
 
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
-        values = dims[
-            "HEAD_DIM_V"
-        ], dims["BLOCK_DV"]
+        values = dims["HEAD_DIM_V"], dims["BLOCK_DV"]
         return {
             "attention_bwd_dkdv": {**dims, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
             "attention_bwd_dq": {**dims, "BLOCK_M": config.BLOCK_M_DQ, "BLOCK_N": config.BLOCK_N_DQ},
