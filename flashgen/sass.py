@@ -110,13 +110,23 @@ def undefined_registers(text: str) -> list[str]:
     Code runs from the top, so a first read above the first write cannot be meant. HGMMA's `gdesc[URn]` with the first operand in
     registers reads n + 2 and n + 3.
 
+    A register that is borrowed (MOV.SPILL, later R2UR.FILL) may hold nothing yet: saving it is no use of it, and restoring it
+    writes nothing either.
+
     Returns:
         The offending lines, shortened; empty for sound code.
     """
     written: set[int] = set()
+    empty: set[str] = set()  # registers that hold a saved nothing
     found = []
     for line in _lines(text):
         target = _uniform_written(line)
+        if line.opcode == "MOV.SPILL" and target is None:
+            into, _, saved = line.operands.partition(", UR")
+            (empty.discard if saved.isdigit() and int(saved) in written else empty.add)(into)
+            continue
+        if line.opcode == "R2UR.FILL" and line.operands.rpartition(", ")[2] in empty:
+            continue
         read = [int(n) for n in _ANY_UNIFORM.findall(line.operands)]
         if target is not None:
             read.remove(target)  # its first mention is the write

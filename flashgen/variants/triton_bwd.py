@@ -8,6 +8,7 @@ from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant, head_dims
+from flashgen.variants.triton_fwd_tiles import family
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M_DQ", "BLOCK_N_DQ")
 _BLOCK_LIMITS = (16, 256)
@@ -17,13 +18,35 @@ _STAGES = (1, 8)
 # Features the template does not know yet, in the words of the spec's flags.
 _COVERED_FLAGS = frozenset({"causal"})
 
-_FLEX = "default tile of FlexAttention's backward in PyTorch 2.13 (torch/_inductor/template_heuristics/triton.py)"
-
-# (BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages), best first, by (family, 16-bit?, padded head dim).
+# (BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages)
 _Tile = tuple[int, int, int, int, int, int]
-_KNOWN_GOOD: dict[tuple[str, bool, int], tuple[tuple[_Tile, str], ...]] = {
-    ("sm_90", True, 64): (((64, 128, 128, 64, 8, 3), _FLEX),),
+
+# torch/_inductor/template_heuristics/triton.py; most of its tiles spill in the loop of dK/dV when this kernel is compiled with them.
+_FLEX = "default tile of FlexAttention's backward in PyTorch 2.13"
+_COMPILED = "never timed: of the tiles compiled, the largest whose loops do not spill with Triton 3.6 and 3.9"
+_FITS = "never timed: of the tiles compiled, the one that fits and spills least in its loops"
+_ANY = "for the interpreter: few programs"
+
+# By (family of architecture, padded head dim), of 16-bit kernels; best first.
+_KNOWN_GOOD: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
+    ("sm_90", 64): (((64, 128, 128, 64, 8, 3), _FLEX),),
+    ("sm_90", 128): (((32, 128, 128, 64, 8, 2), _COMPILED), ((32, 128, 128, 32, 8, 3), _COMPILED)),
+    ("sm_90", 256): (((32, 64, 64, 32, 8, 2), _FITS),),
+    ("sm_100", 64): (((64, 128, 128, 64, 8, 2), _COMPILED),),
+    ("sm_100", 128): (((64, 128, 128, 64, 8, 2), _COMPILED),),
+    ("sm_100", 256): (((32, 64, 64, 32, 8, 1), _FITS),),
+    ("sm_120", 64): (((64, 128, 128, 64, 8, 2), _COMPILED),),
+    ("sm_120", 128): (((32, 64, 64, 32, 8, 2), _COMPILED),),
+    ("sm_120", 256): (((16, 64, 64, 16, 8, 1), _FITS),),
+    ("sm_80", 64): (((64, 128, 128, 64, 8, 2), _COMPILED),),
+    ("sm_80", 128): (((32, 128, 128, 32, 8, 2), _COMPILED),),
+    ("sm_80", 256): (((32, 64, 64, 32, 8, 1), _FITS), ((16, 64, 64, 16, 8, 1), _FITS)),
+    ("gfx942", 64): (((64, 64, 64, 64, 4, 1), _FLEX),),
+    ("gfx942", 128): (((64, 64, 64, 64, 4, 1), _COMPILED),),
+    ("gfx942", 256): (((32, 64, 64, 32, 4, 1), _FITS),),
 }
+# fp32 is multiplied on the CUDA cores in full precision: everything larger spills.
+_FP32: _Tile = (16, 16, 16, 16, 4, 1)
 
 
 class TritonBackward(Variant):
@@ -57,15 +80,11 @@ class TritonBackward(Variant):
 
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
-        values = dims["HEAD_DIM_V"], dims["BLOCK_DV"]
+        value_dims = {name: dims[name] for name in ("HEAD_DIM_V", "BLOCK_DV")}
         return {
             "attention_bwd_dkdv": {**dims, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
             "attention_bwd_dq": {**dims, "BLOCK_M": config.BLOCK_M_DQ, "BLOCK_N": config.BLOCK_N_DQ},
-            "attention_bwd_preprocess": {
-                "HEAD_DIM_V": values[0],
-                "BLOCK_DV": values[1],
-                "BLOCK_M": config.BLOCK_M,
-            },
+            "attention_bwd_preprocess": {**value_dims, "BLOCK_M": config.BLOCK_M},
         }
 
     def illegal(
@@ -104,10 +123,16 @@ class TritonBackward(Variant):
         for known in self.known_good(spec, target):
             if self.illegal(spec, target, known.config) is None:
                 return known.config
-        return self._tile((32, 32, 32, 32, 4, 1))
+        return self._tile(_FP32)
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
-        return ()
+        if target.backend == "cpu":
+            rows: tuple[tuple[_Tile, str], ...] = (((64, 64, 64, 64, 4, 1), _ANY),)
+        elif spec.itemsize == 4:
+            rows = ((_FP32, f"{_FLEX}, for fp32"),)
+        else:
+            rows = _KNOWN_GOOD[(family(target), max(spec.block_head_dim_out, spec.block_head_dim_v))]
+        return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
     def _tile(self, tile: _Tile) -> KernelConfig:
         names = (*_BLOCKS, "num_warps", "num_stages")
