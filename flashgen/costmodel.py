@@ -201,7 +201,10 @@ def _pipes(facts: CompiledFacts, problem: Problem, target: Target, config: Kerne
         peak = target.bf16_tflops * 1e12 / (target.num_sms * target.clock_mhz * 1e6)  # FLOP per clock and SM
         pipes["tensor"] = flops / (peak * TENSOR_EFFICIENCY)
     if target.clock_mhz:
-        loaded = config.BLOCK_N * (spec.head_dim + spec.head_dim_v) * spec.itemsize
+        step = (
+            config.BLOCK_M if spec.op == "attention_bwd" else config.BLOCK_N
+        )  # what a pass loads: rows of q and dout, or k and v
+        loaded = step * (spec.head_dim + spec.head_dim_v) * spec.itemsize
         # K and V come from L2 for all but the first block of a head.
         pipes["memory"] = loaded / L2_BYTES_PER_CLOCK
     return pipes

@@ -30,7 +30,7 @@ _ANY = "for the interpreter: few programs"
 # By (family of architecture, padded head dim), of 16-bit kernels; best first.
 _KNOWN_GOOD: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
     ("sm_90", 64): (((64, 128, 128, 64, 8, 3), _FLEX),),
-    ("sm_90", 128): (((32, 128, 128, 64, 8, 2), _COMPILED), ((32, 128, 128, 32, 8, 3), _COMPILED)),
+    ("sm_90", 128): (((32, 128, 128, 64, 8, 2), _COMPILED),),
     ("sm_90", 256): (((32, 64, 64, 32, 8, 2), _FITS),),
     ("sm_100", 64): (((64, 128, 128, 64, 8, 2), _COMPILED),),
     ("sm_100", 128): (((64, 128, 128, 64, 8, 2), _COMPILED),),
