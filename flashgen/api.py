@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen import autograd, dispatch, ops, warm
+from flashgen import autograd, checks, dispatch, ops, warm
 from flashgen.config import KernelConfig
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
 from flashgen.problem import CausalAlignment, Layout, Problem, not_built
+from flashgen.scalars import Scalars
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 
@@ -68,8 +70,9 @@ def attention(
         bias: additive, floating, broadcastable (right-aligned) to (batch, num_heads_q, seqlen_q, seqlen_k);
             differentiable, its gradient has its own shape.
         attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
-        score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients.
-        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, elementwise.
+        score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients. It is
+            called once with a few zeros before anything runs, to see what shape and dtype it gives.
+        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, elementwise, gives bool; tried likewise.
         block_mask: torch's BlockMask, taken as given.
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
@@ -86,11 +89,11 @@ def attention(
 
     Raises:
         InvalidProblemError: the arguments do not fit together, or a name or config is not allowed.
-        UnsupportedProblemError: no variant covers the call; lists every variant's reason.
+        UnsupportedProblemError: no variant covers the call (lists every variant's reason), or a head_dim is above 256.
         BuildError: the kernel could not be compiled or run.
         DatabaseError: the user's tuning database is corrupt or unreadable.
     """
-    key = None
+    key, known = None, warm.table()
     if not torch.compiler.is_compiling() and (
         alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
         and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
@@ -101,42 +104,19 @@ def attention(
         if bound is not None:
             out, lse = bound(q, k, v)
             return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
-    ops.require_tensors(q, k, v, layout)
-    left, right = ops.window(window_size)
-    out, lse = autograd.run(
-        q,
-        k,
-        v,
-        Operands(
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            bias=bias,
-            attn_mask=attn_mask,
-            philox=ops.draw_philox(q, ops.number("dropout_p", dropout_p), generator),
-            score_mod=score_mod,
-            mask_mod=mask_mod,
-            block_mask=block_mask,
-        ),
-        ops.Scalars(
-            causal=bool(causal),
-            causal_alignment=causal_alignment,
-            softmax_scale=ops.number("softmax_scale", softmax_scale),
-            window_left=left,
-            window_right=right,
-            softcap=ops.number("softcap", softcap),
-            dropout_p=ops.number("dropout_p", dropout_p),
-            layout=layout,
-            return_lse=return_lse,
-            backend=backend,
-            config=ops.encode_config(config),
-        ),
-    )
+    operands, scalars = _arguments(
+        q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
+        mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
+        deterministic=deterministic, layout=layout, backend=backend, config=config,
+    )  # fmt: skip
+    out, lse = autograd.run(q, k, v, operands, scalars)
     if key is not None and warm.unseen(key):
         problem = Problem.from_tensors(
             q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
             softcap=softcap, return_lse=return_lse, requires_grad=False, layout=layout,
         )  # fmt: skip
-        warm.bind(key, dispatch.resolve(problem, backend=backend))
+        warm.bind(key, dispatch.resolve(problem, backend=backend), known)
     return (out, lse) if return_lse else out
 
 
@@ -144,17 +124,17 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    generator: torch.Generator | None = None,
-    deterministic: bool | None = None,
-    backend: BackendName = "auto",
-    config: ConfigLike | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     **options: Any,
 ) -> Plan:
-    """What `attention()` would do with the same arguments, and why. Launches nothing.
+    """What `attention()`, or with offsets `varlen_attention()`, would do with the same arguments, and why. Launches nothing.
 
     Args:
-        q, k, v, backend, config, **options: as in `attention()`.
+        q, k, v, **options: as in `attention()`.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in `varlen_attention()`, all or none.
 
     Returns:
         The plan: backend, variant, config and its source, and why other variants were rejected; `str(plan)` is a
@@ -163,8 +143,68 @@ def explain(
     Raises:
         InvalidProblemError, UnsupportedProblemError, DatabaseError: as `attention()`.
     """
+    offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = None if all(x is None for x in offsets) else offsets
+    operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
     q, k, v = autograd.autocast(q, k, v)
-    return dispatch.resolve(Problem.from_tensors(q, k, v, **options), backend=backend, config=config)
+    captured = operands.options_captured() if operands.score_mod is not None else ()
+    scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
+    problem = ops.checked(q, k, v, operands, scalars)
+    return dispatch.resolve(problem, backend=scalars.backend, config=options.get("config"))
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: tuple[Tensor | None, Tensor | None, int | None, int | None] | None = None,
+    *,
+    seqused_k: Tensor | None = None,
+    causal: bool = False,
+    causal_alignment: CausalAlignment = "bottom-right",
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    layout: Layout = "bshd",
+    backend: BackendName = "auto",
+    config: ConfigLike | None = None,
+    draw: bool = True,
+) -> tuple[Operands, Scalars]:
+    """A call's arguments in the two values that the operators take; `draw`: with dropout's seed."""
+    checks.qkv(q, k, v, layout, dims=4 if packing is None else 3)
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = (None, None, -1, -1) if packing is None else packing
+    if packing is not None:  # without them the call would pass for one that is not packed
+        checks.require(isinstance(cu_seqlens_q, Tensor), "cu_seqlens_q", cu_seqlens_q, "an int32 tensor of offsets")
+        checks.length("max_seqlen_q", max_seqlen_q)
+        checks.length("max_seqlen_k", max_seqlen_k)
+    scalars = Scalars.of(
+        causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
+        dropout_p=dropout_p, return_lse=return_lse, deterministic=deterministic, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, layout=layout, backend=backend, config=config,
+    )  # fmt: skip
+    operands = Operands(
+        alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod, mask_mod=mask_mod,
+        block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+    )  # fmt: skip
+    operands.require_tensors(q.device)
+    checks.generator(generator, q.device if scalars.dropout_p else None)
+    if not draw:
+        return operands, scalars
+    if scalars.dropout_p and not torch.compiler.is_compiling():
+        ops.checked(q, k, v, operands, scalars)  # before the draw: a refused call leaves the generator as it was
+    philox = ops.draw_philox(q, scalars.dropout_p, generator)
+    return (operands if philox is None else replace(operands, philox=philox)), scalars
 
 
 def varlen_attention(
@@ -201,7 +241,9 @@ def varlen_attention(
         q: (total_q, num_heads_q, head_dim).
         k: (total_k, num_heads_kv, head_dim).
         v: (total_k, num_heads_kv, head_dim_v).
-        cu_seqlens_q: (num_sequences + 1,) int32, where each sequence's queries start and end.
+        cu_seqlens_q: (num_sequences + 1,) int32, where each sequence's queries start and end: from 0 to total_q, never falling.
+            CPU tensors are checked for that (seqused_k and the longest lengths too); on a GPU that would synchronise, so the
+            torch backend checks them, which reads them anyway, and a generated kernel trusts them.
         cu_seqlens_k: likewise for keys; sequences of length 0 are legal on either side.
         max_seqlen_q: the longest sequence of queries.
         max_seqlen_k: the longest sequence of keys.
@@ -218,39 +260,14 @@ def varlen_attention(
     Raises:
         InvalidProblemError, UnsupportedProblemError, BuildError, DatabaseError: as `attention()`.
     """
-    ops.require_tensors(q, k, v, "bshd", dims=3)
-    left, right = ops.window(window_size)
-    out, lse = autograd.run(
-        q,
-        k,
-        v,
-        Operands(
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            bias=bias,
-            attn_mask=attn_mask,
-            philox=ops.draw_philox(q, ops.number("dropout_p", dropout_p), generator),
-            score_mod=score_mod,
-            mask_mod=mask_mod,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqused_k,
-        ),
-        ops.Scalars(
-            causal=bool(causal),
-            causal_alignment=causal_alignment,
-            softmax_scale=ops.number("softmax_scale", softmax_scale),
-            window_left=left,
-            window_right=right,
-            softcap=ops.number("softcap", softcap),
-            dropout_p=ops.number("dropout_p", dropout_p),
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            return_lse=return_lse,
-            backend=backend,
-            config=ops.encode_config(config),
-        ),
-    )
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    operands, scalars = _arguments(
+        q, k, v, packing, seqused_k=seqused_k, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale,
+        window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask,
+        score_mod=score_mod, mask_mod=mask_mod, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
+        deterministic=deterministic, backend=backend, config=config,
+    )  # fmt: skip
+    out, lse = autograd.run(q, k, v, operands, scalars)
     return (out, lse) if return_lse else out
 
 

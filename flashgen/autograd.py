@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashgen.operands import Operands
-from flashgen.ops import TENSORS, Scalars, backward, cast_like, flatten, forward, mapped
+from flashgen.ops import TENSORS, backward, cast_like, flatten, forward, mapped, wants_gradient
 from flashgen.problem import not_built
+from flashgen.scalars import Scalars
 
 _FUNCTIONS = ("score_mod", "mask_mod", "block_mask")
 _FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
@@ -36,30 +36,21 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast_one(q), cast_one(k), cast_one(v)
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation (dual numbers, `torch.func.jvp`) is going on."""
-    return bool(forward_ad._current_level >= 0)
-
-
-def _refuse_tangents(tensors: Iterable[Tensor | None]) -> None:
-    """An operator without a forward-mode rule drops tangents in silence: refuse them.
-
-    Raises:
-        UnsupportedProblemError: an input carries one.
-    """
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
+    if forward_ad._current_level < 0:
+        return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise not_built("the forward-mode derivative of flashgen.attention (jvp)")
+        raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Attention, differentiable where an argument wants a gradient."""
-    operands.require_tensors()
-    if not torch.compiler.is_compiling() and forward_mode():
-        _refuse_tangents((q, k, v, *(getattr(operands, name) for name in TENSORS)))
+    operands.require_tensors(q.device)
+    _refuse_tangents(q, k, v, operands.bias, operands.sinks)
     q, k, v = autocast(q, k, v)
     captured = operands.options_captured() if operands.score_mod is not None else ()
-    wants = [x for x in (q, k, v, operands.bias, operands.sinks, *captured) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and wants:
+    if wants_gradient(q, k, v, operands, captured):
         apply: Any = AttentionFunction.apply
         functions = tuple(getattr(operands, name) for name in _FUNCTIONS)
         tensors = (getattr(operands, name) for name in TENSORS)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgen import checks, probe
 from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.torch_blocked import Options
@@ -47,8 +48,8 @@ class Operands:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
         return captured_tensors(self.score_mod)
 
-    def require_tensors(self) -> None:
-        """Refuse what is no tensor where one belongs.
+    def require_tensors(self, device: torch.device) -> None:
+        """Refuse what is no tensor where one belongs, or lies elsewhere: an operator is sent to the wrong device by that.
 
         Raises:
             InvalidProblemError: names the operand.
@@ -57,6 +58,10 @@ class Operands:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
+            if value is not None and value.device != device:
+                raise InvalidProblemError(
+                    f"{name} is on {value.device}, q on {device}: they must be on one device. Move it."
+                )
         for name in ("score_mod", "mask_mod"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -65,7 +70,7 @@ class Operands:
                 )
 
     def check(self, problem: Problem, device: torch.device) -> None:
-        """Check shapes, dtypes and devices against the problem.
+        """Check shapes, dtypes and devices against the problem, and try the mods on a handful of zeros (`probe`).
 
         Raises:
             InvalidProblemError: the message names the operand, what it is and what is allowed.
@@ -74,18 +79,26 @@ class Operands:
         scores = (batch, heads, problem.seqlen_q, problem.seqlen_k)
         for name in ("alibi_slopes", "sinks", "bias", "attn_mask"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if value.device != device:
-                raise InvalidProblemError(
-                    f"{name} is on {value.device}, q on {device}: they must be on one device. Move it."
-                )
-            if name != "attn_mask" and not value.is_floating_point():
-                raise InvalidProblemError(f"{name} has dtype {value.dtype}: it must be a floating-point tensor.")
-        _shape("alibi_slopes", self.alibi_slopes, [(heads,), (batch, heads)])
-        _shape("sinks", self.sinks, [(heads,)])
-        _broadcasts("bias", self.bias, scores)
-        _broadcasts("attn_mask", self.attn_mask, scores)
+            if value is not None:
+                checks.operand(name, value)
+        if self.alibi_slopes is not None:
+            checks.shape("alibi_slopes", self.alibi_slopes, [(heads,), (batch, heads)])
+        if self.sinks is not None:
+            checks.shape("sinks", self.sinks, [(heads,)])
+        if self.bias is not None:
+            checks.broadcasts("bias", self.bias, scores)
+        if self.attn_mask is not None:
+            checks.broadcasts("attn_mask", self.attn_mask, scores)
+        if self.block_mask is not None:
+            checks.block_mask(self.block_mask, scores, device)
+        if not self.has_functions or 0 in scores:
+            return  # a mod of a call without scores never runs, and what it captured may be empty
+        if self.score_mod is not None:
+            probe.score_mod(self.score_mod, device)
+        if self.mask_mod is not None:
+            probe.mask_mod("mask_mod", self.mask_mod, device)
+        if self.block_mask is not None:
+            probe.mask_mod("block_mask.mask_mod", self.block_mask.mask_mod, device)
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
@@ -106,24 +119,6 @@ class Operands:
             dropout_p=problem.dropout_p,
             philox=self.philox if problem.dropout_p else None,
             captured=self.options_captured(),
-        )
-
-
-def _shape(name: str, value: Tensor | None, allowed: list[tuple[int, ...]]) -> None:
-    if value is not None and tuple(value.shape) not in allowed:
-        raise InvalidProblemError(
-            f"{name} has shape {tuple(value.shape)}: it must be {' or '.join(map(str, allowed))}."
-        )
-
-
-def _broadcasts(name: str, value: Tensor | None, scores: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    tail = scores[len(scores) - value.dim() :] if value.dim() <= 4 else ()
-    if value.dim() > 4 or any(size not in (1, full) for size, full in zip(value.shape, tail, strict=True)):
-        raise InvalidProblemError(
-            f"{name} has shape {tuple(value.shape)}: it must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {scores}, "
-            "right-aligned, in either layout."
         )
 
 

@@ -8,9 +8,9 @@ BlockMask) cannot be an operator's argument: it runs the same code without the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,43 +18,15 @@ from torch import Tensor
 
 from flashgen import torch_blocked
 from flashgen.build import build
-from flashgen.config import KernelConfig, Tunable
-from flashgen.dispatch import ConfigLike, Plan, resolve
+from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
 from flashgen.problem import Problem
 from flashgen.render import render
+from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
 
-# -- the arguments of a call, in the order of the schema --
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scalars:
-    """The options of a call that are no tensors, flat, since operators take no mappings; see `attention()`.
-
-    `training` says that a backward will follow. The lengths are those of packed sequences, else -1.
-    """
-
-    causal: bool = False
-    causal_alignment: str = "bottom-right"
-    softmax_scale: float | None = None
-    window_left: int = -1
-    window_right: int = -1
-    softcap: float = 0.0
-    dropout_p: float = 0.0
-    max_seqlen_q: int = -1
-    max_seqlen_k: int = -1
-    layout: str = "bshd"
-    return_lse: bool = False
-    training: bool = False
-    backend: str = "auto"
-    config: str = ""
-
-    def flat(self) -> tuple[Any, ...]:
-        """The values in the schema's order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
-
+# -- the schema --
 
 TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
 _SCALAR_SCHEMA = (
@@ -72,29 +44,19 @@ _library.define(
 )
 
 
-def encode_config(config: ConfigLike | None) -> str:
-    """A config as one string."""
-    if config is None:
-        return ""
-    if not isinstance(config, Mapping):
-        raise InvalidProblemError(
-            f"config={config!r} is a {type(config).__name__}: it must be a KernelConfig or a dict of its tunables."
-        )
-    variant = config.variant if isinstance(config, KernelConfig) else ""
-    return ";".join([variant, *[f"{name}={value!r}" for name, value in config.items()]])
+# -- the call as a checked problem --
 
 
-def _decode_config(text: str) -> KernelConfig | dict[str, Tunable] | None:
-    if not text:
-        return None
-    variant, *items = text.split(";")
-    tunables: dict[str, Tunable] = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        tunables[name] = (
-            value == "True" if value in ("True", "False") else value.strip("'") if "'" in value else int(value)
-        )
-    return KernelConfig(variant=variant, **tunables) if variant else tunables
+def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> Problem:
+    """The problem of a call all of whose arguments are right; nothing has been computed yet.
+
+    Raises:
+        InvalidProblemError: names the argument, what was given and what is allowed.
+    """
+    operands.require_tensors(q.device)
+    problem = problem_of(q, k, v, operands, scalars)
+    operands.check(problem, q.device)
+    return problem
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> Problem:
@@ -130,9 +92,8 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
 
 def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Check, resolve and run; lse is empty where nobody wants it."""
-    problem = problem_of(q, k, v, operands, scalars)
-    operands.check(problem, q.device)
-    plan = resolve(problem, backend=scalars.backend, config=_decode_config(scalars.config))
+    problem = checked(q, k, v, operands, scalars)
+    plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config))
     out, lse = _allocate(q, v, scalars)
     wanted = lse if problem.spec.has_lse else None
     if plan.backend == "torch":
@@ -165,17 +126,22 @@ def _run_torch(
 ) -> None:
     options = operands.options(problem)
     if problem.varlen:
-        torch_blocked.packed_forward(q, k, v, _packing(problem, operands), options, out, lse)
+        torch_blocked.packed_forward(q, k, v, _packing(problem, operands, q, k), options, out, lse)
         return
     q, k, v, o = (_bshd(x, layout) for x in (q, k, v, out))
     torch_blocked.forward(q, k, v, options, o, lse)
 
 
-def _packing(problem: Problem, operands: Operands) -> torch_blocked.Packing:
+def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torch_blocked.Packing:
     if operands.cu_seqlens_q is None or operands.cu_seqlens_k is None:
         raise InvalidProblemError("packed sequences need both cu_seqlens_q and cu_seqlens_k.")
     return torch_blocked.Packing.make(
-        operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k, problem.causal_alignment == "bottom-right"
+        operands.cu_seqlens_q,
+        operands.cu_seqlens_k,
+        operands.seqused_k,
+        problem.causal_alignment == "bottom-right",
+        totals=(q.shape[0], k.shape[0]),
+        longest=(problem.seqlen_q, problem.seqlen_k),
     )
 
 
@@ -199,12 +165,17 @@ def _launch(plan: Plan, *arguments: Tensor | None) -> None:
         try:
             build(source).launch(*arguments, **values)
         except Exception as error:
-            if type(error).__module__.startswith("triton"):
-                raise BuildError(
-                    f"{plan.variant} with {plan.config.label} does not run on {plan.target.name}: "
-                    f"{type(error).__name__}: {error}. Pass another config=, or tune: flashgen tune {problem.tune_arguments}"
-                ) from error
-            raise
+            raise explained(error, plan) from error
+
+
+def explained(error: Exception, plan: Plan) -> Exception:
+    """A launch's exception, as a BuildError where the compiler or the driver refused."""
+    if not type(error).__module__.startswith("triton"):
+        return error
+    return BuildError(
+        f"{plan.variant} with {plan.config.label} does not run on {plan.target.name}: {type(error).__name__}: {error}. "
+        f"Pass another config=, or tune: flashgen tune {plan.problem.tune_arguments}"
+    )
 
 
 def _bshd(x: Tensor, layout: str) -> Tensor:
@@ -233,13 +204,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
     problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
-    plan = resolve(problem, backend=scalars.backend, config=_decode_config(scalars.config)).backward
+    plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, scalars.layout)
         return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
-        packing = _packing(problem, operands)
+        packing = _packing(problem, operands, q, k)
         with _exact_products(q):
             return torch_blocked.packed_backward(dout, dlse, q, k, v, out, lse, packing, options, **wanted)
     q_, k_, v_, out_ = (_bshd(x, scalars.layout) for x in (q, k, v, out))
@@ -378,52 +349,14 @@ def flatten(operands: Operands, scalars: Scalars) -> tuple[Any, ...]:
     return (*(getattr(operands, name) for name in TENSORS), *scalars.flat())
 
 
+def wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands, captured: tuple[Tensor, ...]) -> bool:
+    """Whether autograd will ask for a backward."""
+    leaves = (q, k, v, operands.bias, operands.sinks, *captured)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+
+
 def draw_philox(q: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
     """Dropout's seed and offset, drawn on the tensors' device, so that nothing synchronises and graphs replay."""
     if not dropout_p:
         return None
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device, generator=generator)
-
-
-def number(name: str, value: Any) -> Any:
-    """A scalar option as the operator's schema wants it; symbolic numbers of a compiler pass through.
-
-    Raises:
-        InvalidProblemError: it is no number.
-    """
-    if value is None or isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.") from None
-
-
-def window(value: Any) -> tuple[int, int]:
-    """The two sides of `window_size`.
-
-    Raises:
-        InvalidProblemError: it is no pair of ints.
-    """
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(side, int) for side in value):
-        raise InvalidProblemError(
-            f"window_size={value!r} must be a pair (left, right), each -1 (no limit) or a number of keys from 0 up."
-        )
-    return value[0], value[1]
-
-
-def require_tensors(q: Any, k: Any, v: Any, layout: str, *, dims: int = 4) -> None:
-    """Refuse here what the operator's schema would refuse without naming the argument, or send to the wrong device."""
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(value, Tensor):
-            raise InvalidProblemError(f"{name} is a {type(value).__name__}: it must be a torch.Tensor.")
-        if value.dim() != dims:
-            order = "batch, heads, seqlen, head_dim" if layout == "bhsd" else "batch, seqlen, heads, head_dim"
-            order = order if dims == 4 else "total, heads, head_dim"
-            raise InvalidProblemError(
-                f"{name} has shape {tuple(value.shape)}: it must have {dims} dimensions, ({order})."
-            )
-        if value.device != q.device:
-            raise InvalidProblemError(
-                f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one."
-            )

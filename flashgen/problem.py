@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
+from flashgen import checks
+from flashgen.checks import ALIGNMENTS, LAYOUTS, CausalAlignment, Layout
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.presets import find as find_preset
 from flashgen.spec import DTYPES, AttentionSpec, DType, Op
@@ -15,10 +15,7 @@ from flashgen.spec import DTYPES, AttentionSpec, DType, Op
 if TYPE_CHECKING:
     from torch import Tensor
 
-Layout = Literal["bshd", "bhsd"]
-CausalAlignment = Literal["bottom-right", "top-left"]
-LAYOUTS: tuple[Layout, ...] = ("bshd", "bhsd")
-ALIGNMENTS: tuple[CausalAlignment, ...] = ("bottom-right", "top-left")
+__all__ = ["ALIGNMENTS", "LAYOUTS", "CausalAlignment", "Layout", "Problem", "not_built"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,31 +66,25 @@ class Problem:
     copies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
-        _require(self.layout in LAYOUTS, "layout", self.layout, ", ".join(LAYOUTS))
-        _require(self.causal_alignment in ALIGNMENTS, "causal_alignment", self.causal_alignment, ", ".join(ALIGNMENTS))
+        require = checks.require
+        checks.one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("layout", self.layout, LAYOUTS)
+        checks.one_of("causal_alignment", self.causal_alignment, ALIGNMENTS)
         for name in ("batch", "seqlen_q", "seqlen_k"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("num_heads_q", "num_heads_kv", "head_dim", "head_dim_v"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         if self.num_heads_q % self.num_heads_kv:
             raise InvalidProblemError(
                 f"{self.num_heads_q} query heads cannot share {self.num_heads_kv} key/value heads: the number of heads of q "
                 "must be a multiple of that of k and v (grouped-query attention)."
             )
-        scale = self.softmax_scale
-        _require(
-            scale is None or math.isfinite(scale),
-            "softmax_scale",
-            scale,
-            "a finite number, or None for 1/sqrt(head_dim)",
-        )
-        _require(
-            math.isfinite(self.softcap) and self.softcap >= 0, "softcap", self.softcap, "0 (off) or a positive number"
-        )
-        window_ok = len(self.window_size) == 2 and all(isinstance(w, int) and w >= -1 for w in self.window_size)
-        _require(window_ok, "window_size", self.window_size, "(left, right), each -1 (no limit) or 0 and more keys")
-        _require(0.0 <= self.dropout_p < 1.0, "dropout_p", self.dropout_p, "from 0 up to, not including, 1")
+        if self.softmax_scale is not None:
+            checks.number("softmax_scale", self.softmax_scale)
+        require(checks.number("softcap", self.softcap) >= 0, "softcap", self.softcap, "0 (off) or a positive number")
+        checks.window(self.window_size)
+        p = checks.number("dropout_p", self.dropout_p)
+        require(0.0 <= p < 1.0, "dropout_p", self.dropout_p, "from 0 up to, not including, 1")
 
     # -- what it means --
 
@@ -275,26 +266,13 @@ class Problem:
     ) -> Problem:
         """Check a call of `varlen_attention()`; its arguments are these.
 
+        The values of cu_seqlens and seqused_k are looked at on a CPU only; on a GPU that would synchronise.
+
         Raises:
             InvalidProblemError: the message names the argument, its value and what is allowed.
         """
-        for name, tensor in {"q": q, "k": k, "v": v}.items():
-            if getattr(tensor, "dim", lambda: 0)() != 3:
-                raise InvalidProblemError(f"{name} must be a packed tensor of 3 dimensions, (total, heads, head_dim).")
-        batch = _check_offsets("cu_seqlens_q", cu_seqlens_q, q, None)
-        if _check_offsets("cu_seqlens_k", cu_seqlens_k, k, None) != batch:
-            raise InvalidProblemError(
-                "cu_seqlens_q and cu_seqlens_k bound different numbers of sequences: they must be equally long."
-            )
-        if seqused_k is not None:
-            _check_offsets("seqused_k", seqused_k, k, batch)
-        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            _require(
-                isinstance(longest, int) and longest >= 0, name, longest, "the length of the longest sequence, an int"
-            )
-        if q.device.type == "cpu":
-            _check_lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-            _check_lengths("k", cast("Tensor", cu_seqlens_k), k.shape[0], max_seqlen_k)
+        checks.qkv(q, k, v, "bshd", dims=3)
+        batch = checks.packing(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
         one = cls.from_tensors(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), **options)
         return replace(one, varlen=True, batch=batch, seqlen_q=max_seqlen_q, seqlen_k=max_seqlen_k)
 
@@ -322,31 +300,26 @@ class Problem:
         requires_grad: bool | None = None,
         layout: Layout = "bshd",
     ) -> Problem:
-        """Check a call's arguments; they are those of `attention()`.
+        """Check a call's arguments; they are those of `attention()`. Of optional operands only their presence counts here.
 
         Args:
-            requires_grad: whether a backward will follow; None reads it off q, k and v and torch's grad mode.
+            requires_grad: whether a backward will follow; None reads it off q, k, v, bias and sinks and torch's grad mode.
 
         Raises:
             InvalidProblemError: the message names the argument, its value and what is allowed.
         """
-        _require(layout in LAYOUTS, "layout", layout, ", ".join(LAYOUTS))
+        dtype = checks.qkv(q, k, v, layout)
         tensors = {"q": q, "k": k, "v": v}
-        for name, tensor in tensors.items():
-            _check_tensor(name, tensor, q, layout)
         seq, heads = (1, 2) if layout == "bshd" else (2, 1)
         for name in ("k", "v"):
-            _require_equal(f"batch of {name}", tensors[name].shape[0], "q's", q.shape[0])
-        _require_equal("sequence length of v", v.shape[seq], "k's", k.shape[seq])
-        _require_equal("number of heads of v", v.shape[heads], "k's", k.shape[heads])
-        _require_equal("head_dim of k", k.shape[3], "q's", q.shape[3])
-        if attn_mask is not None and str(attn_mask.dtype) != "torch.bool":
-            raise InvalidProblemError(
-                f"attn_mask has dtype {attn_mask.dtype}: it must be torch.bool (True = may attend). "
-                "An additive float mask goes into `bias`."
-            )
+            checks.require_equal(f"batch of {name}", tensors[name].shape[0], "q's", q.shape[0])
+        checks.require_equal("sequence length of v", v.shape[seq], "k's", k.shape[seq])
+        checks.require_equal("number of heads of v", v.shape[heads], "k's", k.shape[heads])
+        checks.require_equal("head_dim of k", k.shape[3], "q's", q.shape[3])
+        if attn_mask is not None and hasattr(attn_mask, "dtype"):
+            checks.operand("attn_mask", attn_mask)
         return cls(
-            dtype=_dtype_name("q", q),
+            dtype=dtype,
             batch=q.shape[0],
             seqlen_q=q.shape[seq],
             seqlen_k=k.shape[seq],
@@ -354,11 +327,11 @@ class Problem:
             num_heads_kv=k.shape[heads],
             head_dim=q.shape[3],
             head_dim_v=v.shape[3],
-            causal=bool(causal),
+            causal=checks.flag("causal", causal),
             causal_alignment=causal_alignment,
-            softmax_scale=_number("softmax_scale", softmax_scale),
-            window_size=_window(window_size),
-            softcap=_number("softcap", softcap) or 0.0,
+            softmax_scale=None if softmax_scale is None else checks.number("softmax_scale", softmax_scale),
+            window_size=checks.window(window_size),
+            softcap=checks.number("softcap", softcap),
             has_alibi=alibi_slopes is not None,
             has_sinks=sinks is not None,
             has_bias=bias is not None,
@@ -366,103 +339,19 @@ class Problem:
             has_score_mod=score_mod is not None,
             has_mask_mod=mask_mod is not None,
             has_block_mask=block_mask is not None,
-            dropout_p=_number("dropout_p", dropout_p) or 0.0,
-            return_lse=bool(return_lse),
-            requires_grad=_needs_grad(q, k, v) if requires_grad is None else requires_grad,
+            dropout_p=checks.number("dropout_p", dropout_p),
+            return_lse=checks.flag("return_lse", return_lse),
+            requires_grad=_needs_grad(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
             layout=layout,
             device=str(q.device),
             copies=tuple(name for name, tensor in tensors.items() if tensor.stride(-1) != 1 and tensor.shape[-1] != 1),
         )
 
 
-def _require(ok: bool, name: str, given: object, allowed: str) -> None:
-    if not ok:
-        raise InvalidProblemError(f"{name}={given!r} is not allowed: {name} must be {allowed}.")
-
-
-def _require_equal(what: str, given: int, whose: str, wanted: int) -> None:
-    if given != wanted:
-        raise InvalidProblemError(f"{what} is {given}, but {whose} is {wanted}: they must be equal.")
-
-
-def _check_tensor(name: str, tensor: Any, q: Any, layout: Layout) -> None:
-    if not hasattr(tensor, "dim") or not hasattr(tensor, "stride"):
-        raise InvalidProblemError(f"{name} is a {type(tensor).__name__}: it must be a torch.Tensor.")
-    if tensor.dim() != 4:
-        raise InvalidProblemError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}: it must have 4, "
-            f"({'batch, seqlen, heads, head_dim' if layout == 'bshd' else 'batch, heads, seqlen, head_dim'}) in layout {layout!r}."
-        )
-    _dtype_name(name, tensor)
-    if tensor.dtype != q.dtype:
-        raise InvalidProblemError(
-            f"{name} has dtype {tensor.dtype}, q has {q.dtype}: q, k and v must have one dtype. Cast one."
-        )
-    if tensor.device != q.device:
-        raise InvalidProblemError(
-            f"{name} is on {tensor.device}, q on {q.device}: q, k and v must be on one device. Move one."
-        )
-
-
-def _check_offsets(name: str, value: Any, like: Tensor, length: int | None) -> int:
-    """A 1-d int32 tensor beside `like`; returns the number of sequences."""
-    if getattr(value, "dim", lambda: 0)() != 1 or str(value.dtype) != "torch.int32" or value.device != like.device:
-        given = (
-            f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            if hasattr(value, "dtype")
-            else f"a {type(value).__name__}"
-        )
-        raise InvalidProblemError(f"{name} is {given}: it must be a 1-dimensional int32 tensor on {like.device}.")
-    if length is not None:
-        _require(value.numel() == length, f"length of {name}", value.numel(), f"the number of sequences, {length}")
-        return length
-    _require(value.numel() >= 1, f"length of {name}", value.numel(), "the number of sequences plus one")
-    return int(value.numel()) - 1
-
-
-def _check_lengths(which: str, offsets: Tensor, total: int, longest: int) -> None:
-    """On a CPU the values are looked at too; on a GPU that would synchronise."""
-    ends = offsets.tolist()
-    lengths = [stop - start for start, stop in pairwise(ends)]
-    if ends[0] != 0 or ends[-1] > total or min(lengths, default=0) < 0:
-        raise InvalidProblemError(
-            f"cu_seqlens_{which}={ends} must start at 0, never fall, and end at most at {total}, {which}'s rows."
-        )
-    if max(lengths, default=0) > longest:
-        raise InvalidProblemError(f"max_seqlen_{which}={longest} is less than the longest sequence, {max(lengths)}.")
-
-
-def _dtype_name(name: str, tensor: Tensor) -> DType:
-    names = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
-    found = names.get(str(tensor.dtype))
-    if found is None:
-        raise InvalidProblemError(f"{name} has dtype {tensor.dtype}: allowed are {', '.join(names)}. Cast it.")
-    return cast(DType, found)
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
+def _needs_grad(*tensors: Tensor | None) -> bool:
     import torch  # here: rendering and tuning a named problem work without it
 
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.") from None
-
-
-def _window(value: Any) -> tuple[int, int]:
-    try:
-        left, right = value
-    except (TypeError, ValueError):
-        raise InvalidProblemError(
-            f"window_size={value!r} must be a pair (left, right), each -1 (no limit) or a number of keys from 0 up."
-        ) from None
-    return (left, right)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
 
 def not_built(name: str) -> UnsupportedProblemError:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from flashgen import dispatch, settings
+from flashgen import dispatch, ops, settings
 from flashgen.build import build
 from flashgen.render import render
 from flashgen.variants import by_name
@@ -38,8 +38,10 @@ def _nobody_listens() -> bool:
     return (
         c._len_torch_dispatch_stack() == 0
         and c._len_torch_function_stack() == 0
-        and c._functorch.maybe_current_level() is None
-        and c._get_tracing_state() is None
+        and c._functorch.peek_interpreter_stack() is None
+        and not c._is_tracing()
+        and forward_ad._current_level < 0
+        and not c._is_any_autocast_enabled()
     )
 
 
@@ -55,15 +57,20 @@ def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
         or type(k) not in _ORDINARY
         or type(v) not in _ORDINARY
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or torch._C._is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
+        # A lazily negated view (the imaginary part of a conjugate) holds the values of the tensor before the minus.
+        or q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
         or not _nobody_listens()
     ):
         return None
-    return (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, options, _environment(),
-    )  # fmt: skip
+    try:
+        return (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
+            (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, options, _environment(),
+        )  # fmt: skip
+    except RuntimeError:  # sparse and nested tensors have no strides: the long way says what is wrong
+        return None
 
 
 def find(key: Key) -> Bound | None:
@@ -79,15 +86,21 @@ def unseen(key: Key) -> bool:
     return all(isinstance(option, _PLAIN) for option in key[-2]) and key not in _bound
 
 
-def bind(key: Key, plan: dispatch.Plan) -> None:
+def bind(key: Key, plan: dispatch.Plan, known: dict[Key, Bound | None]) -> None:
     """Remember how a kind of call is launched, after the long way ran it.
 
     Only generated kernels on a GPU are launched from here: everything else takes far longer than the checks do.
+
+    Args:
+        key: of `key_of`.
+        plan: what the call ran.
+        known: `table()` as it was before the call: after a `forget()` meanwhile nobody reads it any more.
     """
-    if len(_bound) >= _MOST:
-        _bound.clear()
     kept = plan.backend != "torch" and plan.target.backend != "cpu" and not plan.problem.copies
-    _bound[key] = _launcher(plan) if kept else None
+    launcher = _launcher(plan) if kept else None
+    if len(known) >= _MOST:
+        known.clear()
+    known[key] = launcher
 
 
 def _launcher(plan: dispatch.Plan) -> Bound:
@@ -109,19 +122,28 @@ def _launcher(plan: dispatch.Plan) -> Bound:
             q, k, v, o = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2)
         else:
             o = out
-        if several and device.type == "cuda" and torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
+        try:
+            if several and device.type == "cuda" and torch.cuda.current_device() != device.index:
+                with torch.cuda.device(device):
+                    launch(q, k, v, o, lse, **scalars)
+            else:
                 launch(q, k, v, o, lse, **scalars)
-        else:
-            launch(q, k, v, o, lse, **scalars)
+        except Exception as error:
+            raise ops.explained(error, plan) from error
         return out, lse
 
     return run
 
 
+def table() -> dict[Key, Bound | None]:
+    """What is remembered now."""
+    return _bound
+
+
 def forget() -> None:
-    """Drop everything."""
-    _bound.clear()
+    """Drop everything; the dict is replaced, so that a call that began before writes where nobody reads."""
+    global _bound
+    _bound = {}
 
 
 dispatch.on_forget(forget)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashgen.torch_blocked import blocked, fused
-from flashgen.torch_blocked.blocked import SCORE_BUDGET, backward
+from flashgen.torch_blocked.blocked import SCORE_BUDGET
 from flashgen.torch_blocked.options import GradientSums, Options
 from flashgen.torch_blocked.packed import Packing
 from flashgen.torch_blocked.packed import backward as packed_backward
@@ -38,3 +38,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse:
     """
     run = fused.forward if fused.covers(q, k, v, options) else blocked.forward
     run(q, k, v, options, out, lse)
+
+
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    *,
+    bias_grad: bool = False,
+    sinks_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, GradientSums]:
+    """Gradients: from PyTorch's fused CPU kernel where it means the same and is as accurate, else from the blocked loops.
+
+    Args:
+        dout, dlse, q, k, v, out, lse, options, bias_grad, sinks_grad: as in `blocked.backward`.
+    """
+    if dout is not None and fused.covers_backward(dout, dlse, q, k, v, options):
+        return fused.backward(dout, q, k, v, out, lse, options)
+    return blocked.backward(dout, dlse, q, k, v, out, lse, options, bias_grad=bias_grad, sinks_grad=sinks_grad)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flashgen.torch_blocked.options import Block, GradientSums, Options, blocks
 
-# Scores of one step: 2^22 fp32 elements are 16 MiB, small beside any inputs for which blocking matters.
-SCORE_BUDGET = 1 << 22
+# Scores of one step. A step holds some ten arrays of that many elements: they have to be small beside q, k, v and out of 32k
+# tokens in two heads of 64 (32 MiB in 16 bit), also where those tokens are many short sequences, which one step takes together.
+SCORE_BUDGET = 1 << 19
 _BLOCK_Q = 256
 _BLOCK_K = 512
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen.torch_blocked.philox import keep_mask
+from flashgen.torch_blocked.philox import keep_block
 
 Mod = Callable[..., Tensor]
 
@@ -73,7 +73,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One step: a slice of the batch, of the query rows and of the keys, and index tensors shaped to broadcast."""
+    """One step: a slice of the batch, of the query rows and of the keys, and index tensors shaped to broadcast.
+
+    `kept` remembers dropout's mask, which the backward needs twice.
+    """
 
     options: Options
     batch: slice
@@ -81,6 +84,7 @@ class Block:
     keys: slice
     num_heads: int
     device: torch.device
+    kept: list[Tensor] = field(default_factory=list)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b, h, q_idx, kv_idx as int32 of shapes (b,1,1,1), (1,h,1,1), (1,1,m,1), (1,1,1,n)."""
@@ -103,7 +107,7 @@ class Block:
         for dim, part in ((-1, self.keys), (-2, self.rows), (-4, self.batch)):
             if x.dim() >= -dim and x.shape[dim] != 1:
                 x = x.narrow(dim, part.start, part.stop - part.start)
-        return x.view((1,) * (4 - x.dim()) + tuple(x.shape))
+        return _four(x)
 
     # -- forward --
 
@@ -128,7 +132,7 @@ class Block:
         if o.attn_mask is not None:
             parts.append(self.cut(o.attn_mask))
         if o.mask_mod is not None:
-            parts.append(torch.as_tensor(o.mask_mod(b, h, i, j), device=self.device).bool())
+            parts.append(_four(o.mask_mod(b, h, i, j).to(self.device)))
         if o.block_mask is not None:
             parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j))
         if not parts:
@@ -143,8 +147,11 @@ class Block:
         o = self.options
         if o.philox is None:
             return p
-        b, h, i, j = (x.long() for x in self.indices())
-        keep = keep_mask(o.philox.to(self.device), o.dropout_p, b * self.num_heads + h, i, j)
+        if not self.kept:
+            b, h = (x.long() for x in self.indices()[:2])
+            i, j = self.rows, self.keys
+            self.kept.append(keep_block(o.philox.to(self.device), o.dropout_p, b * self.num_heads + h, i, j))
+        keep = self.kept[0]
         return p.masked_fill(~keep, 0.0) / (1.0 - o.dropout_p)
 
     # -- backward --
@@ -206,6 +213,11 @@ class GradientSums:
     captured: list[Tensor]
 
 
+def _four(x: Tensor) -> Tensor:
+    """Something that broadcasts to (b, h, m, n), with all four dimensions."""
+    return x.view((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x
+
+
 def _add_reduced(total: Tensor, x: Tensor) -> None:
     """Total += x summed over the dimensions that total broadcasts."""
     dims = [dim for dim in range(4) if total.shape[dim] == 1 and x.shape[dim] != 1]
@@ -216,7 +228,7 @@ def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -
     """A BlockMask as given: listed blocks only, its mask_mod inside the partial ones."""
     size_q, size_k = mask.BLOCK_SIZE
     partial = _listed(mask.kv_num_blocks, mask.kv_indices, b, h, i // size_q, j // size_k)
-    inside = torch.as_tensor(mask.mask_mod(b, h, i, j), device=i.device).bool()
+    inside = _four(mask.mask_mod(b, h, i, j).to(i.device))
     visible = partial & inside
     if mask.full_kv_num_blocks is not None:
         visible = visible | _listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i // size_q, j // size_k)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flashgen import checks
 from flashgen.torch_blocked import blocked
 from flashgen.torch_blocked.options import GradientSums, Options
 
@@ -28,10 +29,30 @@ class Packing:
     bottom_right: bool
 
     @classmethod
-    def make(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, bottom_right: bool) -> Packing:
-        """Read the offsets (a synchronisation on a GPU)."""
+    def make(
+        cls,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        seqused_k: Tensor | None,
+        bottom_right: bool,
+        *,
+        totals: tuple[int, int],
+        longest: tuple[int, int],
+    ) -> Packing:
+        """Read the offsets (a synchronisation on a GPU), and check what a GPU call could not check before.
+
+        Args:
+            cu_seqlens_q, cu_seqlens_k, seqused_k: as in `varlen_attention()`.
+            bottom_right: see the attributes.
+            totals: rows of q and of k.
+            longest: max_seqlen_q and max_seqlen_k.
+
+        Raises:
+            InvalidProblemError: an offset or a length is out of range.
+        """
         ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         used = None if seqused_k is None else seqused_k.tolist()
+        checks.packing_values(ends_q, ends_k, used, totals, longest)
         keys = []
         for index, (start, stop) in enumerate(pairwise(ends_k)):
             keys.append(slice(start, stop if used is None else min(stop, start + used[index])))

@@ -11,7 +11,9 @@ four words of one call cover the four elements {i, i + 8} x {j, j + 8}: word 2 *
 (i, j)'s. In the accumulator layout of NVIDIA's tensor cores (mma m16n8 and wgmma) one thread holds rows r and r + 8 and
 columns c and c + 8, so it needs every word it draws, in the forward (queries x keys) and transposed in the backward.
 
-An element is kept when its word is at least round(dropout_p * 2^32).
+Of the offset only the low 32 bits count, so offsets 2^32 apart give the same mask; of the seed all 64 do. b * num_heads_q + h counts
+modulo 2^32. An element is kept when its word is at least round(dropout_p * 2^32): dropout_p is rounded to a multiple of 2^-32,
+and one so close to 1 that it rounds to 2^32 keeps nothing.
 """
 
 from __future__ import annotations
@@ -63,14 +65,43 @@ def keep_mask(philox: Tensor, dropout_p: float, heads: Tensor, rows: Tensor, col
     Returns:
         bool, of the broadcast shape.
     """
-    seed, offset = philox[0], philox[1]
-    counter = ((columns // 16) * 8 + columns % 8, (rows // 16) * 8 + rows % 8, heads & _MASK, offset & _MASK)
-    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    words = _words(philox, heads, (rows // 16) * 8 + rows % 8, (columns // 16) * 8 + columns % 8)
     index = 2 * (rows // 8 % 2) + columns // 8 % 2
     word = torch.where(
         index < 2, torch.where(index == 0, words[0], words[1]), torch.where(index == 2, words[2], words[3])
     )
     return word >= threshold(dropout_p)
+
+
+def keep_block(philox: Tensor, dropout_p: float, heads: Tensor, rows: slice, columns: slice) -> Tensor:
+    """As `keep_mask`, for a rectangle: each call's four words are all used, so it takes a quarter of the time and memory.
+
+    Args:
+        philox, dropout_p: as in `keep_mask`.
+        heads: (batch, heads, 1, 1) int64, b * num_heads_q + h.
+        rows, columns: the ranges of i and j.
+
+    Returns:
+        (batch, heads, rows, columns) bool.
+    """
+    first_row, first_column = rows.start // 16, columns.start // 16
+    tall, wide = -(-rows.stop // 16) - first_row, -(-columns.stop // 16) - first_column
+    counter_rows = torch.arange(tall * 8, device=philox.device).view(-1, 1) + first_row * 8
+    counter_columns = torch.arange(wide * 8, device=philox.device) + first_column * 8
+    least = threshold(dropout_p)
+    words = torch.stack([word >= least for word in _words(philox, heads, counter_rows, counter_columns)])
+    batch, num_heads = words.shape[1:3]
+    # (i // 8 % 2, j // 8 % 2, b, h, i // 16, i % 8, j // 16, j % 8) -> (b, h, i, j)
+    grid = words.view(2, 2, batch, num_heads, tall, 8, wide, 8).permute(2, 3, 4, 0, 5, 6, 1, 7)
+    grid = grid.reshape(batch, num_heads, tall * 16, wide * 16)
+    top, left = rows.start - first_row * 16, columns.start - first_column * 16
+    return grid[:, :, top : top + rows.stop - rows.start, left : left + columns.stop - columns.start]
+
+
+def _words(philox: Tensor, heads: Tensor, counter_rows: Tensor, counter_columns: Tensor) -> tuple[Tensor, ...]:
+    seed, offset = philox[0], philox[1]
+    counter = (counter_columns, counter_rows, heads & _MASK, offset & _MASK)
+    return philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
 
 
 def threshold(dropout_p: float) -> int:

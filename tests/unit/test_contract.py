@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashgen
 from flashgen import InvalidProblemError, KernelConfig, Target, UnsupportedProblemError, ops
@@ -82,7 +83,7 @@ def test_the_error_tree() -> None:
         ("attn_mask", torch.ones(4, 4, dtype=torch.bool)),
         ("score_mod", lambda score, b, h, q_idx, kv_idx: score),
         ("mask_mod", lambda b, h, q_idx, kv_idx: q_idx >= kv_idx),
-        ("block_mask", object()),
+        ("block_mask", create_block_mask(lambda b, h, i, j: i >= j, None, None, 4, 4, device="cpu")),
         ("dropout_p", 0.1),
     ],
 )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from typing import Any
 
 import naive
@@ -257,7 +255,7 @@ def test_wrong_offsets_are_explained() -> None:
     q, good = torch.randn(6, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
     for bad, match in (
         (torch.tensor([0, 4, 2], dtype=torch.int32), "never fall"),
-        (torch.tensor([0, 2, 9], dtype=torch.int32), "end at most at 6"),
+        (torch.tensor([0, 2, 9], dtype=torch.int32), "end at 6"),
         (torch.tensor([0, 2, 6]), "int32"),
         (torch.tensor([0, 6], dtype=torch.int32), "equally long"),
     ):
@@ -265,27 +263,3 @@ def test_wrong_offsets_are_explained() -> None:
             flashgen.varlen_attention(q, q, q, good, bad, 4, 4)
     with pytest.raises(InvalidProblemError, match="max_seqlen_q=3 is less"):
         flashgen.varlen_attention(q, q, q, good, good, 3, 4)
-
-
-MEMORY_PROBE = """
-import resource, sys, torch, flashgen
-torch.set_num_threads(2)
-heads, head_dim, seqlen = 4, 64, 32768
-q, k, v = (torch.randn(1, seqlen, heads, head_dim).requires_grad_({grad}) for _ in range(3))
-small = [x[:, :64].detach().requires_grad_({grad}) for x in (q, k, v)]
-out = flashgen.attention(*small, {options})
-if {grad}: out.sum().backward()
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 3 * q.numel() * 4 // 1024
-out = flashgen.attention(q, k, v, {options})
-if {grad}: out.sum().backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-print(peak * 1024 / (4 * q.numel() * 4))
-"""
-
-
-@pytest.mark.parametrize(("grad", "limit"), [(False, 4.0), (True, 8.0)])
-def test_memory_at_32k_tokens(grad: bool, limit: float) -> None:
-    """Peak of the process over what it had before, in units of q + k + v + out; a window keeps the run short."""
-    code = MEMORY_PROBE.format(grad=grad, options="window_size=(512, 0), softcap=20.0")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < limit, done.stdout

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgen
-from flashgen import InvalidProblemError, Target, build, dispatch, warm
+from flashgen import InvalidProblemError, Target, UnsupportedProblemError, build, dispatch, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Target.named("h100")
@@ -166,6 +166,27 @@ def test_what_autograd_records_goes_the_long_way(gpu: list[dict[str, Any]], shor
     assert len(short) == 2
 
 
+def test_views_and_duals_that_hold_other_values_go_the_long_way(gpu: list[dict[str, Any]], short: list[int]) -> None:
+    q = torch.randn(2, 24, 4, 32)
+    k, v = K.float(), V.float()
+    flashgen.attention(q, k, v)
+    negated = torch.complex(q, q).conj().imag  # -q, lazily
+    assert negated.is_neg()
+    out = flashgen.attention(negated.contiguous() if negated.stride(-1) != 1 else negated, k, v)
+    plain = flashgen.attention(-q, k, v)
+    assert isinstance(out, Tensor) and isinstance(plain, Tensor) and torch.equal(out, plain)
+    taken = len(short)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(UnsupportedProblemError, match="forward-mode derivative"):
+            flashgen.attention(dual, k, v)
+    with pytest.raises(UnsupportedProblemError, match="forward-mode derivative"):
+        torch.func.jvp(lambda x: flashgen.attention(x, k, v), (q,), (torch.ones_like(q),))
+    assert len(short) == taken
+    with pytest.raises(InvalidProblemError, match=r"q has layout torch\.sparse_coo"):
+        flashgen.attention(q.to_sparse(), k, v)
+
+
 class Listener(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -208,14 +229,14 @@ def test_more_kinds_than_are_kept(gpu: list[dict[str, Any]], short: list[int], m
     for scale in (0.1, 0.2, 0.3, 0.4):
         flashgen.attention(Q, K, V, softmax_scale=scale)
         flashgen.attention(Q, K, V, softmax_scale=scale)
-    assert len(warm._bound) <= 2 and len(short) == 4
+    assert len(warm.table()) <= 2 and len(short) == 4
 
 
 def test_torch_calls_are_not_bound() -> None:
     dispatch.forget()
     flashgen.attention(Q, K, V)
     flashgen.attention(Q, K, V)
-    assert list(warm._bound.values()) == [None]
+    assert list(warm.table().values()) == [None]
     dispatch.forget()
 
 
