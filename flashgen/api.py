@@ -77,11 +77,11 @@ def attention(
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
-        deterministic: every path that exists today repeats bit for bit, whatever is asked for.
+        deterministic: every path that exists today, backward included, repeats bit for bit, whatever is asked for.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
             interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
-        config: a KernelConfig, or a dict of its tunables, instead of the tuned one.
+        config: a KernelConfig of the forward, or a dict of its tunables, instead of the tuned one; the backward takes its own.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype and layout; with `return_lse` also lse
