@@ -233,13 +233,13 @@ def _run_backward_kernel(
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a generated backward; a gradient that autograd left out counts as zero."""
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
     dlse = None if dlse is None else dlse.float().contiguous()
-    outputs = (_bshd(x, layout) for x in gradients)
+    outputs = (_bshd(x, layout) for x in (dq, dk, dv))
     _launch(plan, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
-    return gradients
+    return dq, dk, dv
 
 
 def cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:
