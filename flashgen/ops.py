@@ -31,7 +31,7 @@ from flashgen.variants import by_name
 TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
 _SCALAR_SCHEMA = (
     "bool causal, str causal_alignment, float? softmax_scale, int window_left, int window_right, float softcap, "
-    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, str backend, str config"
+    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, bool deterministic, str backend, str config"
 )
 _OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _library = torch.library.Library("flashgen", "DEF")
@@ -74,6 +74,7 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
         "dropout_p": scalars.dropout_p,
         "return_lse": scalars.return_lse,
         "requires_grad": scalars.training,
+        "deterministic": scalars.deterministic,
         **{
             name: getattr(operands, name)
             for name in ("alibi_slopes", "sinks", "bias", "attn_mask", "score_mod", "mask_mod")
@@ -153,8 +154,10 @@ def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 def _launch(plan: Plan, *arguments: Tensor | None) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
-    source = render(problem.spec, by_name(plan.variant))
-    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
+    variant = by_name(plan.variant)
+    source = render(problem.spec, variant)
+    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset}
+    values |= {**variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 

@@ -32,6 +32,7 @@ class Problem:
         return_lse: the caller wants lse.
         requires_grad: autograd will want a backward.
         op: what is to be computed of the call; `backward` makes the problem of its gradients.
+        deterministic: the gradients must repeat bit for bit; every forward does, whatever is asked for.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
         unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
@@ -62,6 +63,7 @@ class Problem:
     return_lse: bool = False
     requires_grad: bool = False
     op: Op = "attention_fwd"
+    deterministic: bool = False
     layout: Layout = "bshd"
     device: str = "cpu"
     copies: tuple[str, ...] = ()
