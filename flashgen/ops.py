@@ -21,7 +21,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem
+from flashgen.problem import Problem, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -239,6 +239,8 @@ def _run_backward_kernel(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if plan.backend == "gluon" and not tma_addressable(dout):
+        dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     outputs = (_bshd(x, layout) for x in (dq, dk, dv))
     _launch(plan, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
