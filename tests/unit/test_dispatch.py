@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def test_a_training_call_resolves_both_ways(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.backward.config_source == "database"
     assert "the backward runs triton_bwd (backend triton) with BLOCK_M=64" in str(plan)
     assert dispatch.resolve(PROBLEM, H100).backward is None
+
+
+def test_a_backward_that_nobody_tuned_says_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(PROBLEM, requires_grad=True)
+    save(row(training, digest=render(training.spec, by_name("triton_fwd")).digest, config=FIRST))
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
+    with pytest.raises(UnsupportedProblemError, match=r"flashgen tune --op attention_bwd .*--target h100") as caught:
+        dispatch.resolve(training, H100)
+    assert str(caught.value).startswith("nothing is tuned for attention_bwd")
 
 
 def test_hopper_takes_the_gluon_kernel_and_others_the_portable_one() -> None:
