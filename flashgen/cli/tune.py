@@ -151,9 +151,12 @@ def _plan(
         with contextlib.suppress(DatabaseError), open_store(where) as store:
             stored = store.trials(op=problems[0].spec.op)
     plans = [
-        plan(problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored)
+        plan(
+            problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored,
+            strategy=values["strategy"],
+        )
         for problem in problems
-    ]
+    ]  # fmt: skip
     known = [row.estimate_s for row in plans if row.estimate_s is not None]
     total = sum(known) if len(known) == len(plans) else None
     if as_json:
