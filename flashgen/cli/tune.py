@@ -215,8 +215,9 @@ def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
     )
     for path in written:
         click.echo(f"seeds: {path}")
-    if result.interrupted:
-        click.echo("interrupted: what was finished is stored; --resume goes on", err=True)
+    if result.interrupted or result.timed_out:
+        ended = "interrupted" if result.interrupted else "the time was up"
+        click.echo(f"{ended}: what was finished is stored; --resume goes on", err=True)
 
 
 def _figure(winner: Record | None) -> str:

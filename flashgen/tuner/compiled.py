@@ -13,13 +13,15 @@ from typing import Protocol
 
 from flashgen import costmodel
 from flashgen.compile_pool import STOPPED, Result
-from flashgen.config import KernelConfig
+from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import BuildError
 from flashgen.facts import CompiledFacts, Strides, cached
 from flashgen.render import KernelSource
 from flashgen.target import Target
 from flashgen.tuner import condemned, policy
 from flashgen.tuner.context import Context, launch_strides
+
+_Binary = tuple[Tunable, ...]
 
 
 class Compiler(Protocol):
@@ -52,6 +54,7 @@ class Compiled:
         self._context, self._compiler = context, compiler
         self._strides = launch_strides(context.problem)
         self._facts: dict[KernelConfig, CompiledFacts | None] = {}
+        self._results: dict[_Binary, Result | None] = {}
         self._refused: set[KernelConfig] = set()
         self.vetoed: dict[KernelConfig, str] = {}
 
@@ -75,11 +78,22 @@ class Compiled:
         context = self._context
         known = (context.earlier, context.condemned, self)
         todo = [config for config in configs if not any(config in place for place in known)]
-        results = self._compiler.map(context.source, context.target, todo, self._strides)
-        for number, (config, result) in enumerate(results, start=1):
-            self._take(config, result)
-            if len(todo) > 1:
-                context.tell(number, len(todo), "", "compiling")
+        twins: dict[_Binary, list[KernelConfig]] = {}
+        for config in todo:
+            binary = self._binary(config)
+            if binary in self._results:
+                self._take(config, self._results[binary])
+            else:
+                twins.setdefault(binary, []).append(config)
+        firsts = [same[0] for same in twins.values()]
+        results = self._compiler.map(context.source, context.target, firsts, self._strides)
+        for done, (config, result) in enumerate(results, start=1):
+            binary = self._binary(config)
+            self._results[binary] = result
+            for twin in twins[binary]:
+                self._take(twin, result)
+            if len(firsts) > 1:
+                context.tell(done, len(firsts), "", "compiling")
                 if context.expired():
                     break
         for config in todo:
@@ -96,10 +110,18 @@ class Compiled:
         if left is None:
             return True
         source, target = self._context.source, self._context.target
-        seconds = [facts.compile_s for facts in self._facts.values() if facts is not None]
-        fresh = [c for c in configs if c not in self and cached(source, target, c, self._strides) is None]
+        seconds = [result.compile_s for result in self._results.values() if isinstance(result, CompiledFacts)]
+        binaries = {self._binary(c): c for c in configs}
+        fresh = [
+            c for binary, c in binaries.items()
+            if binary not in self._results and cached(source, target, c, self._strides) is None
+        ]  # fmt: skip
         compile_s = len(fresh) * median(seconds) / processes(self._context.workers) if seconds else 0.0
         return compile_s + len(configs) * trial_s <= left
+
+    def _binary(self, config: KernelConfig) -> _Binary:
+        """What is compiled in: configurations that differ elsewhere run the same code."""
+        return tuple(config[knob.name] for knob in self._context.variant.knobs if knob.compiled)
 
     def _take(self, config: KernelConfig, result: Result | None) -> None:
         context = self._context

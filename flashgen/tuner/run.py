@@ -133,7 +133,7 @@ def tune(
                 for problem in todo:
                     if not expired():
                         _predict(begin(problem), study)
-            result.interrupted = expired()
+            result.timed_out = expired()
         except KeyboardInterrupt:
             result.interrupted = True
         except DeviceLostError as error:
