@@ -1,0 +1,12 @@
+"""score_mod and mask_mod: traced once to a graph, emitted into kernels, differentiated, judged by the tile.
+
+`program` is the door. Importing this package imports torch; it is only imported where a mod is given.
+"""
+
+from __future__ import annotations
+
+from flashgen.mods.emit import GLUON, TRITON, Dialect, Emission, Names
+from flashgen.mods.program import Program, program
+from flashgen.mods.trace import Capture
+
+__all__ = ["GLUON", "TRITON", "Capture", "Dialect", "Emission", "Names", "Program", "program"]
