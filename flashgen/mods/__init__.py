@@ -5,8 +5,22 @@
 
 from __future__ import annotations
 
+from flashgen.mods.classes import arrays_of, key_ranges
 from flashgen.mods.emit import GLUON, TRITON, Dialect, Emission, Names
 from flashgen.mods.program import Program, program
+from flashgen.mods.ranges import KeyRanges
 from flashgen.mods.trace import Capture
 
-__all__ = ["GLUON", "TRITON", "Capture", "Dialect", "Emission", "Names", "Program", "program"]
+__all__ = [
+    "GLUON",
+    "TRITON",
+    "Capture",
+    "Dialect",
+    "Emission",
+    "KeyRanges",
+    "Names",
+    "Program",
+    "arrays_of",
+    "key_ranges",
+    "program",
+]

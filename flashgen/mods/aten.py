@@ -135,7 +135,9 @@ def _binary(op: str, *, reverse: bool = False) -> Handler:
 def _compare(op: str) -> Handler:
     def handler(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
         within = DTYPES[torch.result_type(*(_as_ones(arg) for arg in args[:2]))]
-        inner = computing(within)  # rounded to 16 bits, but compared in fp32: kernels do not compare bfloat16 everywhere
+        inner = computing(
+            within
+        )  # rounded to 16 bits, but compared in fp32: kernels do not compare bfloat16 everywhere
 
         def build(x: Node, y: Node) -> Node:
             return graph.make(op, graph.cast(x, inner), graph.cast(y, inner))

@@ -19,7 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PRIMITIVE = (int, float, complex, bool, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, range, slice)
+_PRIMITIVE = (
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    bytes,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    range,
+    slice,
+)
 # Their functions do what their version says.
 _FIXED = {"torch", "math", "numpy", "operator", "functools", "itertools", "builtins", "typing", "types", "collections"}
 

@@ -95,7 +95,9 @@ class Captures:
         name = self._names.get(id(tensor))
         shown = name or "a tensor"
         if tensor.dtype not in aten.DTYPES:
-            raise InvalidProblemError(f"{shown} that it captures is {tensor.dtype}: a kernel has no such type. Cast it.")
+            raise InvalidProblemError(
+                f"{shown} that it captures is {tensor.dtype}: a kernel has no such type. Cast it."
+            )
         if tensor.device != self._device and not (tensor.dim() == 0 and tensor.device.type == "cpu") and not constant:
             raise InvalidProblemError(
                 f"{shown} that it captures is on {tensor.device}, q is on {self._device}: they must be on one device. Move it."
@@ -338,7 +340,9 @@ class _Dispatch(TorchDispatchMode):
             return tracer.stand_in(result)
         target = args[0]
         if not isinstance(target, _StandIn):
-            raise InvalidProblemError(f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}.")
+            raise InvalidProblemError(
+                f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
+            )
         target.array = result
         return target
 

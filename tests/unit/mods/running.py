@@ -16,7 +16,7 @@ from flashgen.spec import AttentionSpec
 SPEC = AttentionSpec(dtype="fp32", head_dim=16, head_dim_v=16)
 CPU = torch.device("cpu")
 
-_KERNEL = '''import triton
+_KERNEL = """import triton
 import triton.language as tl
 
 
@@ -40,7 +40,7 @@ def launch(q, k, v, o, lse, *, sm_scale, causal_offset, b, h, first_q, first_k, 
     values = [y for x in captures for y in (x, *x.stride(), *x.shape)]
     M, N = q.shape[-2:]
     kernel[(1,)](q, o, b, h, first_q, first_k, *values, M=M, N=N)
-'''
+"""
 
 
 def source(emission: Emission, parameters: Sequence[str]) -> KernelSource:

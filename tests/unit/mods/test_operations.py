@@ -96,7 +96,9 @@ LOADS: dict[str, Callable[..., Any]] = {
     "sliced": lambda s, b, h, q, k: s + HALF[2:10][k // 2] + HALF[::2][q // 2] + HALF[:, None][q, 0],
     "of a number": lambda s, b, h, q, k: s + HALF[3] + SMALL[-1],
     "of an index that is captured": lambda s, b, h, q, k: s + HALF[SMALL.abs()[q].long() % 16],
-    "computed before it is indexed": lambda s, b, h, q, k: s + (HALF * 2 + SMALL)[q] + torch.exp2(HALF.float()).floor()[k],
+    "computed before it is indexed": lambda s, b, h, q, k: (
+        s + (HALF * 2 + SMALL)[q] + torch.exp2(HALF.float()).floor()[k]
+    ),
     "0-d": lambda s, b, h, q, k: s * HALF[7] + torch.where(q < ZERO_D, 1, 0) * ZERO_D,
     "reshaped": lambda s, b, h, q, k: s + HALF.view(2, 8)[b].view(4, 2)[h, k % 2] + SMALL.view(4, -1)[-h, k % 4],
     "made in the function": lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0, 4.0, 8.0])[k % 4],
@@ -127,7 +129,13 @@ def in_numpy(function: Callable[..., Any], score: torch.Tensor, b: int, h: int) 
     assert program.score is not None
     tables = [np.asarray(x.detach().float() if x.dtype == torch.bfloat16 else x.detach()) for x in tensors]
     index = np.arange(16, dtype=np.int32)
-    inputs = {"score": score.numpy(), "b": np.int32(b), "h": np.int32(h), "q_idx": index[:, None], "kv_idx": index[None]}
+    inputs = {
+        "score": score.numpy(),
+        "b": np.int32(b),
+        "h": np.int32(h),
+        "q_idx": index[:, None],
+        "kv_idx": index[None],
+    }
     return torch.from_numpy(np.broadcast_to(semantics.evaluate(program.score, inputs, tables), (16, 16)).copy())
 
 
