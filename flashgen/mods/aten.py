@@ -182,7 +182,7 @@ def _power(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _repeated(graph: Graph, x: Node, exponent: int) -> Node:
-    """x to a power, by squaring."""
+    """X to a power, by squaring."""
     result, square = graph.const(1, x.dtype), x
     while exponent:
         if exponent & 1:

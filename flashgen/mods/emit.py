@@ -333,7 +333,7 @@ class _Writer:
         for place, index in enumerate(node.args):
             size = f"{capture.name}_size{place}"
             text, binds = self._text[id(index)]
-            low, high = self._range(index)
+            low, _ = self._range(index)
             if index.op == "const":
                 text = str(index.value)
                 inside.append(f"({text} < {size})")

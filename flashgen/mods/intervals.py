@@ -260,7 +260,7 @@ def _xor(x: Interval, y: Interval) -> Interval:
 
 
 def _mask_bits(x: Interval, y: Interval) -> Interval | None:
-    """x & y of integers: no more than either that is not negative."""
+    """X & y of integers: no more than either that is not negative."""
     fine_x, fine_y = np.all(x.low >= 0), np.all(y.low >= 0)
     if fine_x and fine_y:
         return Interval(np.zeros_like(x.low), np.minimum(x.high, y.high))
@@ -270,7 +270,7 @@ def _mask_bits(x: Interval, y: Interval) -> Interval | None:
 
 
 def _join_bits(x: Interval, y: Interval) -> Interval | None:
-    """x | y of integers that are not negative: at least the larger, at most their sum."""
+    """X | y of integers that are not negative: at least the larger, at most their sum."""
     if np.all(x.low >= 0) and np.all(y.low >= 0) and not (_large(x) or _large(y)):
         return Interval(np.maximum(x.low, y.low), x.high + y.high)
     return None

@@ -131,6 +131,51 @@ class Line:
         return np.where(none, high + 1, low), high
 
 
+class Table(Line):
+    """scale * table[position] + offset, of integers: a captured tensor itself, looked up without computing.
+
+    Args:
+        table: one value a position or more.
+        scale: not 0.
+        offset: added.
+        first, last: of the positions.
+        rising: tells whether the table itself never falls (1), never grows (-1) or neither (0).
+    """
+
+    def __init__(
+        self, table: Array, scale: int, offset: int, first: int, last: int, rising: Callable[[], int]
+    ) -> None:
+        super().__init__(lambda positions: table[positions].astype(np.int64) * scale + offset, first, last)
+        self._table, self._scale, self._offset = table[first : last + 1], scale, offset
+        self._rising = rising
+
+    @cached_property
+    def direction(self) -> int:
+        return self._rising() * (1 if self._scale > 0 else -1)
+
+    def hull(self, low: Array, high: Array, at_least: Array | None, at_most: Array | None, strict: bool) -> Any:
+        rising = self.direction * (1 if self._scale > 0 else -1)
+        if rising != 1:
+            return super().hull(low, high, at_least, at_most, strict)
+        # As a bound of the table's own values, which then is one search in it.
+        lower = (at_least is not None) == (self._scale > 0)
+        limit = np.asarray(at_least if at_least is not None else at_most) - self._offset
+        limit = limit if self._scale > 0 else -limit
+        size = abs(self._scale)
+        if lower:  # table >= limit / size, or >
+            wanted = limit // size + 1 if strict else -(-limit // size)
+        else:  # table <= limit / size, or <: up to the first value beyond
+            wanted = -(-limit // size) if strict else limit // size + 1
+        place = self.first + self._search(wanted)
+        return (np.maximum(low, place), high) if lower else (low, np.minimum(high, place - 1))
+
+    def _search(self, wanted: Array) -> Array:
+        """The first place in the table, from 0, whose value is at least as wanted; its length where there is none."""
+        limits = np.iinfo(self._table.dtype)
+        found = np.searchsorted(self._table, np.clip(wanted, limits.min, limits.max).astype(self._table.dtype))
+        return np.where(wanted > limits.max, len(self._table), found)
+
+
 class Runs:
     """Where a condition holds.
 

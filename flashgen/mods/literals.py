@@ -23,7 +23,7 @@ from flashgen.mods import intervals, semantics
 from flashgen.mods.dtypes import bounds, is_integer
 from flashgen.mods.graph import COMPARISONS, Graph, Node
 from flashgen.mods.intervals import Interval
-from flashgen.mods.lines import Line, Runs
+from flashgen.mods.lines import Line, Runs, Table
 
 Array = Any
 Axis = Literal["q", "k", "d"]
@@ -210,7 +210,7 @@ class Reader:
         return _either(self._compared(op, x, inner, node, negated), self._compared(op, x, minus, node, negated))
 
     def _at_most(self, sums: dict[Node | None, int], limit: int) -> list[Term]:
-        """sum <= limit, of a sum whose every part depends on q alone or kv alone."""
+        """Sum <= limit, of a sum whose every part depends on q alone or kv alone."""
         factors = {part: factor for part, factor in sums.items() if part is not None}
         limit -= sums.get(None, 0)
         whole = Term(self.whole)
@@ -236,6 +236,12 @@ class Reader:
                 total += sign * factor * self._at(part, positions, axis).astype(np.int64)
             return total
 
+        if len(factors) == 1:
+            ((part, factor),) = factors.items()
+            table = self._whole_table(part, self.whole[axis][1])
+            if table is not None and is_integer(part.dtype):
+                bare = self._lines.setdefault((id(table), axis), Line(lambda at: table[at[0] : at[-1] + 1], *self.whole[axis]))
+                return Table(table, sign * factor, offset, *self.whole[axis], rising=lambda: bare.direction)
         key = (axis, sign, offset, *((id(part), factor) for part, factor in factors.items()))
         return self._lines.setdefault(key, Line(at, *self.whole[axis]))
 
@@ -263,7 +269,7 @@ class Reader:
     # -- forms --
 
     def _sums(self, x: Node, y: Node) -> dict[Node | None, int] | None:
-        """x - y as factors of parts that depend on q alone or kv alone (None: the number); None where it is no such sum."""
+        """X - y as factors of parts that depend on q alone or kv alone (None: the number); None where it is no such sum."""
         if not is_integer(x.dtype):
             return None
         total: dict[Node | None, int] = {}
@@ -332,11 +338,17 @@ class Reader:
         inputs = {"q_idx": positions, "kv_idx": positions}
         if axis == "d":
             inputs = {"q_idx": np.maximum(positions, 0), "kv_idx": np.maximum(-positions, 0)}
-        if node.op == "load" and len(node.args) == 1 and node.args[0].op == "input" and axis != "d":
-            table = self.tables[node.value]
-            if len(table) > int(np.max(positions, initial=0)):
-                return table[positions]
+        table = self._whole_table(node, int(np.max(positions, initial=0))) if axis != "d" else None
+        if table is not None:
+            return table[positions]
         return semantics.evaluate(node, inputs, self.tables)
+
+    def _whole_table(self, node: Node, last: int) -> Array | None:
+        """The captured tensor that a value is an element of, read at the position itself and long enough; else None."""
+        if node.op != "load" or len(node.args) != 1 or node.args[0].op != "input":
+            return None
+        table = self.tables[node.value]
+        return table if len(table) > last else None
 
 
 def _times(sums: Mapping[Node | None, int], factor: int) -> dict[Node | None, int]:

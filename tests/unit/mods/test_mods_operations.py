@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mods.running import CPU, in_torch, in_triton
+from mods_running import CPU, in_torch, in_triton
 
 from flashgen import mods
 from flashgen.mods import semantics
