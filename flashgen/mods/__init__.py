@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from flashgen.mods.classes import arrays_of, key_ranges
-from flashgen.mods.emit import GLUON, TRITON, Dialect, Emission, Names
+from flashgen.mods.derivative import Contribution, Derivative
+from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names
 from flashgen.mods.program import Program, program
 from flashgen.mods.ranges import KeyRanges
 from flashgen.mods.trace import Capture
@@ -15,8 +16,12 @@ __all__ = [
     "GLUON",
     "TRITON",
     "Capture",
+    "Contribution",
+    "Derivative",
+    "DerivativeEmission",
     "Dialect",
     "Emission",
+    "GradientText",
     "KeyRanges",
     "Names",
     "Program",

@@ -198,12 +198,27 @@ def _clamp(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, A
     result = args[0]
     for op, bound in (("max", low), ("min", high)):
         if bound is not None:
-            result = _pointwise(graph, dtype, (result, bound), lambda x, y, op=op: graph.make(op, x, y))
+            result = _pointwise(graph, dtype, (result, bound), lambda x, y, op=op: _bounded(graph, op, x, y))
     return _pointwise(graph, dtype, (result,), lambda x: x)
 
 
+def _bounded(graph: Graph, op: str, x: Node, bound: Node) -> Node:
+    """One side of clamp: of floats a choice, since it hands the whole gradient on where a maximum would halve it."""
+    if not is_float(x.dtype):
+        return graph.make(op, x, bound)
+    beyond = graph.make("lt" if op == "max" else "gt", x, bound)
+    return graph.make("where", graph.make("or", beyond, graph.make("ne", bound, bound)), bound, x)
+
+
 def _one_bound(op: str) -> Handler:
-    return lambda graph, dtype, args, kwargs: _pointwise(graph, dtype, args[:2], lambda x, y: graph.make(op, x, y))
+    return lambda graph, dtype, args, kwargs: _pointwise(graph, dtype, args[:2], lambda x, y: _bounded(graph, op, x, y))
+
+
+def _relu(graph: Graph, x: Node) -> Node:
+    zero = graph.const(0, x.dtype)
+    if not is_float(x.dtype):
+        return graph.make("max", x, zero)
+    return graph.make("where", graph.make("le", x, zero), zero, x)
 
 
 def _where(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
@@ -277,7 +292,7 @@ _TABLE: dict[str, Handler] = {
     "clamp": _clamp,
     "clamp_min": _one_bound("max"),
     "clamp_max": _one_bound("min"),
-    "relu": _composite(lambda g, x: g.make("max", x, g.const(0, x.dtype))),
+    "relu": _composite(_relu),
     "square": _composite(lambda g, x: g.make("mul", x, x)),
     "reciprocal": _composite(lambda g, x: g.make("div", g.const(1, x.dtype), x)),
     "isnan": _test(_is_nan),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flashgen.mods import helpers, intervals
+from flashgen.mods.derivative import Derivative
 from flashgen.mods.dtypes import BITS, is_float, is_integer, kernel_name
 from flashgen.mods.graph import COMPARISONS, Node, ordered
 from flashgen.mods.trace import Capture
@@ -137,6 +138,79 @@ def emit(
     results = tuple(writer.result(root, like) for root in roots)
     used = helpers.texts(writer.helpers, jit=dialect.jit, lang=dialect.lang)
     return Emission(statements=tuple(writer.statements), results=results, helpers=used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientText:
+    """Where one contribution to a captured tensor's gradient goes, as text after an emission's statements.
+
+    Attributes:
+        capture: number of the captured tensor.
+        value: expression to be added, of the smallest shape that holds it.
+        places: expressions of the element's indices, none negative; int32 or int64.
+        inside: condition that the element exists; empty for a 0-d tensor.
+        depends: the arguments that the element depends on; contributions of the others meet in it.
+    """
+
+    capture: int
+    value: str
+    places: tuple[str, ...]
+    inside: str
+    depends: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DerivativeEmission:
+    """Text of a derivative for a template.
+
+    Attributes:
+        statements, helpers: as in `Emission`.
+        score: expression of the raw score's gradient.
+        gradients: contributions to captured tensors.
+    """
+
+    statements: tuple[str, ...]
+    helpers: tuple[str, ...]
+    score: str
+    gradients: tuple[GradientText, ...]
+
+    def block(self, indent: int) -> str:
+        """The statements, indented, each on a line."""
+        return "".join(f"{' ' * indent}{line}\n" for line in self.statements)
+
+
+def emit_derivative(
+    derivative: Derivative,
+    captures: Sequence[Capture],
+    *,
+    dialect: Dialect = TRITON,
+    names: Names | None = None,
+    like: str | None = None,
+    prefix: str = "",
+) -> DerivativeEmission:
+    """Statements that compute a derivative; arguments as in `emit`, with `names.grad` the gradient of the new score."""
+    writer = _Writer(captures, dialect, names or Names(), prefix)
+    contributions = derivative.contributions
+    indices = [index for one in contributions for index in one.indices]
+    writer.prepare([derivative.score, *(one.value for one in contributions), *indices])
+    gradients = []
+    for one in contributions:
+        places, inside = writer.places(one.capture, one.indices) if one.indices else ([], "")
+        gradients.append(
+            GradientText(
+                capture=one.capture,
+                value=writer.result(one.value, like),
+                places=tuple(places),
+                inside=inside,
+                depends=frozenset[str]().union(*(index.depends for index in one.indices)),
+            )
+        )
+    return DerivativeEmission(
+        statements=tuple(writer.statements),
+        helpers=helpers.texts(writer.helpers, jit=dialect.jit, lang=dialect.lang),
+        score=writer.result(derivative.score, like),
+        gradients=tuple(gradients),
+    )
 
 
 @dataclass
@@ -326,32 +400,14 @@ class _Writer:
 
     def _load(self, node: Node) -> tuple[str, int]:
         capture = self.captures[node.value]
-        pointer, rank = f"{capture.name}_ptr", len(capture.shape)
-        if rank == 0:
-            return self._lang("load", pointer)
-        offsets, inside = [], []
-        for place, index in enumerate(node.args):
-            size = f"{capture.name}_size{place}"
-            text, binds = self._text[id(index)]
-            low, _ = self._range(index)
-            if index.op == "const":
-                text = str(index.value)
-                inside.append(f"({text} < {size})")
-            else:
-                if binds != _ATOM or "(" in text:
-                    text = self._assign(f"{capture.name}_index" if rank == 1 else f"{capture.name}_index{place}", text)
-                if low < 0:
-                    # Negative indices count from the end.
-                    text = self._assign(
-                        f"{capture.name}_place" if rank == 1 else f"{capture.name}_place{place}",
-                        f"{self.dialect.lang}.where({text} < 0, {text} + {size}, {text})",
-                    )
-                    inside.append(f"({text} >= 0)")
-                inside.append(f"({text} < {size})")
-                text = f"{text}.to({self.dialect.lang}.int64)"
-            offsets.append(f"{text} * {capture.name}_stride{place}")
-        mask = inside[0][1:-1] if len(inside) == 1 else " & ".join(inside)
-        address = f"{pointer} + {' + '.join(offsets)}"
+        if not capture.shape:
+            return self._lang("load", f"{capture.name}_ptr")
+        places, mask = self.places(node.value, node.args)
+        offsets = [
+            f"{place if place.isdigit() else f'{place}.to({self.dialect.lang}.int64)'} * {capture.name}_stride{dimension}"
+            for dimension, place in enumerate(places)
+        ]
+        address = f"{capture.name}_ptr + {' + '.join(offsets)}"
         if len(address) + len(mask) > _WIDTH - 40:
             mask = self._assign(f"{capture.name}_inside", mask)
         if len(address) + len(mask) > _WIDTH - 40:
@@ -360,6 +416,27 @@ class _Writer:
         text = f"{self.dialect.lang}.load({address}, mask={mask}, other={zero})"
         # A bool tensor is stored in bytes.
         return (f"{text} != 0", _COMPARISON) if node.dtype == "bool" else (text, _ATOM)
+
+    def places(self, number: int, indices: Sequence[Node]) -> tuple[list[str], str]:
+        """Names of the places that indices mean, none counted from the end, and the condition that they are inside."""
+        name, lang = self.captures[number].name, self.dialect.lang
+        found, inside = [], []
+        for dimension, index in enumerate(indices):
+            size = f"{name}_size{dimension}"
+            suffix = "" if len(indices) == 1 else str(dimension)
+            text, binds = self._text[id(index)]
+            if index.op == "const" and index.value >= 0:
+                found.append(str(index.value))
+                inside.append(f"({index.value} < {size})")
+                continue
+            if binds != _ATOM or "(" in text:
+                text = self._assign(f"{name}_index{suffix}", text)
+            if self._range(index)[0] < 0:
+                text = self._assign(f"{name}_place{suffix}", f"{lang}.where({text} < 0, {text} + {size}, {text})")
+                inside.append(f"({text} >= 0)")
+            found.append(text)
+            inside.append(f"({text} < {size})")
+        return found, inside[0][1:-1] if len(inside) == 1 else " & ".join(inside)
 
     def _assign(self, stem: str, text: str) -> str:
         name = self._fresh(stem)

@@ -142,9 +142,7 @@ class Table(Line):
         rising: tells whether the table itself never falls (1), never grows (-1) or neither (0).
     """
 
-    def __init__(
-        self, table: Array, scale: int, offset: int, first: int, last: int, rising: Callable[[], int]
-    ) -> None:
+    def __init__(self, table: Array, scale: int, offset: int, first: int, last: int, rising: Callable[[], int]) -> None:
         super().__init__(lambda positions: table[positions].astype(np.int64) * scale + offset, first, last)
         self._table, self._scale, self._offset = table[first : last + 1], scale, offset
         self._rising = rising

@@ -240,7 +240,9 @@ class Reader:
             ((part, factor),) = factors.items()
             table = self._whole_table(part, self.whole[axis][1])
             if table is not None and is_integer(part.dtype):
-                bare = self._lines.setdefault((id(table), axis), Line(lambda at: table[at[0] : at[-1] + 1], *self.whole[axis]))
+                bare = self._lines.setdefault(
+                    (id(table), axis), Line(lambda at: table[at[0] : at[-1] + 1], *self.whole[axis])
+                )
                 return Table(table, sign * factor, offset, *self.whole[axis], rising=lambda: bare.direction)
         key = (axis, sign, offset, *((id(part), factor) for part, factor in factors.items()))
         return self._lines.setdefault(key, Line(at, *self.whole[axis]))

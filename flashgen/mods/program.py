@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashgen.errors import InvalidProblemError
 from flashgen.mods import bounds, emit
-from flashgen.mods.emit import TRITON, Dialect, Emission, Names
+from flashgen.mods.derivative import Derivative, derive
+from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Names
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.graph import Graph, Node, ordered
 from flashgen.mods.trace import Capture, Captures, Site, trace
@@ -88,6 +89,34 @@ class Program:
             ValueError: there is no mask.
         """
         return self._emit(self.mask, "mask_mod", dialect, names, like, "")
+
+    @cached_property
+    def derivative(self) -> Derivative:
+        """The gradients of score_mod.
+
+        Raises:
+            ValueError: there is no score_mod.
+        """
+        if self.score is None:
+            raise ValueError("this program has no score_mod")
+        return derive(self.graph, self.score, self.captures)
+
+    def emit_derivative(
+        self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None
+    ) -> DerivativeEmission:
+        """The statements of score_mod's derivative: of the raw score, and what captured tensors get.
+
+        Args:
+            dialect: the language.
+            names: what the arguments are called; `score` is the raw score, `grad` the gradient of the new one.
+            like: an expression of the results' shape.
+
+        Raises:
+            ValueError: there is no score_mod.
+        """
+        return emit.emit_derivative(
+            self.derivative, self.captures, dialect=dialect, names=names, like=like, prefix="d_"
+        )
 
     def _emit(
         self, root: Node | None, kind: str, dialect: Dialect, names: Names | None, like: str | None, prefix: str

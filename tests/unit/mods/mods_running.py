@@ -96,3 +96,73 @@ def in_torch(
     arguments = (score[None, None].clone(), *indices) if kind == "score_mod" else indices
     with torch.no_grad():
         return function(*arguments).float().expand(1, 1, rows, columns)[0, 0]
+
+
+_DERIVATIVE = """import triton
+import triton.language as tl
+
+
+{helpers}
+
+
+@triton.jit
+def kernel(score_ptr, grad_ptr, out_ptr, table_grad_ptr, h, {parameters}M: tl.constexpr, N: tl.constexpr):
+    offs_m = tl.arange(0, M)
+    offs_n = tl.arange(0, N)
+    place = offs_m[:, None] * N + offs_n[None, :]
+    score = tl.load(score_ptr + place)
+    grad = tl.load(grad_ptr + place)
+    b = 0
+    q_idx = offs_m[:, None]
+    kv_idx = offs_n[None, :]
+{statements}
+    tl.store(out_ptr + place, {score})
+{additions}
+
+
+def launch(q, k, v, o, lse, *, sm_scale, causal_offset, h, shape):
+    table = v.as_strided(*shape)
+    M, N = q.shape[-2:]
+    table_grad = o.view(-1)[M * N :]
+    table_grad.zero_()
+    kernel[(1,)](q, k, o, table_grad, h, {arguments}M=M, N=N)
+"""
+
+
+def derivative_in_triton(
+    function: Callable[..., Any], score: Tensor, grad: Tensor, h: int
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Gradients of a score_mod of at most one captured tensor: of the scores, and by id of the tensor."""
+    program, tensors = mods.program(function, {}, CPU)
+    emission = program.emit_derivative(like="score")
+    assert len(tensors) <= 1
+    additions = [
+        f"tl.atomic_add(table_grad_ptr + {' + '.join(f'({place}) * {tensors[0].stride(d)}' for d, place in enumerate(one.places))} + "
+        f"tl.zeros_like(place), ({one.value}).to(tl.float32), mask={one.inside} & (place >= 0))"
+        for one in emission.gradients
+    ]
+    text = _DERIVATIVE.format(
+        helpers="\n\n\n".join(emission.helpers),
+        parameters="".join(f"{name}, " for name in program.parameters),
+        statements=emission.block(4),
+        score=emission.score,
+        additions="".join(f"    {line}\n" for line in additions),
+        arguments="table, *table.stride(), *table.shape, " if tensors else "",
+    )
+    table = tensors[0].detach() if tensors else torch.zeros(1)
+    out = torch.full((1, 1, 1, score.numel() + table.numel()), torch.nan)
+    interpret.launch(
+        KernelSource(text=text, spec=SPEC, variant="handwritten"),
+        score[None, None],
+        grad[None, None],
+        table,
+        out,
+        None,
+        sm_scale=1.0,
+        causal_offset=0,
+        h=h,
+        shape=[list(table.shape), list(table.stride())],
+    )
+    flat = out.view(-1)
+    tables = {id(tensors[0]): flat[score.numel() :].view(table.shape)} if emission.gradients else {}
+    return flat[: score.numel()].view(score.shape), tables
