@@ -408,6 +408,9 @@ class _Writer:
             for dimension, place in enumerate(places)
         ]
         address = f"{capture.name}_ptr + {' + '.join(offsets)}"
+        if mask == "True":
+            text = self._lang("load", address)[0]
+            return (f"{text} != 0", _COMPARISON) if node.dtype == "bool" else (text, _ATOM)
         if len(address) + len(mask) > _WIDTH - 40:
             mask = self._assign(f"{capture.name}_inside", mask)
         if len(address) + len(mask) > _WIDTH - 40:
@@ -431,12 +434,15 @@ class _Writer:
                 continue
             if binds != _ATOM or "(" in text:
                 text = self._assign(f"{name}_index{suffix}", text)
+            if index.op == "input" and index.value in ("b", "h"):
+                found.append(text)  # a scalar that no ragged tile exceeds: `Program.check_bounds` knows its range
+                continue
             if self._range(index)[0] < 0:
                 text = self._assign(f"{name}_place{suffix}", f"{lang}.where({text} < 0, {text} + {size}, {text})")
                 inside.append(f"({text} >= 0)")
             found.append(text)
             inside.append(f"({text} < {size})")
-        return found, inside[0][1:-1] if len(inside) == 1 else " & ".join(inside)
+        return found, inside[0][1:-1] if len(inside) == 1 else " & ".join(inside) or "True"
 
     def _assign(self, stem: str, text: str) -> str:
         name = self._fresh(stem)
