@@ -58,6 +58,7 @@ EXACT: dict[str, Callable[..., Any]] = {
     "where of numbers": lambda s, b, h, q, k: s * torch.where(q >= k, 1, 0) + torch.where(q < k, 2.5, 0.0),
     "masked_fill": lambda s, b, h, q, k: s.masked_fill(q < k, -1e4),
     "logic": lambda s, b, h, q, k: torch.where((q > 3) & ~(k < 2) | (q == k) ^ (k != 7), s, 0.0),
+    "a condition of scalars": lambda s, b, h, q, k: torch.where(~((h == 2) & (q >= k)), s, 0.0),
     "logical functions": lambda s, b, h, q, k: torch.where(
         torch.logical_and(q - 3, k) | torch.logical_not(k) | torch.logical_xor(q, k) & torch.logical_or(q, k), s, 1.0
     ),
