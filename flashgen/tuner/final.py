@@ -7,10 +7,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from flashgen.accuracy import check_launch
+from flashgen.gradients import check_launch
 from flashgen.tuner import shootout
+from flashgen.tuner.case import Case
 from flashgen.tuner.faults import WrongResultError, failure
-from flashgen.tuner.trial import Case, Contestant
+from flashgen.tuner.trial import Contestant
 
 
 def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:

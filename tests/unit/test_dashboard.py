@@ -75,7 +75,9 @@ def test_the_dashboard_shows_every_trial_with_its_knobs(address: str, tmp_path: 
 def test_a_browser_lists_the_study(address: str, tmp_path: Path) -> None:
     get(f"{address}/dashboard/")
     assert CHROMIUM is not None
-    quiet = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --virtual-time-budget=20000"
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --virtual-time-budget=20000"
+    )
     page = subprocess.run(
         [CHROMIUM, *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{address}/dashboard/"],
         capture_output=True, text=True, timeout=120, check=True,

@@ -17,10 +17,11 @@ from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, Timer, nvml
 from flashgen.bench.timing import Wait
 from flashgen.store import Record, select
 from flashgen.tuner import providers, shootout
+from flashgen.tuner.case import Case, guarded, prepare
 from flashgen.tuner.context import launch_strides
 from flashgen.tuner.final import RoundLog, run_final
 from flashgen.tuner.providers import GRAPH_LAUNCHES, CpuProvider
-from flashgen.tuner.trial import Case, Contestant, cut, guarded, prepare, run_trial
+from flashgen.tuner.trial import Contestant, cut, run_trial
 
 
 class Clock(CpuProvider):
@@ -73,7 +74,7 @@ def test_a_short_kernel_is_timed_in_graphs_on_inputs_that_outgrow_the_cache(monk
     monkeypatch.setattr("flashgen.bench.timing._MOST_SAMPLES", 8)
     provider = Clock(0.005, short_ms=0.02)
     case = case_of(provider)
-    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs)
+    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs.values() if one is not None)
     provider.cache_bytes = 39 * size  # 40 sets outgrow it
     seen: list[int] = []
     launch = case.launch
