@@ -28,11 +28,19 @@ class ResourceFacts(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """One tunable: its name, the values the space enumerates, and what it means."""
+    """One tunable.
+
+    Attributes:
+        name: as the launch takes it.
+        values: that the space enumerates.
+        meaning: in words.
+        compiled: whether each value is a binary of its own; else it is an argument of the launch.
+    """
 
     name: str
     values: tuple[Tunable, ...]
     meaning: str
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,12 @@ class GluonForwardSm90(Variant):
         Knob(name="STAGES", values=(2, 3, 4), meaning="key and value blocks in flight"),
         Knob(name="CONSUMER_REGS", values=(160, 240), meaning="registers of a consumer's thread"),
         Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a producer's thread"),
-        Knob(name="SECTION", values=(4, 16), meaning="heads worked on at a time, so that their keys stay in L2"),
+        Knob(
+            name="SECTION",
+            values=(4, 16),
+            meaning="heads worked on at a time, so that their keys stay in L2",
+            compiled=False,
+        ),
         Knob(
             name="OWN_STAGING",
             values=(False, True),
