@@ -224,7 +224,7 @@ def main() -> int:
             counted, measured = row["counted"][figure], row["measured"][figure]
             off = counted / measured - 1
             worst = max(worst, abs(off))
-            cells.append(f"{size(counted)} / {size(measured)} ({off:+.1%})")
+            cells.append(f"{size(counted)} / {size(measured)} ({round(100 * off, 1) + 0:+.1f} %)")
         name = f"{attention}{', checkpointed' if kept else ''}, {'bf16 autocast' if precision == 'autocast' else precision}"
         print(f"{name:<52}{cells[0]:<32}{cells[1]:<32}{row['recomputed_share']:.0%}", flush=True)
         if a.json is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from flashgen.memory.transformer import Shape, Strategy, Workspace
 
-# Arrays of one step's scores that `torch_blocked.blocked.backward` holds at once, in fp32: raw, scores, p, dp, ds of this step, the sum that
-# ds is being made from, and the last step's ds.
-_ARRAYS = 7
+# Arrays of one step's scores that `torch_blocked.blocked.backward` holds at once, in fp32: raw, scores, p, dp, the difference that ds is made
+# from, and ds; and the last step's ds, where there was one.
+_ARRAYS = 6
+# Beside them, where one step takes all: q, dout, dq, k of the step in fp32, and what a product copies.
+_OPERANDS = 5
 _FP32 = 4
 _KEYS, _ROWS = 512, 256  # of a step, at most
 
@@ -25,10 +27,13 @@ def torch_backend(shape: Shape, strategy: Strategy) -> Workspace:
     forward = size * q + _FP32 * shape.batch * shape.heads_q * shape.seqlen
     if size == _FP32:
         return Workspace(forward=forward, backward=size * (q + kv))
+    scores = _FP32 * min(SCORE_BUDGET, shape.pairs)
+    sums = (_FP32 - size) * kv
+    if shape.seqlen <= _ROWS and shape.pairs <= SCORE_BUDGET:
+        return Workspace(forward=forward, backward=_ARRAYS * scores + sums + _OPERANDS * _FP32 * q)
     rows = min(shape.seqlen, _ROWS) + 2 * min(shape.seqlen, _KEYS)
     operands = _FP32 * shape.heads_q * shape.head_dim * rows
-    scores = _FP32 * min(SCORE_BUDGET, shape.pairs)
-    return Workspace(forward=forward, backward=_ARRAYS * scores + (_FP32 - size) * kv + operands)
+    return Workspace(forward=forward, backward=(_ARRAYS + 1) * scores + sums + operands)
 
 
 def fused_kernels(shape: Shape) -> Workspace:
