@@ -65,12 +65,14 @@ def notes(row: ModelTraining) -> list[str]:
         "none": "no optimiser",
     }[row.optimizer]
     masters = " and fp32 masters" if row.precision == "16bit" and row.optimizer != "none" else ""
+    shape = row.ways[0].step.shape
     return [
         BASIS,
         f"{precision}; {'dropout' if row.dropout else 'no dropout'}; {state}{masters}; materialised as eager code does it, with a softmax in "
         f"{'16 bit' if row.precision == '16bit' else 'fp32'}.",
         "multiplied again: FLOPs of products done twice, as a share of three forwards; a checkpointed layer runs forward again but for its last product, "
         "flash attention multiplies q k^T again.",
+        *([] if shape.vocab else ["embedding and output projection are not counted: not every token gets logits."]),
     ]
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from flashgen.memory.account import Account, Flash, Materialised, Pass, Tile, account
 from flashgen.memory.model import LayerAccount, ModelAccount, of_model
+from flashgen.memory.strategy import PRECISIONS, Precision, Shape, Strategy, Workspace
 from flashgen.memory.trained_model import ModelTraining, Way, training_of
 from flashgen.memory.training import OPTIMIZERS, PARTS, Kept, Optimizer, Step, layer, parameters, step
-from flashgen.memory.transformer import PRECISIONS, Precision, Shape, Strategy, Workspace
 from flashgen.memory.units import size
 from flashgen.memory.workspace import fused_kernels, torch_backend
 

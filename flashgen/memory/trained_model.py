@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.memory.strategy import ATTENTIONS, PRECISIONS, Precision, Shape, Strategy
 from flashgen.memory.training import OPTIMIZERS, Optimizer, Step, layer_flops, layer_recomputed_flops, step
-from flashgen.memory.transformer import ATTENTIONS, PRECISIONS, Precision, Shape, Strategy
 from flashgen.memory.workspace import fused_kernels
 from flashgen.presets import Layers, Preset, find
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flashgen.errors import InvalidProblemError
+from flashgen.memory.strategy import Shape, Strategy
 from flashgen.memory.tape import Tape
-from flashgen.memory.transformer import Shape, Strategy, Transformer
+from flashgen.memory.transformer import Transformer
 
 Part = Literal["norms", "projections", "attention", "MLP", "weights, cast"]
 Optimizer = Literal["adamw", "sgd", "none"]
@@ -98,6 +99,8 @@ def layer(shape: Shape, strategy: Strategy) -> tuple[Kept, ...]:
     model.leave_autocast()
     sizes: dict[str, int] = {}
     for buffer in tape.saved.values():
+        if buffer.size == 0:
+            continue  # a parameter: it is there anyhow
         sizes[buffer.name] = sizes.get(buffer.name, 0) + buffer.size
     del y
     return tuple(Kept(name=name, part=_PART_OF.get(name, "attention"), size=size) for name, size in sizes.items())

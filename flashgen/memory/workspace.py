@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashgen.memory.transformer import Shape, Strategy, Workspace
+from flashgen.memory.strategy import Shape, Strategy, Workspace
 
 # Arrays of one step's scores that `torch_blocked.blocked.backward` holds at once, in fp32: raw, scores, p, dp, the difference that ds is made
 # from, and ds; and the last step's ds, where there was one.
