@@ -211,7 +211,7 @@ class _StandIn(Tensor):
         return made  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise InvalidProblemError(
             f"{func} is called on a stand-in after the mod was traced: it must not keep its arguments."
         )
@@ -221,7 +221,7 @@ class _Tracer(TorchFunctionMode):
     """What PyTorch asks while the function runs."""
 
     def __init__(self, kind: str, graph: Graph, captures: Captures, sites: dict[int, Site]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.graph, self.captures, self.sites = kind, graph, captures, sites
         self.device = captures._device
         self.dispatch = _Dispatch(self)
@@ -309,7 +309,7 @@ class _Dispatch(TorchDispatchMode):
     """The operators that the function comes down to."""
 
     def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
 
     @classmethod
