@@ -8,14 +8,15 @@ from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import triton_fwd_tiles
+from flashgen.variants.features import FEATURES, Signature, signature
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
 
 _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
 _STAGES = (1, 8)
 
-# Features the template does not know yet, in the words of the spec's flags.
-_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+# What the template knows, in the words of the spec's flags.
+_COVERED_FLAGS = frozenset({"causal", "has_lse", *FEATURES})
 
 
 class TritonForward(Variant):
@@ -43,6 +44,10 @@ class TritonForward(Variant):
                 f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
             )
         return None
+
+    def signature(self, spec: AttentionSpec) -> Signature:
+        """The arguments that a spec's options add to the kernel, for the template."""
+        return signature(spec)
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
