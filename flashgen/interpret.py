@@ -56,10 +56,7 @@ def launch(
     v: Tensor,
     o: Tensor,
     lse: Tensor | None,
-    *,
-    sm_scale: float,
-    causal_offset: int,
-    **tunables: Any,
+    **values: Any,
 ) -> None:
     """Run the `launch` function of a rendered kernel without a GPU.
 
@@ -72,7 +69,7 @@ def launch(
         source: the rendered kernel.
         q, k, v, o, lse: CPU tensors as the rendered launch takes them; results are copied into o and lse. If the
             kernel leaves an element of them alone it becomes NaN.
-        sm_scale, causal_offset, **tunables: as the rendered launch takes them.
+        **values: numbers, tunables and further tensors, as the rendered launch takes them.
 
     Raises:
         InvalidProblemError: a tensor is not on the CPU.
@@ -82,10 +79,11 @@ def launch(
 
     """
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
+    tensors |= {name: x for name, x in values.items() if hasattr(x, "untyped_storage")}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise InvalidProblemError(f"{name} is on {tensor.device}: the interpreter takes CPU tensors only.")
-    values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
+    values = {name: x for name, x in values.items() if name not in tensors}
     if _in_gluon(source):
         simulate(source, {**tensors, **values})
         return
@@ -204,7 +202,7 @@ class _Worker:
         memory = self._memory(size)
         _fill(memory, slots, size)
         inputs = {key: _checksum(memory, slot) for key, slot in slots.items() if key not in _OUTPUTS}
-        message = {key: slots[key].message if key in slots else None for key in ("q", "k", "v", *_OUTPUTS)}
+        message = {key: slot.message for key, slot in slots.items()} | ({} if "lse" in slots else {"lse": None})
         reply = self._ask({"path": path, "size": len(memory), "tensors": message, "values": values}, name)
         if "error" in reply:
             raise BuildError(f"{name} failed in Triton's interpreter: {reply['error']}")

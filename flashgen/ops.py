@@ -99,8 +99,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     if plan.backend == "torch":
         _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        q, k, v, o = (_bshd(x, scalars.layout) for x in (q, k, v, out))
-        _run_kernel(plan, q, k, v, o, wanted)
+        q, k, v, o = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
+        _run_kernel(plan, q, k, v, o, wanted, operands)
     return out, lse
 
 
@@ -138,12 +138,14 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
     )
 
 
-def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
+def _run_kernel(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
+) -> None:
     """Run a generated kernel on `bshd` views."""
     problem = plan.problem
     q, k, v = map(_unit_last_stride, (q, k, v))
     source = render(problem.spec, by_name(plan.variant))
-    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
+    values: dict[str, Any] = {**operands.launch_values(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
