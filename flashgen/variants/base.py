@@ -62,6 +62,16 @@ class MeasuredTile:
     own: bool = False
 
 
+def head_dims(spec: AttentionSpec) -> dict[str, Tunable]:
+    """The compile-time head dims that every kernel takes."""
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_D": spec.block_head_dim,
+        "BLOCK_DV": spec.block_head_dim_v,
+    }
+
+
 class Variant:
     """A recipe. Subclasses set the class attributes and override the four questions.
 
@@ -117,6 +127,14 @@ class Variant:
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
+
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
+        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop."""
+        return {self.op: {**head_dims(spec), **config}}
+
+    def unordered(self, config: KernelConfig) -> tuple[str, ...]:
+        """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch."""
+        return ()
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
         """Winners measured elsewhere for the same family of architecture, dtype width and padded head dim."""

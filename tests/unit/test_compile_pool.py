@@ -116,9 +116,9 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(problem: Problem, monk
         tensor(p.batch, p.num_heads_q, p.seqlen_q, dtype=torch.float32) if spec.has_lse else None,
     )
     wanted = asked(module.launch, kernel, arguments, TILE, monkeypatch)
-    signature, constants, attributes = _signature(kernel, spec, TILE, launch_strides(problem))
-    assert (signature, constants, attributes) == wanted
-    usual = _signature(kernel, spec, TILE) == wanted
+    values = variant.kernels(spec, TILE)[spec.op]
+    assert _signature(kernel, spec, values, launch_strides(problem)) == wanted
+    usual = _signature(kernel, spec, values) == wanted
     assert usual == (problem.head_dim % 16 == 0 and problem.seqlen_k < 1 << 20)
 
 
