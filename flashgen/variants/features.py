@@ -67,7 +67,18 @@ FEATURES: Mapping[str, Feature] = {
     ),
 }
 
-_FLOATS = ("sm_scale", "softcap", "dropout_scale")  # Triton never specialises on the value of a float
+# What compiling without a launch cannot see: numbers that are floats (Triton never specialises on their values), elements of
+# pointers that are not of the spec's dtype, and strides that are 1 in a contiguous operand.
+FLOATS = ("sm_scale", "softcap", "dropout_scale")
+ELEMENTS: Mapping[str, str] = {
+    "cu_seqlens_q_ptr": "i32",
+    "cu_seqlens_k_ptr": "i32",
+    "seqused_k_ptr": "i32",
+    "alibi_slopes_ptr": "fp32",
+    "attn_mask_ptr": "i1",
+    "philox_ptr": "i64",
+}
+UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ class Signature:
     @property
     def unspecialised(self) -> tuple[str, ...]:
         """Integers that change from call to call: a kernel compiled for one value would be compiled again for the next."""
-        return tuple(name for name in self.scalars if name not in _FLOATS)
+        return tuple(name for name in self.scalars if name not in FLOATS)
 
 
 def signature(spec: AttentionSpec) -> Signature:

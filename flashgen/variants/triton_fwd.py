@@ -8,8 +8,8 @@ from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import triton_fwd_tiles
-from flashgen.variants.features import FEATURES, Signature, signature
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.features import FEATURES, Signature, signature
 
 _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
@@ -100,6 +100,8 @@ class TritonForward(Variant):
             rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         if target.smem_bytes <= triton_fwd_tiles.SMALL_SMEM_BYTES:
             rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
+        if spec.hides_anywhere or spec.dropout:
+            rows = (*triton_fwd_tiles.BESIDE_SCORES[key[1:]], *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in dict(rows).items())
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
