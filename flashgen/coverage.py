@@ -62,10 +62,15 @@ def require_plain(spec: AttentionSpec, what: str) -> None:
     Raises:
         UnsupportedProblemError: names the options.
     """
-    options = options_of(spec)
-    if options:
-        named = ", ".join(map(spelled, options))
+    named = ", ".join(map(spelled, options_of(spec)))
+    if named:
         raise UnsupportedProblemError(f"{what} does not take {named} yet: leave them out, or call flashgen.attention.")
+
+
+def untuned(spec: AttentionSpec) -> str | None:
+    """Why a kernel that runs is not tuned: candidates are judged on inputs that are drawn for plain attention alone."""
+    named = ", ".join(map(spelled, options_of(spec)))
+    return f"{named}: kernels with these options run, but are not tuned yet" if named else None
 
 
 def spelled(flag: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import flashgen
 from flashgen.config import KernelConfig
-from flashgen.coverage import require_plain
+from flashgen.coverage import untuned
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
@@ -152,13 +152,12 @@ def choose_variant(problem: Problem, target: Target) -> Variant:
         UnsupportedProblemError: none does; lists the reasons.
     """
     spec, reasons = problem.spec, {}
-    require_plain(spec, "tuning")
     for variant in candidates(spec):
         reason = (
             variant.supports(spec, target)
             if variant.template is not None
             else "is no generated kernel: nothing to tune"
-        )
+        ) or untuned(spec)
         if reason is None:
             return variant
         reasons[variant.name] = reason
