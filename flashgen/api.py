@@ -77,7 +77,8 @@ def attention(
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
-        deterministic: every path that exists today, backward included, repeats bit for bit, whatever is asked for.
+        deterministic: whether the gradients must repeat bit for bit, as the output always does; None follows
+            `torch.are_deterministic_algorithms_enabled()`. The portable backward and the torch backend's always do.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
             interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
@@ -98,7 +99,17 @@ def attention(
         alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
         and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
     ):  # fmt: skip
-        options = (causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, layout, backend)
+        options = (
+            causal,
+            causal_alignment,
+            softmax_scale,
+            window_size,
+            softcap,
+            return_lse,
+            deterministic,
+            layout,
+            backend,
+        )
         key = warm.key_of(q, k, v, options)
         bound = None if key is None else warm.find(key)
         if bound is not None:

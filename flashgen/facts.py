@@ -46,6 +46,7 @@ _OPTIONS = ("num_warps", "num_stages")
 
 
 Strides = Mapping[str, int]  # a kernel's stride parameter -> elements
+Constants = Mapping[str, Tunable | None]  # a kernel's parameter -> what it is compiled with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ def _inspect(
     target: Target,
     config: KernelConfig,
     kernel: str,
-    constants: dict[str, Tunable],
+    constants: Constants,
     strides: Strides | None,
 ) -> CompiledFacts:
     """The facts of one of a file's kernels; cached apart, since configurations that differ elsewhere share it."""
@@ -237,7 +238,7 @@ def _compile(
     target: Target,
     config: KernelConfig,
     name: str,
-    values: dict[str, Tunable],
+    values: Constants,
     strides: Strides | None = None,
 ) -> CompiledFacts:
     import triton
@@ -322,7 +323,7 @@ def _of_amd(text: str) -> dict[str, Any]:
 
 
 def _signature(
-    kernel: Any, spec: AttentionSpec, values: dict[str, Tunable], strides: Strides | None = None
+    kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
     signature: dict[str, str] = {}
@@ -331,7 +332,7 @@ def _signature(
     aligned = [["tt.divisibility", 16]]
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or values.get(name, ...) is None:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
@@ -424,7 +425,7 @@ def _cache_path(source: KernelSource, target: Target, config: KernelConfig, stri
     return _cache_file(source.digest, "", config.to_dict(), target.arch, strides)
 
 
-def _cache_file(digest: str, kernel: str, values: dict[str, Tunable], arch: str, strides: Strides | None) -> Path:
+def _cache_file(digest: str, kernel: str, values: Constants, arch: str, strides: Strides | None) -> Path:
     parts = [_FORMAT, digest, kernel, values, arch, triton_version()]
     # Equal forms are equal binaries; the usual one (multiples of 16) is the one that no strides mean.
     forms = {name: form for name, value in (strides or {}).items() if (form := specialised(value)) != "i32:16"}

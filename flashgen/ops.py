@@ -21,7 +21,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem
+from flashgen.problem import Problem, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -31,7 +31,7 @@ from flashgen.variants import by_name
 TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
 _SCALAR_SCHEMA = (
     "bool causal, str causal_alignment, float? softmax_scale, int window_left, int window_right, float softcap, "
-    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, str backend, str config"
+    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, bool deterministic, str backend, str config"
 )
 _OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _library = torch.library.Library("flashgen", "DEF")
@@ -74,6 +74,7 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
         "dropout_p": scalars.dropout_p,
         "return_lse": scalars.return_lse,
         "requires_grad": scalars.training,
+        "deterministic": scalars.deterministic,
         **{
             name: getattr(operands, name)
             for name in ("alibi_slopes", "sinks", "bias", "attn_mask", "score_mod", "mask_mod")
@@ -155,8 +156,9 @@ def _run_kernel(
 def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
-    source = render(problem.spec, by_name(plan.variant))
-    values: dict[str, Any] = {**operands.launch_values(problem), **plan.config}
+    variant = by_name(plan.variant)
+    source = render(problem.spec, variant)
+    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -239,6 +241,8 @@ def _run_backward_kernel(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if plan.backend == "gluon" and not tma_addressable(dout):
+        dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     outputs = (_bshd(x, layout) for x in (dq, dk, dv))
     _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from flashgen import gradients
 from flashgen.accuracy import AccuracyReport
 from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, measure
-from flashgen.config import KernelConfig
 from flashgen.tuner.case import Case, bits
 from flashgen.tuner.faults import WrongResultError
 from flashgen.tuner.providers import GRAPH_LAUNCHES
@@ -34,7 +33,7 @@ class Contestant:
     def __init__(self, case: Case, config: dict[str, Any]) -> None:
         self._case, self._config = case, config
         # What is added in no fixed order is judged by its error alone.
-        self._unordered = case.variant.unordered(KernelConfig(variant=case.variant.name, **config))
+        self._unordered = case.variant.unordered(case.problem)
         self._first: list[Tensor] = []
         self._strayed: Tensor | None = None
         self._replay: Callable[[], object] | None = None

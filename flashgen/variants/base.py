@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import InvalidProblemError
@@ -128,12 +128,22 @@ class Variant:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
 
-    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
-        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop."""
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
+        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop.
+
+        A pointer that is None in the usual call is one of them.
+        """
         return {self.op: {**head_dims(spec), **config}}
 
-    def unordered(self, config: KernelConfig) -> tuple[str, ...]:
-        """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch."""
+    def launch_options(self, problem: Problem) -> dict[str, Any]:
+        """What `launch` takes of a call besides the scale, the offset and the tunables."""
+        return {}
+
+    def unordered(self, problem: Problem) -> tuple[str, ...]:
+        """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch.
+
+        None where `problem.deterministic` is asked for: a variant that cannot order its sums `refuses` it.
+        """
         return ()
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:

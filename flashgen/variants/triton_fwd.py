@@ -102,6 +102,8 @@ class TritonForward(Variant):
             rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
         if spec.hides_anywhere or spec.dropout:
             rows = (*triton_fwd_tiles.BESIDE_SCORES[key[1:]], *rows)
+            if key[0] in ("sm_80", "sm_120"):
+                rows = (*triton_fwd_tiles.BESIDE_SCORES_MMA.get(key[1:], ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in dict(rows).items())
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:

@@ -90,10 +90,16 @@ BESIDE_SCORES: dict[tuple[bool, int], tuple[tuple[Tile, str], ...]] = {
     (True, 64): (((128, 32, 8, 2), _COMPILED),),
     (True, 128): (((128, 32, 8, 2), _COMPILED),),
     (True, 256): (((64, 32, 8, 2), _COMPILED), ((32, 32, 4, 2), _COMPILED)),
-    (False, 32): (((32, 16, 4, 2), _COMPILED),),
+    (False, 32): (((32, 16, 4, 2), _COMPILED),),  # and so on: fp32 products already fill the registers
     (False, 64): (((32, 16, 4, 2), _COMPILED),),
     (False, 128): (((32, 16, 4, 2), _COMPILED),),
     (False, 256): (((32, 16, 4, 2), _COMPILED),),
+}
+
+# The same where products are mma of one warp (sm_80 and its kind): the tile above spills beside a bias and a mask at once.
+BESIDE_SCORES_MMA: dict[tuple[bool, int], tuple[tuple[Tile, str], ...]] = {
+    (True, 64): (((64, 32, 8, 2), _COMPILED),),
+    (True, 128): (((64, 32, 8, 2), _COMPILED),),
 }
 
 MEASURED_SOURCE = (

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 ROWS = (
     ("errors",),
     ("settings", "assets", "plot"),
+    ("mods",),
     ("spec",),
     ("config",),
     ("target",),
