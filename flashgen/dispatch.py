@@ -15,6 +15,7 @@ from typing import Literal
 
 from flashgen import settings
 from flashgen.config import KernelConfig, Tunable
+from flashgen.coverage import untuned
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.render import render
@@ -356,7 +357,7 @@ def _gpu_filter(target: Target) -> str | None:
 
 def _report_miss(problem: Problem, target: Target, env: Settings, what: str, *, error: bool) -> None:
     where = f" --target {target.name if target.backend != 'cpu' else 'h100'}"
-    command = f"flashgen tune {problem.tune_arguments}{where}"
+    command = untuned(problem.spec) or f"flashgen tune {problem.tune_arguments}{where}"
     if error and env.on_miss == "error":
         raise UnsupportedProblemError(
             f"nothing is tuned for {problem} on {target.name} and FLASHGEN_ON_MISS=error. Tune it: {command}"

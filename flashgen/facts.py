@@ -30,7 +30,7 @@ from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemE
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
 
 _FORMAT = 5  # of the cache's files
 _LOG = {
@@ -41,7 +41,6 @@ _LOG = {
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
 _DIVISIBLE = ":16"
-_POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _FP32_POINTERS = ("lse_ptr", "dlse_ptr", "safe_lse_ptr", "delta_ptr")
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -337,14 +336,14 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in _FP32_POINTERS else _POINTER[spec.dtype]
+            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
-        elif name == "sm_scale":
+        elif name in features.FLOATS:
             signature[name] = "fp32"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 16))
+            form = specialised((strides or {}).get(name, 1 if name in features.UNIT_STRIDES else 16))
             signature[name] = form.removesuffix(_DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1

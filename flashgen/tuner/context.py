@@ -13,6 +13,7 @@ from typing import Any
 
 import flashgen
 from flashgen.config import KernelConfig
+from flashgen.coverage import untuned
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
@@ -158,7 +159,7 @@ def choose_variant(problem: Problem, target: Target) -> Variant:
             variant.supports(spec, target)
             if variant.template is not None
             else "is no generated kernel: nothing to tune"
-        )
+        ) or untuned(spec)
         if reason is None:
             return variant
         reasons[variant.name] = reason

@@ -22,6 +22,13 @@ KEYS = (
     "attention_fwd-fp16-d80-causal-lse",  # a padded even head dim
     "attention_fwd-bf16-d1",  # the least
     "attention_fwd-bf16-d256-causal-lse",  # the largest
+    "attention_fwd-bf16-d128-causal-window-lse",  # a range with two ends
+    "attention_fwd-fp16-d64-window-sinks",  # both sides, and a sink without lse
+    "attention_fwd-fp32-d64-softcap-alibi-sinks-lse",  # changed scores and a sink in fp32
+    "attention_fwd-bf16-d128-bias-attn_mask-lse",  # operands of every score; keys hidden anywhere
+    "attention_fwd-bf16-d128-causal-dropout-lse",  # dropout alone
+    "attention_fwd-bf16-d128-causal-varlen-lse",  # packed sequences alone
+    "attention_fwd-fp16-d64-causal-window-softcap-alibi-sinks-bias-attn_mask-dropout-varlen-lse",  # all at once
     "attention_bwd-bf16-d128-causal",  # nothing padded: what training compiles
     "attention_bwd-fp16-d64",  # not causal
     "attention_bwd-fp16-d80-causal",  # a padded even head dim
