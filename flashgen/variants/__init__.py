@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import AttentionSpec
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.gluon_bwd_sm90 import GluonBackwardSm90
 from flashgen.variants.gluon_fwd_sm90 import GluonForwardSm90
 from flashgen.variants.torch_blocked import TorchBlocked
 from flashgen.variants.triton_fwd import TritonForward
@@ -12,7 +13,7 @@ from flashgen.variants.triton_fwd import TritonForward
 __all__ = ["REGISTRY", "Knob", "KnownGood", "MeasuredTile", "ResourceFacts", "Variant", "by_name", "candidates"]
 
 # Fastest first: dispatch takes the first that supports the problem.
-REGISTRY: tuple[Variant, ...] = (GluonForwardSm90(), TritonForward(), TorchBlocked())
+REGISTRY: tuple[Variant, ...] = (GluonForwardSm90(), TritonForward(), TorchBlocked(), GluonBackwardSm90())
 
 
 def by_name(name: str) -> Variant:
