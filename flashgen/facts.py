@@ -201,7 +201,7 @@ def _compile(
     kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
     variant = by_name(source.variant)
     gluon = variant.backend == "gluon"
-    options = {"enable_fp_fusion": True, "num_warps": variant.num_warps(config)} if gluon else compile_options(config)
+    options = {"enable_fp_fusion": True, "num_warps": variant.num_warps(source.spec, config)} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -233,7 +233,7 @@ def _compile(
         smem_bytes=int(compiled.metadata.shared),
         num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(variant.multiplying_warps(config) if gluon else num_warps) if loop else 0,
+        loop_macs=loop.macs(variant.multiplying_warps(source.spec, config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )

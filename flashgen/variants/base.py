@@ -118,13 +118,13 @@ class Variant:
         """The same of descriptors of fp32 numbers in plain order, which no product reads."""
         return {}
 
-    def num_warps(self, config: KernelConfig) -> int:
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """Warps that a launch asks for: of the program, or of its first partition."""
         return int(config.num_warps)
 
-    def multiplying_warps(self, config: KernelConfig) -> int:
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """Warps that issue products."""
-        return self.num_warps(config)
+        return self.num_warps(spec, config)
 
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""

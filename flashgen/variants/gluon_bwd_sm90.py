@@ -11,7 +11,7 @@ from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
 
 _COVERED_FLAGS = frozenset({"causal"})
-_MAX_HEAD_DIM = 128
+_NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
 _STAGES = {"STAGES": (1, 4), "DS_STAGES": (1, 2), "DQ_STAGES": (1, 2)}
@@ -28,11 +28,16 @@ _AHEAD_64: _Knobs = (128, 128, 2, 2, 1, 24, True, False, True)
 _PLAIN_64: _Knobs = (128, 128, 2, 2, 1, 24, False, False, True)
 _AHEAD_128: _Knobs = (64, 128, 2, 2, 1, 24, True, True, True)
 _PLAIN_128: _Knobs = (64, 128, 2, 2, 1, 24, False, True, True)
+_WIDE: _Knobs = (64, 64, 2, 1, 1, 24, False, True, True)
+_WIDE_SHALLOW: _Knobs = (64, 64, 1, 1, 1, 24, False, True, True)
+_WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
 _PORTFOLIO: dict[tuple[int, bool], tuple[_Knobs, ...]] = {
     (64, False): (_AHEAD_64, _PLAIN_64),
     (64, True): (_PLAIN_64, _AHEAD_64),  # the latter loads 2 spilled registers a step under Triton 3.6
     (128, False): (_AHEAD_128, _PLAIN_128),
     (128, True): (_AHEAD_128, _PLAIN_128),
+    (256, False): (_WIDE, _WIDE_SHALLOW),
+    (256, True): (_WIDE, _WIDE_SHALLOW),
 }
 
 
@@ -73,10 +78,6 @@ class GluonBackwardSm90(Variant):
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if value % 8:
                 return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
-            if value > _MAX_HEAD_DIM:
-                return (
-                    f"{name} {value} is above {_MAX_HEAD_DIM}: dk and dv of a block of keys do not fit into registers"
-                )
         return None
 
     def refuses(self, problem: Problem) -> str | None:
@@ -92,9 +93,26 @@ class GluonBackwardSm90(Variant):
         """Columns of a value or output tile."""
         return max(64, padded_head_dim(spec.head_dim_v))
 
-    def num_warps(self, config: KernelConfig) -> int:
-        """Consumer warps, 16 keys each."""
-        return int(config.BLOCK_N) // 16
+    def is_wide(self, spec: AttentionSpec) -> bool:
+        """Whether accumulators of a block of 128 keys do not fit into registers: p and ds then pass through shared memory."""
+        return max(self.block_d(spec), self.block_dv(spec)) > _NARROW
+
+    def panels(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """(first column, columns) of the products over a wide tile: powers of two, as blocks must be."""
+        width = max(64, padded_head_dim(head_dim))
+        return ((0, width),) if width <= _NARROW else ((0, _NARROW), (_NARROW, 64 if head_dim <= 192 else _NARROW))
+
+    def dq_panels(self, spec: AttentionSpec) -> int:
+        """Parts of equal width in which dq is computed, staged and added."""
+        return 2 if self.block_d(spec) > _NARROW else 1
+
+    def dq_columns(self, spec: AttentionSpec) -> int:
+        """Columns of such a part."""
+        return self.block_d(spec) // self.dq_panels(spec)
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Consumer warps: 16 keys each, and two warpgroups for 64 keys where tiles are wide."""
+        return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows, keys = (1, 1, int(config.BLOCK_M)), (1, 1, int(config.BLOCK_N))
@@ -111,7 +129,7 @@ class GluonBackwardSm90(Variant):
     def fp32_boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows = int(config.BLOCK_M)
         return {
-            "dq_desc": (1, rows * self.block_d(spec) // 256, 256),
+            "dq_desc": (1, rows * self.dq_columns(spec) // 256, 256),
             "lse_desc": (1, rows),
             "delta_desc": (1, rows),
         }
@@ -134,7 +152,20 @@ class GluonBackwardSm90(Variant):
                 return f"{name}={config[name]!r} must be from {low} to {high}"
         if config.SCORES_AHEAD and config.STAGES < 2:
             return "SCORES_AHEAD reads the rows of the next step while this one's are in use: STAGES must be 2 at least"
-        return self._illegal_registers(spec, target, config) or self._illegal_memory(spec, target, config, facts)
+        return (
+            self._illegal_where_wide(spec, config)
+            or self._illegal_registers(spec, target, config)
+            or self._illegal_memory(spec, target, config, facts)
+        )
+
+    def _illegal_where_wide(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
+        """Beyond head dim 128 the kernel has one tile, and knobs of the other one stand at one value."""
+        if not self.is_wide(spec):
+            return None
+        for name, only in _WIDE_ONLY.items():
+            if config[name] != only:
+                return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}"
+        return None
 
     def _illegal_registers(self, spec: AttentionSpec, target: Target, config: KernelConfig) -> str | None:
         low, high = _REGISTERS
@@ -144,7 +175,10 @@ class GluonBackwardSm90(Variant):
         # dk, dv, scores, dp and dq in fp32; p and ds in 16 bit once each; what addresses and rows took when compiled.
         rows, keys, width = config.BLOCK_M, config.BLOCK_N, self.block_d(spec)
         numbers = keys * (width + self.block_dv(spec)) + 2 * rows * keys + rows * width
-        needed = numbers // (32 * self.num_warps(config)) + 30
+        if self.is_wide(spec):
+            numbers = keys * (self._columns(spec.head_dim) + self._columns(spec.head_dim_v) + 2 * rows)
+            numbers += rows * self.dq_columns(spec)
+        needed = numbers // (32 * self.num_warps(spec, config)) + 30
         if needed > _MAX_REGISTERS:
             return f"gradients and scores of a step need about {needed} registers a thread, which has {_MAX_REGISTERS}"
         return None
@@ -162,10 +196,15 @@ class GluonBackwardSm90(Variant):
     def smem_bytes(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """Shared memory of a thread block: tiles, barriers, and at most 512 bytes of arguments that partitions are handed."""
         rows, keys, width = config.BLOCK_M, config.BLOCK_N, self.block_d(spec)
-        half = (config.STAGES * rows + keys) * (width + self.block_dv(spec)) + config.DS_STAGES * rows * keys
-        full = config.DQ_STAGES * rows * width + 2 * config.STAGES * rows
-        barriers = 1 + 3 * config.STAGES + 2 * config.DQ_STAGES
+        gradients = 1 if self.is_wide(spec) else config.STAGES  # buffers of dout and delta
+        half = (config.STAGES * rows + keys) * width + (gradients * rows + keys) * self.block_dv(spec)
+        half += (2 if self.is_wide(spec) else config.DS_STAGES) * rows * keys  # p and ds, or stages of ds
+        full = config.DQ_STAGES * rows * self.dq_columns(spec) + (config.STAGES + gradients) * rows
+        barriers = 2 + 2 * config.STAGES + gradients + 2 * config.DQ_STAGES
         return int(half * spec.itemsize + 4 * full + 8 * barriers + _ARGUMENT_BYTES)
+
+    def _columns(self, head_dim: int) -> int:
+        return sum(width for _, width in self.panels(head_dim))
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
         for known in self.known_good(spec, target):

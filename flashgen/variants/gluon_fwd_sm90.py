@@ -107,10 +107,10 @@ class GluonForwardSm90(Variant):
         """
         return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
 
-    def num_warps(self, config: KernelConfig) -> int:
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         return _WG_THREADS // 32  # of the first partition: one warpgroup
 
-    def multiplying_warps(self, config: KernelConfig) -> int:
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         return int(config.BLOCK_M) // _WG_ROWS * (_WG_THREADS // 32)
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
