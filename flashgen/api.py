@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen import checks, dispatch, ops, warm
+from flashgen import autograd, checks, dispatch, ops, warm
 from flashgen.config import KernelConfig
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
@@ -77,11 +77,12 @@ def attention(
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
-        deterministic: every path that exists today repeats bit for bit, whatever is asked for.
+        deterministic: whether the gradients must repeat bit for bit, as the output always does; None follows
+            `torch.are_deterministic_algorithms_enabled()`. The portable backward and the torch backend's always do.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
             interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
-        config: a KernelConfig, or a dict of its tunables, instead of the tuned one.
+        config: a KernelConfig of the forward, or a dict of its tunables, instead of the tuned one; the backward takes its own.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype and layout; with `return_lse` also lse
@@ -98,7 +99,17 @@ def attention(
         alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
         and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
     ):  # fmt: skip
-        options = (causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, layout, backend)
+        options = (
+            causal,
+            causal_alignment,
+            softmax_scale,
+            window_size,
+            softcap,
+            return_lse,
+            deterministic,
+            layout,
+            backend,
+        )
         key = warm.key_of(q, k, v, options)
         bound = None if key is None else warm.find(key)
         if bound is not None:
@@ -110,7 +121,7 @@ def attention(
         mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, layout=layout, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = ops.run(q, k, v, operands, scalars)
+    out, lse = autograd.run(q, k, v, operands, scalars)
     if key is not None and warm.unseen(key):
         problem = Problem.from_tensors(
             q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
@@ -146,6 +157,7 @@ def explain(
     offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     packing = None if all(x is None for x in offsets) else offsets
     operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
+    q, k, v = autograd.autocast(q, k, v)
     captured = operands.options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
     problem = ops.checked(q, k, v, operands, scalars)
@@ -266,7 +278,7 @@ def varlen_attention(
         score_mod=score_mod, mask_mod=mask_mod, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = ops.run(q, k, v, operands, scalars)
+    out, lse = autograd.run(q, k, v, operands, scalars)
     return (out, lse) if return_lse else out
 
 

@@ -142,6 +142,11 @@ class AttentionSpec:
         """
         return max(64 if self.itemsize == 2 else 16, padded_head_dim(self.head_dim_v))
 
+    @property
+    def block_head_dim_out(self) -> int:
+        """`head_dim` padded for tiles that are results of products too (dq and dk): as `block_head_dim_v`."""
+        return max(64 if self.itemsize == 2 else 16, self.block_head_dim)
+
 
 def flag_names() -> tuple[str, ...]:
     """The boolean fields of `AttentionSpec`, in the order of the key."""

@@ -41,6 +41,7 @@ def _nobody_listens() -> bool:
         and c._functorch.peek_interpreter_stack() is None
         and not c._is_tracing()
         and forward_ad._current_level < 0
+        and not c._is_any_autocast_enabled()
     )
 
 

@@ -206,6 +206,8 @@ def launch_strides(problem: Problem) -> dict[str, int]:
         "v": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim_v),
         "o": ("m", p.seqlen_q, p.num_heads_q, p.head_dim_v),
     }
+    if p.op == "attention_bwd":
+        rows |= {f"d{name}": row for name, row in rows.items()}
     found: dict[str, int] = {}
     for name, (row, seqlen, heads, head_dim) in rows.items():
         sizes = (max(1, seqlen), max(1, heads), head_dim)

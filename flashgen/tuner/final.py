@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from flashgen.tuner import shootout
+from flashgen.tuner.case import Case
 from flashgen.tuner.faults import failure
-from flashgen.tuner.trial import Case, Contestant
+from flashgen.tuner.trial import Contestant
 
 
 def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:

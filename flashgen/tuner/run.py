@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from flashgen import dispatch, settings
 from flashgen.config import KernelConfig
@@ -61,7 +62,8 @@ def tune(
     """Tune problems; see `flashgen.tune` for the common arguments.
 
     Args:
-        problems: one or several; each is a unit of work that one device does alone.
+        problems: one or several; each is a unit of work that one device does alone. One that requires gradients is two: the
+            forward that keeps lse, and the backward.
         target, mode, max_trials, timeout_s, database, progress: see `flashgen.tune`.
         workers: compiling processes; and at most so many GPUs, of this host or of the cluster, measure side by side.
         strategy: order of the trials, see `search.STRATEGIES`.
@@ -80,7 +82,7 @@ def tune(
             lost. What was tried is stored.
         DatabaseError: the database cannot be written; what could not be stored is written beside it.
     """
-    todo = [problems] if isinstance(problems, Problem) else list(problems)
+    todo = with_gradients([problems] if isinstance(problems, Problem) else list(problems))
     _check_arguments(todo, max_trials, timeout_s, workers, trial_timeout_s)
     check_strategy(strategy)
     url = str(database or settings.read().database_url)
@@ -146,6 +148,15 @@ def tune(
             {row.spec_key: row.message for row in result.problems},
         )
     return result
+
+
+def with_gradients(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, each that requires gradients as a pair: the forward that keeps lse, and the backward."""
+    found: list[Problem] = []
+    for problem in problems:
+        pair = (replace(problem, requires_grad=False, return_lse=True), problem.backward)
+        found += pair if problem.requires_grad else (problem,)
+    return list(dict.fromkeys(found))
 
 
 def _predict(context: Context, study: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import InvalidProblemError
@@ -60,6 +60,16 @@ class MeasuredTile:
     causal: bool
     source: str
     own: bool = False
+
+
+def head_dims(spec: AttentionSpec) -> dict[str, Tunable]:
+    """The compile-time head dims that every kernel takes."""
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_D": spec.block_head_dim,
+        "BLOCK_DV": spec.block_head_dim_v,
+    }
 
 
 class Variant:
@@ -129,6 +139,24 @@ class Variant:
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
+
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
+        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop.
+
+        A pointer that is None in the usual call is one of them.
+        """
+        return {self.op: {**head_dims(spec), **config}}
+
+    def launch_options(self, problem: Problem) -> dict[str, Any]:
+        """What `launch` takes of a call besides the scale, the offset and the tunables."""
+        return {}
+
+    def unordered(self, problem: Problem) -> tuple[str, ...]:
+        """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch.
+
+        None where `problem.deterministic` is asked for: a variant that cannot order its sums `refuses` it.
+        """
+        return ()
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
         """Winners measured elsewhere for the same family of architecture, dtype width and padded head dim."""

@@ -22,6 +22,13 @@ KEYS = (
     "attention_fwd-fp16-d80-causal-lse",  # a padded even head dim
     "attention_fwd-bf16-d1",  # the least
     "attention_fwd-bf16-d256-causal-lse",  # the largest
+    "attention_bwd-bf16-d128-causal",  # nothing padded: what training compiles
+    "attention_bwd-fp16-d64",  # not causal
+    "attention_bwd-fp16-d80-causal",  # a padded even head dim
+    "attention_bwd-bf16-d192-dv128-causal",  # D differs from Dv, D is padded and Dv is not
+    "attention_bwd-fp32-d33-dv17",  # fp32, both odd, both padded
+    "attention_bwd-bf16-d1",  # the least
+    "attention_bwd-bf16-d256-causal",  # the largest
 )
 
 

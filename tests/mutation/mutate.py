@@ -18,8 +18,9 @@ from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
+import backward_mutants as backward
 from problems import BR, FAR, TL, Row, far_tensors, row
 
 from flashgen import interpret, render
@@ -47,6 +48,11 @@ class Mutant:
     old: str
     new: str
     file: str = FORWARD
+
+    @property
+    def checks(self) -> dict[str, Callable[[], None]]:
+        """Those that run what the template is for."""
+        return CHECKS if self.file in (FORWARD, SOFTMAX) else backward.CHECKS
 
 
 def mutant(name: str, old: str, new: str, file: str = FORWARD) -> Mutant:
@@ -171,6 +177,8 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant("32-bit row offsets of k", "offs_n.to(tl.int64)[:, None] * stride_kn", "offs_n[:, None] * stride_kn"),
     mutant("32-bit row offsets of o", "offs_m.to(tl.int64)[:, None] * stride_om", "offs_m[:, None] * stride_om"),
     mutant("32-bit block offsets", "first = tl.full([], start_n, tl.int64)", "first = start_n"),
+    *(mutant(f"backward: {name}", old, new, backward.TEMPLATE) for name, old, new in backward.MUTANTS),
+    *(mutant(f"backward: {name}", old, new, backward.TILES) for name, old, new in backward.TILE_MUTANTS),
 )
 
 # The least table that kills them all; what each row is for stands in the table of tests/problems.py.
@@ -249,7 +257,7 @@ def caught_by(broken: Mutant) -> tuple[str, str] | None:
     with tempfile.TemporaryDirectory() as folder:
         apply(broken, Path(folder))
         with templates_of(Path(folder)):
-            for name, run in CHECKS.items():
+            for name, run in broken.checks.items():
                 try:
                     run()
                 except (AccuracyError, BuildError, RenderError) as error:

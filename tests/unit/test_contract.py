@@ -140,10 +140,11 @@ def test_gluon_on_cpu_tensors_runs_in_the_simulator() -> None:
     assert (out.float() - want.float()).abs().max() <= 2**-7 and (lse - want_lse).abs().max() <= 1e-4
 
 
-def test_triton_with_gradients_is_refused_not_approximated() -> None:
+def test_triton_with_gradients_runs_its_own_backward() -> None:
     q, k, v = qkv()
-    with pytest.raises(UnsupportedProblemError, match="no backward yet"):
-        flashgen.attention(q.requires_grad_(), k, v, backend="triton")
+    plan = flashgen.explain(q.requires_grad_(), k, v, backend="triton")
+    assert plan.backward is not None and plan.backward.variant == "triton_bwd"
+    assert any("the backward runs triton_bwd" in note and "BLOCK_M_DQ" in note for note in plan.notes)
 
 
 BAD_CALLS: list[tuple[str, Callable[[], Any], str]] = [

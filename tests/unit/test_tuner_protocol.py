@@ -14,9 +14,10 @@ from cpu_kernel import PROBLEM, TILES, at, source
 from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, nvml
 from flashgen.store import Record, select
 from flashgen.tuner import providers, shootout
+from flashgen.tuner.case import Case, guarded, prepare
 from flashgen.tuner.final import RoundLog, run_final
 from flashgen.tuner.providers import GRAPH_LAUNCHES, CpuProvider
-from flashgen.tuner.trial import Case, Contestant, guarded, prepare, run_trial
+from flashgen.tuner.trial import Contestant, run_trial
 
 
 class Clock(CpuProvider):
@@ -69,7 +70,7 @@ def test_a_short_kernel_is_timed_in_graphs_on_inputs_that_outgrow_the_cache(monk
     monkeypatch.setattr("flashgen.bench.timing._MOST_SAMPLES", 8)
     provider = Clock(0.005, short_ms=0.02)
     case = case_of(provider)
-    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs)
+    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs.values() if one is not None)
     provider.cache_bytes = 39 * size  # 40 sets outgrow it
     seen: list[int] = []
     launch = case.launch
