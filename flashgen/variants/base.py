@@ -132,6 +132,18 @@ class Variant:
         """Blocks of the TMA descriptors that the kernel takes, by parameter; none where it takes pointers."""
         return {}
 
+    def fp32_boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        """The same of descriptors of fp32 numbers in plain order, which no product reads."""
+        return {}
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that a launch asks for: of the program, or of its first partition."""
+        return int(config.num_warps)
+
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that issue products."""
+        return self.num_warps(spec, config)
+
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}

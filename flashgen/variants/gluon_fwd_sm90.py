@@ -112,6 +112,12 @@ class GluonForwardSm90(Variant):
         """
         return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
 
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        return _WG_THREADS // 32  # of the first partition: one warpgroup
+
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        return int(config.BLOCK_M) // _WG_ROWS * (_WG_THREADS // 32)
+
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows, keys = (1, 1, _WG_ROWS), (1, 1, int(config.BLOCK_N))
         width, width_v = self.block_d(spec), self.block_dv(spec)

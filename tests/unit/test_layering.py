@@ -38,6 +38,7 @@ ROWS = (
     ("reference",),
     ("accuracy",),
     ("mutation", "gradients"),
+    ("mutation_backward",),
     ("interpret",),
     ("store",),
     ("torch_blocked", "bench"),
