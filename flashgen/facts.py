@@ -30,7 +30,7 @@ from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemE
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
 
 _FORMAT = 5  # of the cache's files
 _LOG = {
@@ -41,7 +41,6 @@ _LOG = {
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
 _DIVISIBLE = ":16"
-_POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _FP32_POINTERS = ("lse_ptr", "dlse_ptr", "safe_lse_ptr", "delta_ptr")
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -248,8 +247,10 @@ def _compile(
     from triton.compiler import ASTSource
 
     kernel: Any = getattr(load_module(write_source(source)), name)
-    gluon = by_name(source.variant).backend == "gluon"
-    options = {"enable_fp_fusion": True, "num_warps": facts_gluon.NUM_WARPS} if gluon else compile_options(config)
+    variant = by_name(source.variant)
+    gluon = variant.backend == "gluon"
+    warps = variant.num_warps(source.spec, config)
+    options = {"num_warps": warps, "enable_fp_fusion": True} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -282,7 +283,7 @@ def _compile(
         smem_bytes=int(compiled.metadata.shared),
         num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(facts_gluon.multiplying_warps(config) if gluon else num_warps) if loop else 0,
+        loop_macs=loop.macs(variant.multiplying_warps(source.spec, config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )
@@ -337,14 +338,14 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in _FP32_POINTERS else _POINTER[spec.dtype]
+            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
-        elif name == "sm_scale":
+        elif name in features.FLOATS:
             signature[name] = "fp32"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 16))
+            form = specialised((strides or {}).get(name, 1 if name in features.UNIT_STRIDES else 16))
             signature[name] = form.removesuffix(_DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1

@@ -101,8 +101,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
         with _exact_products(q):
             _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        q, k, v, o = (_bshd(x, scalars.layout) for x in (q, k, v, out))
-        _run_kernel(plan, q, k, v, o, wanted)
+        q, k, v, o = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
+        _run_kernel(plan, q, k, v, o, wanted, operands)
     return out, lse
 
 
@@ -146,18 +146,19 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
     )
 
 
-def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Run a generated forward on `bshd` views."""
-    _launch(plan, *map(_unit_last_stride, (q, k, v)), out, lse)
+def _run_kernel(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
+) -> None:
+    """Run a generated forward on `bshd` or packed views."""
+    _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
 
 
-def _launch(plan: Plan, *arguments: Tensor | None) -> None:
+def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
     source = render(problem.spec, variant)
-    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset}
-    values |= {**variant.launch_options(problem), **plan.config}
+    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -209,7 +210,7 @@ def backward(
     problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
-        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, scalars.layout)
+        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
         return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
@@ -233,6 +234,7 @@ def _run_backward_kernel(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    operands: Operands,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a generated backward; a gradient that autograd left out counts as zero."""
@@ -243,7 +245,7 @@ def _run_backward_kernel(
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     outputs = (_bshd(x, layout) for x in (dq, dk, dv))
-    _launch(plan, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
+    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
     return dq, dk, dv
 
 
