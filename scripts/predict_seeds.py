@@ -1,8 +1,8 @@
 """Write the predicted rows of `tuning_db/seeds`: every preset's layers that a kernel covers, for every target. No GPU needed.
 
-    nice python scripts/predict_seeds.py [--folder tuning_db/seeds] [--workers N] [--target NAME ...] [--op attention_bwd]
+    nice python scripts/predict_seeds.py [--folder tuning_db/seeds] [--workers N] [--target NAME ...]
 
-Forward, and the backward of each. Measured rows stay, and where one stands nothing is predicted. Old predicted rows go: run it again after a template changed. Only what the
+Measured rows stay, and where one stands nothing is predicted. Old predicted rows go: run it again after a template changed. Only what the
 policy chooses among is compiled (`flashgen.tuner.policy`), once for each architecture, and every winner's result is checked in the
 interpreter. Nothing goes into your tuning database.
 """
@@ -22,27 +22,24 @@ from flashgen import Problem, Target
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.presets import PRESETS
 from flashgen.render import render
-from flashgen.spec import Op
 from flashgen.store import Record, seeds
 from flashgen.target import TARGETS
 from flashgen.tuner import tune
 from flashgen.tuner.context import choose_variant
 
-TUNED: tuple[Op, ...] = ("attention_fwd", "attention_bwd")
 
-
-def problems(op: Op) -> list[Problem]:
-    """Every kind of layers of every preset, each once, or the gradients of it."""
+def problems() -> list[Problem]:
+    """Every kind of layers of every preset, each once, and the gradients of each."""
     found = [Problem.preset(name, layer=layers.kind) for name, model in PRESETS.items() for layers in model.layers]
     # The softmax scale changes neither kernel nor tile, so that one row serves.
-    plain = [replace(problem, softmax_scale=None) for problem in found]
-    return list(dict.fromkeys(problem.backward if op == "attention_bwd" else problem for problem in plain))
+    plain = dict.fromkeys(replace(problem, softmax_scale=None) for problem in found)
+    return [*plain, *(problem.backward for problem in plain)]
 
 
-def covered(target: Target, op: Op) -> list[Problem]:
+def covered(target: Target) -> list[Problem]:
     """Those that a kernel computes on a target."""
     found = []
-    for problem in problems(op):
+    for problem in problems():
         try:
             choose_variant(problem, target)
         except UnsupportedProblemError:
@@ -60,9 +57,9 @@ def measured(problem: Problem, target: Target) -> bool:
     )
 
 
-def predict(target: Target, op: Op, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
+def predict(target: Target, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
     """The predicted winners of one target, and what has none."""
-    todo = [problem for problem in covered(target, op) if not measured(problem, target)]
+    todo = [problem for problem in covered(target) if not measured(problem, target)]
     try:
         result = tune(
             todo, target=target, mode="predicted", max_trials=1, workers=workers, database=database, progress=False
@@ -93,17 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "tuning_db" / "seeds")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--target", action="append", choices=[name for name in TARGETS if name != "cpu"])
-    parser.add_argument("--op", choices=TUNED, help="this operation alone")
     options = parser.parse_args(arguments)
     failed: list[str] = []
     for name in options.target or [name for name in TARGETS if name != "cpu"]:
         start = time.monotonic()
-        for op in TUNED if options.op is None else (options.op,):
-            with tempfile.TemporaryDirectory() as scratch:
-                rows, missing = predict(Target.named(name), op, options.workers, str(Path(scratch) / "seeds.sqlite3"))
-            write(options.folder, rows)
-            failed += missing
-            print(f"{name}: {len(rows)} predicted rows of {op} in {time.monotonic() - start:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows, missing = predict(Target.named(name), options.workers, str(Path(scratch) / "seeds.sqlite3"))
+        write(options.folder, rows)
+        failed += missing
+        print(f"{name}: {len(rows)} predicted rows in {time.monotonic() - start:.0f} s", flush=True)
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0
