@@ -135,7 +135,7 @@ def tune(
                 for problem in todo:
                     if not expired():
                         _predict(begin(problem), study)
-            result.timed_out = expired()
+            result.timed_out = expired() or any(row.cut_short for row in result.problems)
         except KeyboardInterrupt:
             result.interrupted = True
         except DeviceLostError as error:
