@@ -66,11 +66,12 @@ def run(context: Context, bench: Bench, compiler: Compiler, *, study_storage: st
     for trial, config in proposals(study, context.order):
         if number + len(context.earlier) >= limit:
             break
-        if context.expired() or (context.left_s() or kept_s) < kept_s:
+        left_s = context.left_s()
+        if context.expired() or (left_s is not None and left_s < kept_s):
             context.result.cut_short = True
             break
         was_vetoed = config in compiled.vetoed
-        if undecided and (context.left_s() is None or len(paces) == PROBES):
+        if undecided and (left_s is None or len(paces) == PROBES):
             undecided = False
             known = (compiled, context.earlier, context.condemned)
             rest = [one for one in context.order if not any(one in place for place in known)]
