@@ -16,7 +16,6 @@ from flashgen.simulator.shared import SharedView
 from flashgen.simulator.sites import here
 from flashgen.simulator.tensors import Accumulator, Tensor, plain
 
-
 WARPGROUP = 4  # warps
 
 

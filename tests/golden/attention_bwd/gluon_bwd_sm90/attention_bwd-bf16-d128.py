@@ -852,7 +852,7 @@ def describe(x, seqlen, rows, columns):
 
 def addressable(x):
     """x, or a copy of it that TMA can address."""
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3]) if size > 1]
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
         return x.clone(memory_format=torch.contiguous_format)
     return x
