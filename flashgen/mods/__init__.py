@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from flashgen.mods.block_masks import key_ranges_of
 from flashgen.mods.classes import arrays_of, key_ranges
 from flashgen.mods.derivative import Contribution, Derivative
 from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names, parameters
@@ -27,6 +28,7 @@ __all__ = [
     "Program",
     "arrays_of",
     "key_ranges",
+    "key_ranges_of",
     "parameters",
     "program",
 ]

@@ -46,6 +46,12 @@ class Rows:
         visible, holes = _covered(start, seen), _covered(start, gaps)
         return _merged(start, stop, visible & (start < stop), visible & ~holes)
 
+    @classmethod
+    def of_classes(cls, kinds: Array) -> Rows:
+        """From the class of every tile: 0 none, 1 some, 2 all; (rows, blocks of keys)."""
+        row, key = np.nonzero(kinds)
+        return _packed(len(kinds), row, key, key + 1, kinds[row, key] == 2)
+
     def refined(self, classify: Callable[..., Array], seqlen_q: int, seqlen_k: int, block_m: int, block_n: int) -> Rows:
         """Judge every tile that is not known to be full by itself: ranges may have gaps."""
         sizes = np.where(self.full, 0, self.stop - self.start)
