@@ -149,7 +149,9 @@ class Writer:
     def _operand(self, node: Node, outer: int, *, right: bool = False) -> str:
         text, binds = self._text[id(node)]
         # Comparisons chain in Python, and a difference binds to the left: equal precedence needs brackets on the right.
+        # Bits in a comparison bind as one expects in Python alone, so they are bracketed for every other reader.
         wants = binds < outer or (binds == outer and (right or outer == _COMPARISON))
+        wants = wants or (outer == _COMPARISON and binds in (_AND, _XOR, _OR, _SHIFT))
         return f"({text})" if wants else text
 
     def _plain(self, node: Node) -> str:
