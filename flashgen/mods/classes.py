@@ -48,10 +48,9 @@ class Classifier:
         some, gaps = possible(self.true, boxes, self.judge), possible(self.false, boxes, self.judge)
         return np.where(~some, NONE, np.where(gaps, SOME, ALL))
 
-    @property
-    def is_convex(self) -> bool:
-        """Whether the ranges of keys have no gaps, so that `rows` alone is exact."""
-        return all(term.is_convex for term in (*self.true, *self.false))
+    def is_dense(self, block: int) -> bool:
+        """Whether ranges of keys have no gaps as wide as a block, so that `rows` alone is exact."""
+        return all(term.is_dense(block) for term in (*self.true, *self.false))
 
     def rows(self, block_m: int) -> tuple[list[Boxes], list[Boxes]]:
         """For blocks of queries, what each term of the mask and of its negation leaves of all keys."""
@@ -166,4 +165,4 @@ def key_ranges(
 def _rows(one: Classifier, block_m: int, block_n: int) -> Rows:
     true, false = one.rows(block_m)
     rows = Rows.of(true, false, one.seqlen_k, block_n)
-    return rows if one.is_convex else rows.refined(one.classify, one.seqlen_q, one.seqlen_k, block_m, block_n)
+    return rows if one.is_dense(min(block_m, block_n)) else rows.refined(one.classify, one.seqlen_q, one.seqlen_k, block_m, block_n)

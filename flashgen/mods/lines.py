@@ -202,6 +202,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @cached_property
+    def largest_gap(self) -> int:
+        """The most positions in a row, between two runs, where the condition does not hold."""
+        return int(np.max(self.starts[1:] - self.stops[:-1], initial=0))
+
     def hull(self, low: Array, high: Array) -> tuple[Array, Array]:
         """The first and the last position in [low, high] where the condition holds; empty where low' > high'."""
         if not len(self):
