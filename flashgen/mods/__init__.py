@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from flashgen.mods.block_masks import key_ranges_of
-from flashgen.mods.classes import arrays_of, key_ranges
+from flashgen.mods.classes import arrays_of, key_ranges, query_ranges
 from flashgen.mods.derivative import Contribution, Derivative
 from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names, parameters
 from flashgen.mods.programs import Program, program
@@ -31,4 +31,5 @@ __all__ = [
     "key_ranges_of",
     "parameters",
     "program",
+    "query_ranges",
 ]

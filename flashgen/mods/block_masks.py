@@ -11,7 +11,9 @@ from flashgen.mods.ranges import KeyRanges, Rows
 Array = Any
 
 
-def key_ranges_of(block_mask: Any, *, seqlen_q: int, seqlen_k: int, block_m: int, block_n: int) -> KeyRanges:
+def key_ranges_of(
+    block_mask: Any, *, seqlen_q: int, seqlen_k: int, block_m: int, block_n: int, turned: bool = False
+) -> KeyRanges:
     """The keys that a BlockMask lists for each block of queries.
 
     Listed blocks are visited and no others; those among the full ones need no mask. The tile may be smaller or larger than the
@@ -21,6 +23,7 @@ def key_ranges_of(block_mask: Any, *, seqlen_q: int, seqlen_k: int, block_m: int
         block_mask: `torch.nn.attention.flex_attention.BlockMask`; its lists are copied to the host.
         seqlen_q, seqlen_k: lengths of the call.
         block_m, block_n: the tile.
+        turned: the queries of each block of keys instead, as in `query_ranges`.
 
     Returns:
         Ranges of shape (B, H, blocks of queries) with the mask's own B and H, either of which may be 1.
@@ -32,6 +35,8 @@ def key_ranges_of(block_mask: Any, *, seqlen_q: int, seqlen_k: int, block_m: int
         kinds = np.where(full, np.int8(2), kinds)
     kinds = _regrouped(kinds, 2, seqlen_q, size_q, block_m)
     kinds = _regrouped(kinds, 3, seqlen_k, size_k, block_n)
+    if turned:
+        kinds, seqlen_k, block_n = kinds.swapaxes(2, 3).copy(), seqlen_q, block_m
     if seqlen_k % block_n:
         kinds[..., -1] = np.minimum(kinds[..., -1], 1)  # a block that is not full of keys needs its bounds masked
     batch, heads = kinds.shape[:2]

@@ -27,6 +27,13 @@ def test_a_block_mask_is_the_mask_it_was_made_of(name: str) -> None:
         np.testing.assert_array_equal(found.classes(10)[b, h], expected)
 
 
+def test_the_queries_of_keys_are_the_transpose() -> None:
+    mask = made("document and causal", 192, 160, (32, 32))
+    sizes = {"seqlen_q": 192, "seqlen_k": 160, "block_m": 32, "block_n": 32}
+    found, turned = mods.key_ranges_of(mask, **sizes), mods.key_ranges_of(mask, **sizes, turned=True)
+    np.testing.assert_array_equal(turned.classes(6), found.classes(5).swapaxes(2, 3))
+
+
 @pytest.mark.parametrize("tile", [(16, 16), (64, 32), (48, 80)], ids=str)
 def test_the_tile_may_be_smaller_or_larger_than_the_masks_blocks(tile: tuple[int, int]) -> None:
     mask = made("document and causal", 192, 160, (32, 32))
