@@ -158,6 +158,8 @@ def test_an_index_that_leaves_a_table_is_refused_before_any_launch() -> None:
         made.check_bounds(tensors, **sizes)
     assert here(table_by_query) in str(raised.value)
     assert "q_idx < 20" in str(raised.value)
+    with pytest.raises(InvalidProblemError, match="from 0 to 16"):
+        made.check_bounds(tensors, **{**sizes, "seqlen_q": 17})
     made.check_bounds(tensors, **{**sizes, "seqlen_q": 16})
 
     made, tensors = mods.program(lambda s, b, h, q, k: s + bias[q - k + 15], {}, CPU)
