@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from flashgen.coverage import require_plain
 from flashgen.errors import AccuracyError, InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.reference import attention_low_precision, attention_oracle, visible_keys
@@ -278,6 +279,7 @@ def make_buffers(
         The buffers.
 
     """
+    require_plain(problem.spec, "a check of the kernel alone")
     p = problem
     dtype = TORCH_DTYPES[p.dtype]
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from flashgen import settings
 from flashgen.config import KernelConfig, Tunable
+from flashgen.coverage import untuned
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.render import render
@@ -122,7 +123,7 @@ def resolve(
         SchemaVersionError: its schema is newer or older than this flashgen.
     """
     fixed = config if config is None or isinstance(config, KernelConfig) else tuple(sorted(config.items()))
-    key = (problem, target.name if target else None, backend, fixed, settings.fingerprint())
+    key = (problem, target.name if target else None, backend, fixed, settings.raw())
     plan = _memo.get(key)
     if plan is None:
         plan = _resolve(problem, target or Target.detect(problem.device), backend, config, settings.read())
@@ -356,7 +357,7 @@ def _gpu_filter(target: Target) -> str | None:
 
 def _report_miss(problem: Problem, target: Target, env: Settings, what: str, *, error: bool) -> None:
     where = f" --target {target.name if target.backend != 'cpu' else 'h100'}"
-    command = f"flashgen tune {problem.tune_arguments}{where}"
+    command = untuned(problem.spec) or f"flashgen tune {problem.tune_arguments}{where}"
     if error and env.on_miss == "error":
         raise UnsupportedProblemError(
             f"nothing is tuned for {problem} on {target.name} and FLASHGEN_ON_MISS=error. Tune it: {command}"

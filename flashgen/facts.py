@@ -30,7 +30,7 @@ from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemE
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
 
 _FORMAT = 5  # of the cache's files
 _LOG = {
@@ -41,12 +41,12 @@ _LOG = {
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
 _DIVISIBLE = ":16"
-_POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _FP32_POINTERS = ("lse_ptr", "dlse_ptr", "safe_lse_ptr", "delta_ptr")
 _OPTIONS = ("num_warps", "num_stages")
 
 
 Strides = Mapping[str, int]  # a kernel's stride parameter -> elements
+Constants = Mapping[str, Tunable | None]  # a kernel's parameter -> what it is compiled with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +196,7 @@ def _inspect(
     target: Target,
     config: KernelConfig,
     kernel: str,
-    constants: dict[str, Tunable],
+    constants: Constants,
     strides: Strides | None,
 ) -> CompiledFacts:
     """The facts of one of a file's kernels; cached apart, since configurations that differ elsewhere share it."""
@@ -238,7 +238,7 @@ def _compile(
     target: Target,
     config: KernelConfig,
     name: str,
-    values: dict[str, Tunable],
+    values: Constants,
     strides: Strides | None = None,
 ) -> CompiledFacts:
     import triton
@@ -247,8 +247,10 @@ def _compile(
     from triton.compiler import ASTSource
 
     kernel: Any = getattr(load_module(write_source(source)), name)
-    gluon = by_name(source.variant).backend == "gluon"
-    options = {"enable_fp_fusion": True, "num_warps": facts_gluon.NUM_WARPS} if gluon else compile_options(config)
+    variant = by_name(source.variant)
+    gluon = variant.backend == "gluon"
+    warps = variant.num_warps(source.spec, config)
+    options = {"num_warps": warps, "enable_fp_fusion": True} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -281,7 +283,7 @@ def _compile(
         smem_bytes=int(compiled.metadata.shared),
         num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(facts_gluon.multiplying_warps(config) if gluon else num_warps) if loop else 0,
+        loop_macs=loop.macs(variant.multiplying_warps(source.spec, config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )
@@ -323,7 +325,7 @@ def _of_amd(text: str) -> dict[str, Any]:
 
 
 def _signature(
-    kernel: Any, spec: AttentionSpec, values: dict[str, Tunable], strides: Strides | None = None
+    kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
     signature: dict[str, str] = {}
@@ -332,18 +334,18 @@ def _signature(
     aligned = [["tt.divisibility", 16]]
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or values.get(name, ...) is None:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in _FP32_POINTERS else _POINTER[spec.dtype]
+            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
-        elif name == "sm_scale":
+        elif name in features.FLOATS:
             signature[name] = "fp32"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 16))
+            form = specialised((strides or {}).get(name, 1 if name in features.UNIT_STRIDES else 16))
             signature[name] = form.removesuffix(_DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1
@@ -425,7 +427,7 @@ def _cache_path(source: KernelSource, target: Target, config: KernelConfig, stri
     return _cache_file(source.digest, "", config.to_dict(), target.arch, strides)
 
 
-def _cache_file(digest: str, kernel: str, values: dict[str, Tunable], arch: str, strides: Strides | None) -> Path:
+def _cache_file(digest: str, kernel: str, values: Constants, arch: str, strides: Strides | None) -> Path:
     parts = [_FORMAT, digest, kernel, values, arch, triton_version()]
     # Equal forms are equal binaries; the usual one (multiples of 16) is the one that no strides mean.
     forms = {name: form for name, value in (strides or {}).items() if (form := specialised(value)) != "i32:16"}

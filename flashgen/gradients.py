@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,9 +72,9 @@ class GradientBuffers:
         """The oracle, and honest runs in the inputs' dtype."""
         return exact(self.call), same_precision(self.call, runs=_HONEST_RUNS)
 
-    def check(self) -> AccuracyReport:
-        """The worst of dq, dk and dv, writes outside them included."""
-        oracle, honest = self.references()
+    def check(self, references: tuple[Result, tuple[Result, ...]] | None = None) -> AccuracyReport:
+        """The worst of dq, dk and dv, writes outside them included; `references` spare computing them again."""
+        oracle, honest = references or self.references()
         reports = []
         for name, gradient in self.outputs.items():
             unit, *others = (run.gradients[name[1:]].to(gradient.dtype) for run in honest)
@@ -200,11 +201,10 @@ def check_launch(
     kinds = tuple(strides)
     worst: AccuracyReport | None = None
     for index, problem in enumerate(small_problems(spec) if problems is None else problems):
-        buffers = make_gradient_buffers(
-            problem, seed=seed + index, device=device, strides=kinds[index % len(kinds)], dlse=index % 3 != 1
-        )
+        kind, dlse = kinds[index % len(kinds)], index % 3 != 1
+        buffers = make_gradient_buffers(problem, seed=seed + index, device=device, strides=kind, dlse=dlse)
         launch(*buffers.arguments, **buffers.scalars)
-        report = buffers.check()
+        report = buffers.check(_references(problem, seed + index, kind, dlse))
         report = replace(report, message=f"{problem}: {report.message}")
         if not report.ok:
             return report
@@ -215,6 +215,12 @@ def check_launch(
             "check_launch was given no problem to run: leave `problems` out, or name at least one."
         )
     return worst
+
+
+@lru_cache(maxsize=16)
+def _references(problem: Problem, seed: int, strides: Strides, dlse: bool) -> tuple[Result, tuple[Result, ...]]:
+    """Every candidate of a kernel gets the same inputs: the references are computed once."""
+    return make_gradient_buffers(problem, seed=seed, strides=strides, dlse=dlse).references()
 
 
 def small_problems(spec: AttentionSpec) -> tuple[Problem, ...]:

@@ -56,10 +56,7 @@ def launch(
     v: Tensor,
     o: Tensor,
     lse: Tensor | None,
-    *,
-    sm_scale: float,
-    causal_offset: int,
-    **tunables: Any,
+    **values: Any,
 ) -> None:
     """Run the `launch` function of a rendered kernel without a GPU.
 
@@ -72,7 +69,7 @@ def launch(
         source: the rendered kernel.
         q, k, v, o, lse: CPU tensors as the rendered launch takes them; results are copied into o and lse. If the
             kernel leaves an element of them alone it becomes NaN.
-        sm_scale, causal_offset, **tunables: as the rendered launch takes them.
+        **values: numbers, tunables and further tensors, as the rendered launch takes them.
 
     Raises:
         InvalidProblemError: a tensor is not on the CPU.
@@ -82,7 +79,6 @@ def launch(
 
     """
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
-    values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
     _run(source, tensors, ("o", "lse"), values)
 
 
@@ -98,24 +94,20 @@ def launch_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    *,
-    sm_scale: float,
-    causal_offset: int,
-    **tunables: Any,
+    **values: Any,
 ) -> None:
     """Run the `launch` function of a rendered backward in the interpreting worker; as `launch`, into dq, dk and dv.
 
     Args:
         source: the rendered kernels.
         dout, dlse, q, k, v, out, lse, dq, dk, dv: CPU tensors as the rendered launch takes them.
-        sm_scale, causal_offset, **tunables: as the rendered launch takes them.
+        **values: numbers and tunables, as the rendered launch takes them.
 
     Raises:
         InvalidProblemError, BuildError: as `launch`.
 
     """
     tensors = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
     _run(source, tensors, ("dq", "dk", "dv"), values)
 
 
@@ -127,6 +119,10 @@ def launch_of(source: KernelSource) -> Callable[..., None]:
 def _run(
     source: KernelSource, tensors: dict[str, Tensor | None], outputs: tuple[str, ...], values: dict[str, Any]
 ) -> None:
+    import torch
+
+    tensors = tensors | {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+    values = {name: x for name, x in values.items() if name not in tensors}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise InvalidProblemError(f"{name} is on {tensor.device}: the interpreter takes CPU tensors only.")

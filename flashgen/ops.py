@@ -21,7 +21,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem
+from flashgen.problem import Problem, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -31,7 +31,7 @@ from flashgen.variants import by_name
 TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
 _SCALAR_SCHEMA = (
     "bool causal, str causal_alignment, float? softmax_scale, int window_left, int window_right, float softcap, "
-    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, str backend, str config"
+    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, bool deterministic, str backend, str config"
 )
 _OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _library = torch.library.Library("flashgen", "DEF")
@@ -74,6 +74,7 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
         "dropout_p": scalars.dropout_p,
         "return_lse": scalars.return_lse,
         "requires_grad": scalars.training,
+        "deterministic": scalars.deterministic,
         **{
             name: getattr(operands, name)
             for name in ("alibi_slopes", "sinks", "bias", "attn_mask", "score_mod", "mask_mod")
@@ -100,8 +101,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
         with _exact_products(q):
             _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        q, k, v, o = (_bshd(x, scalars.layout) for x in (q, k, v, out))
-        _run_kernel(plan, q, k, v, o, wanted)
+        q, k, v, o = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
+        _run_kernel(plan, q, k, v, o, wanted, operands)
     return out, lse
 
 
@@ -145,16 +146,19 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
     )
 
 
-def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Run a generated forward on `bshd` views."""
-    _launch(plan, *map(_unit_last_stride, (q, k, v)), out, lse)
+def _run_kernel(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
+) -> None:
+    """Run a generated forward on `bshd` or packed views."""
+    _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
 
 
-def _launch(plan: Plan, *arguments: Tensor | None) -> None:
+def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
-    source = render(problem.spec, by_name(plan.variant))
-    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
+    variant = by_name(plan.variant)
+    source = render(problem.spec, variant)
+    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -206,7 +210,7 @@ def backward(
     problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
-        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, scalars.layout)
+        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
         return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
@@ -230,15 +234,18 @@ def _run_backward_kernel(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    operands: Operands,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a generated backward; a gradient that autograd left out counts as zero."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if plan.backend == "gluon" and not tma_addressable(dout):
+        dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     outputs = (_bshd(x, layout) for x in (dq, dk, dv))
-    _launch(plan, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
+    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
     return dq, dk, dv
 
 

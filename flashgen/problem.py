@@ -32,6 +32,7 @@ class Problem:
         return_lse: the caller wants lse.
         requires_grad: autograd will want a backward.
         op: what is to be computed of the call; `backward` makes the problem of its gradients.
+        deterministic: the gradients must repeat bit for bit; every forward does, whatever is asked for.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
         unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
@@ -62,6 +63,7 @@ class Problem:
     return_lse: bool = False
     requires_grad: bool = False
     op: Op = "attention_fwd"
+    deterministic: bool = False
     layout: Layout = "bshd"
     device: str = "cpu"
     copies: tuple[str, ...] = ()
@@ -300,12 +302,14 @@ class Problem:
         dropout_p: float = 0.0,
         return_lse: bool = False,
         requires_grad: bool | None = None,
+        deterministic: bool = False,
         layout: Layout = "bshd",
     ) -> Problem:
         """Check a call's arguments; they are those of `attention()`. Of optional operands only their presence counts here.
 
         Args:
             requires_grad: whether a backward will follow; None reads it off q, k, v, bias and sinks and torch's grad mode.
+            deterministic: whether it must repeat bit for bit.
 
         Raises:
             InvalidProblemError: the message names the argument, its value and what is allowed.
@@ -344,6 +348,7 @@ class Problem:
             dropout_p=checks.number("dropout_p", dropout_p),
             return_lse=checks.flag("return_lse", return_lse),
             requires_grad=_needs_grad(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
+            deterministic=checks.flag("deterministic", deterministic),
             layout=layout,
             device=str(q.device),
             copies=tuple(name for name, tensor in tensors.items() if _is_copied(tensor)),

@@ -263,9 +263,11 @@ def far_tensors(where: str, tensor: str, dtype: str, device: str = "cpu") -> tup
     return buffers, tensors
 
 
-def far_gradients(where: str, tensor: str, dtype: str) -> tuple[GradientBuffers, dict[str, Tensor | None]]:
+def far_gradients(
+    where: str, tensor: str, dtype: str, device: str = "cpu"
+) -> tuple[GradientBuffers, dict[str, Tensor | None]]:
     """As `far_tensors`, of a backward: `tensor` is an argument of its launch."""
-    buffers = make_gradient_buffers(_far_problem(where, dtype), seed=7)
+    buffers = make_gradient_buffers(_far_problem(where, dtype), seed=7, device=device)
     tensors = {**buffers.inputs, **buffers.outputs}
     near = tensors[tensor]
     assert near is not None

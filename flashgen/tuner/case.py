@@ -84,7 +84,8 @@ class Case:
     @property
     def scalars(self) -> dict[str, Any]:
         """What the launch takes besides tensors."""
-        return {"sm_scale": self.problem.scale, "causal_offset": self.problem.causal_offset}
+        p = self.problem
+        return {"sm_scale": p.scale, "causal_offset": p.causal_offset, **self.variant.launch_options(p)}
 
     @property
     def own(self) -> tuple[Tensor | None, ...]:

@@ -78,13 +78,14 @@ class TritonBackward(Variant):
             )
         return None
 
-    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable]]:
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
         value_dims = {name: dims[name] for name in ("HEAD_DIM_V", "BLOCK_DV")}
         return {
             "attention_bwd_dkdv": {**dims, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
             "attention_bwd_dq": {**dims, "BLOCK_M": config.BLOCK_M_DQ, "BLOCK_N": config.BLOCK_N_DQ},
-            "attention_bwd_preprocess": {**value_dims, "BLOCK_M": config.BLOCK_M},
+            # Few calls bring a gradient of lse.
+            "attention_bwd_preprocess": {**value_dims, "BLOCK_M": config.BLOCK_M, "dlse_ptr": None},
         }
 
     def illegal(

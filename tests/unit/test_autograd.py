@@ -174,3 +174,23 @@ def test_vmap_with_operands_runs_one_after_another() -> None:
         return found
 
     torch.testing.assert_close(torch.vmap(gradient)(q, k, v, own), looped(gradient, q, k, v, own))
+
+
+# -- deterministic= --
+
+
+@pytest.mark.parametrize(
+    ("given", "switch", "wanted"), [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
+)
+def test_deterministic_follows_torch_unless_told(given: bool | None, switch: bool, wanted: bool) -> None:
+    """What the variant of the backward is asked for; the switch of torch is read at the call, not at the backward."""
+    q, k, v = tensors(grad=True)
+    torch.use_deterministic_algorithms(switch)
+    try:
+        plan = flashgen.explain(q, k, v, deterministic=given)
+        out = attend(q, k, v, deterministic=given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert plan.problem.deterministic is wanted
+    assert plan.backward is not None and plan.backward.problem.deterministic is wanted
+    assert out.grad_fn is not None and out.grad_fn.scalars.deterministic is wanted

@@ -73,7 +73,7 @@ UNBUILT = [
     ["tune", "--op", "attention_decode", "--target", "h100"],
     ["export", "attention_fwd-bf16-d64", "--format", "aot", "-o", "x.py"],
     ["export", "attention_fwd-bf16-d64", "--format", "hf-kernels", "-o", "x"],
-    ["render", "attention_fwd-bf16-d64-softcap"],
+    ["render", "attention_fwd-bf16-d64-paged"],
 ]
 
 
