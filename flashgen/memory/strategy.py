@@ -110,7 +110,8 @@ class Strategy:
         precision: `fp32`; `autocast` (fp32 weights, residuals and norms, products in 16 bit on cast copies); `16bit` (everything but norms'
             statistics and the loss; materialised softmax in 16 bit too, as Korthikanti et al. count).
         dropout: whether there is any.
-        device: whose PyTorch kernels run: on `cuda` the softmax's backward makes `grad * output` first, one more array as large as the scores.
+        device: whose PyTorch kernels run: on `cuda` the softmax's backward makes `grad * output` first (ATen/native/cuda/SoftMax.cu), one more array
+            as large as the scores.
         workspace: of flash attention's kernels.
     """
 
