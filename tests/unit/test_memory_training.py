@@ -101,7 +101,7 @@ def test_a_step_leaves_the_gradients_and_nothing_else() -> None:
 
 
 def test_the_cuda_softmax_takes_an_array_more() -> None:
-    """Seen on an H200 (benchmarks/results/h200_training_memory.json): the peak of materialised attention, not what is saved."""
+    """Seen on one H200 (torch 2.11.0): a peak of 8.75 GiB where the count without it was 7.75, with scores of 1 GiB; nothing saved."""
     one = shape(layers=1, vocab=0, seqlen=512)
     cpu, cuda = (step(one, Strategy(attention="materialised", device=device)) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     assert cuda.peak == cpu.peak + 4 * one.pairs and cuda.saved == cpu.saved
