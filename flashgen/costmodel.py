@@ -179,7 +179,7 @@ def rank(predictions: Sequence[tuple[KernelConfig, Prediction]]) -> list[tuple[K
 def veto(
     config: KernelConfig, facts: CompiledFacts, spec: AttentionSpec, target: Target, deeper: CompiledFacts | None = None
 ) -> str | None:
-    """Why a tile of the plain kernel must not be chosen unmeasured, or None.
+    """Why a configuration must not be chosen unmeasured, and is measured last, or None.
 
     Args:
         config: the knobs.
@@ -190,6 +190,9 @@ def veto(
     """
     if facts.loop_spill_ops >= SPILL_VETO:
         return f"{facts.loop_spill_ops} spill instructions in its main loop ({SPILL_VETO} or more)"
+    if facts.serialised and not by_name(config.variant).modelled:
+        # Fatal where warpgroups overlap; on the plain kernel the warning costs nothing beyond what its instructions show.
+        return "ptxas serialised its asynchronous products"
     if config.get("num_stages") != 2 or deeper is None or spec.itemsize != 2 or target.backend != "cuda":
         return None
     if occupancy(deeper, target) >= occupancy(facts, target):

@@ -123,7 +123,7 @@ def resolve(
         SchemaVersionError: its schema is newer or older than this flashgen.
     """
     fixed = config if config is None or isinstance(config, KernelConfig) else tuple(sorted(config.items()))
-    key = (problem, target.name if target else None, backend, fixed, settings.fingerprint())
+    key = (problem, target.name if target else None, backend, fixed, settings.raw())
     plan = _memo.get(key)
     if plan is None:
         plan = _resolve(problem, target or Target.detect(problem.device), backend, config, settings.read())

@@ -247,8 +247,10 @@ def _compile(
     from triton.compiler import ASTSource
 
     kernel: Any = getattr(load_module(write_source(source)), name)
-    gluon = by_name(source.variant).backend == "gluon"
-    options = {"enable_fp_fusion": True, "num_warps": facts_gluon.NUM_WARPS} if gluon else compile_options(config)
+    variant = by_name(source.variant)
+    gluon = variant.backend == "gluon"
+    warps = variant.num_warps(source.spec, config)
+    options = {"num_warps": warps, "enable_fp_fusion": True} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -281,7 +283,7 @@ def _compile(
         smem_bytes=int(compiled.metadata.shared),
         num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(facts_gluon.multiplying_warps(config) if gluon else num_warps) if loop else 0,
+        loop_macs=loop.macs(variant.multiplying_warps(source.spec, config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )

@@ -168,9 +168,12 @@ def _plan(
         with contextlib.suppress(DatabaseError), open_store(where) as store:
             stored = store.trials(op=problems[0].spec.op)
     plans = [
-        plan(problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored)
+        plan(
+            problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored,
+            strategy=values["strategy"],
+        )
         for problem in problems
-    ]
+    ]  # fmt: skip
     known = [row.estimate_s for row in plans if row.estimate_s is not None]
     total = sum(known) if len(known) == len(plans) else None
     if as_json:
@@ -229,8 +232,9 @@ def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
     )
     for path in written:
         click.echo(f"seeds: {path}")
-    if result.interrupted:
-        click.echo("interrupted: what was finished is stored; --resume goes on", err=True)
+    if result.interrupted or result.timed_out:
+        ended = "interrupted" if result.interrupted else "the time was up"
+        click.echo(f"{ended}: what was finished is stored; --resume goes on", err=True)
 
 
 def _figure(winner: Record | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from flashgen.mods.classes import arrays_of, key_ranges
 from flashgen.mods.derivative import Contribution, Derivative
 from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names
-from flashgen.mods.program import Program, program
+from flashgen.mods.programs import Program, program
 from flashgen.mods.ranges import KeyRanges
 from flashgen.mods.trace import Capture
 

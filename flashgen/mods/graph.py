@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from flashgen.mods import semantics
-from flashgen.mods.dtypes import BITS, converted, is_float, is_integer
+from flashgen.mods.dtypes import BITS, bounds, converted, is_float, is_integer
 
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 INDICES = ("b", "h", "q_idx", "kv_idx")
@@ -168,8 +168,8 @@ def _widens(narrow: str, wide: str) -> bool:
         }
     if is_float(wide):
         return False  # to float and back to an integer is another rounding; never merged
-    low, high = semantics.bounds(narrow)
-    return wide != "bool" and semantics.bounds(wide)[0] <= low and high <= semantics.bounds(wide)[1]
+    low, high = bounds(narrow)
+    return wide != "bool" and bounds(wide)[0] <= low and high <= bounds(wide)[1]
 
 
 def ordered(*roots: Node) -> list[Node]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,7 +122,7 @@ class Line:
         count = len(best)
         # The largest value up to a chunk, and from it on: both monotone, so that a limit is found by bisection.
         upto, onward = np.maximum.accumulate(best), np.maximum.accumulate(best[::-1])
-        side = "right" if strict else "left"
+        side: Literal["left", "right"] = "right" if strict else "left"
         first = np.searchsorted(upto, limit, side=side)
         last = count - 1 - np.searchsorted(onward, limit, side=side)
         none = first >= count

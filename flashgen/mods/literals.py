@@ -142,12 +142,13 @@ class Reader:
         if node.op == "not":
             return self._read(node.args[0], not negated)
         if node.op in ("and", "or") and node.dtype == "bool":
-            x, y = (self._read(arg, negated) for arg in node.args)
-            return _either(x, y) if (node.op == "or") != negated else _both(x, y)
+            left, right = (self._read(arg, negated) for arg in node.args)
+            return _either(left, right) if (node.op == "or") != negated else _both(left, right)
         if node.op == "where" or (node.op in ("xor", "ne", "eq") and node.args[0].dtype == "bool"):
             return self._choice(node, negated)
         if node.op in COMPARISONS:
-            return self._compared(_NEGATED[node.op] if negated else node.op, *node.args, node, negated)
+            x, y = node.args
+            return self._compared(_NEGATED[node.op] if negated else node.op, x, y, node, negated)
         if self._is_of_distance(node):
             return self._on(node, negated, "d")
         return [Term(self.whole, (Opaque(node, negated),))]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashgen.mods.dtypes import BITS, bounds, converted, is_float, numpy_type
+from flashgen.mods.dtypes import converted, numpy_type
 
 if TYPE_CHECKING:
     from flashgen.mods.graph import Node
@@ -163,6 +163,3 @@ def _load(table: Array, indices: Sequence[Array]) -> Array:
         places.append(np.clip(wide, 0, size - 1))
     read = table[tuple(places)]
     return read if np.all(inside) else np.where(inside, read, np.zeros((), table.dtype))
-
-
-__all__ = ["BINARY", "BITS", "UNARY", "apply", "bounds", "evaluate", "held", "is_float"]

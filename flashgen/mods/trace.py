@@ -211,7 +211,7 @@ class _StandIn(Tensor):
         return made  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise InvalidProblemError(
             f"{func} is called on a stand-in after the mod was traced: it must not keep its arguments."
         )
@@ -221,14 +221,15 @@ class _Tracer(TorchFunctionMode):
     """What PyTorch asks while the function runs."""
 
     def __init__(self, kind: str, graph: Graph, captures: Captures, sites: dict[int, Site]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.graph, self.captures, self.sites = kind, graph, captures, sites
         self.device = captures._device
         self.dispatch = _Dispatch(self)
         self._made: dict[int, tuple[Tensor, Array]] = {}  # tensors that the function made; held, since ids are reused
 
     def stand_in(self, array: Array) -> _StandIn:
-        return _StandIn(array, self.device)
+        # A single value becomes its node at once: on the user's line, and only once however often it is used.
+        return _StandIn(array if array.shape else arrays.of_node(array.node, varies=array.varies), self.device)
 
     def array(self, tensor: Tensor) -> Array:
         """What a tensor is to the graph: a stand-in's array, a number the function made, or a captured tensor."""
@@ -308,7 +309,7 @@ class _Dispatch(TorchDispatchMode):
     """The operators that the function comes down to."""
 
     def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
 
     @classmethod
@@ -329,6 +330,11 @@ class _Dispatch(TorchDispatchMode):
             if made is not None:
                 return func(*args, **kwargs)
             raise tracer.depends_on_value("item()")
+        in_place = name.endswith("_") and not name.startswith("__")
+        if in_place and not isinstance(args[0], _StandIn):
+            raise InvalidProblemError(
+                f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
+            )
         seen = [tracer.array(arg) if isinstance(arg, Tensor) else arg for arg in args]
         named = {key: tracer.array(arg) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from itertools import product
 from typing import Any
@@ -225,10 +227,13 @@ def source_of(variant: Variant, problem: Problem) -> KernelSource:
 
 def versions() -> dict[str, str]:
     """Versions that a stored figure depends on."""
-    found: Mapping[str, str] = {"flashgen": flashgen.__version__}
+    return dict(_versions())
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    found = {"flashgen": flashgen.__version__}
     for name in ("torch", "triton"):
-        try:
-            found = {**found, name: metadata.version(name)}
-        except metadata.PackageNotFoundError:
-            continue
-    return dict(found)
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)  # milliseconds each, and every trial asks
+    return found

@@ -1,14 +1,17 @@
 """What a measuring worker does with a candidate: checks it, times it, and checks it again.
 
-Before a time counts the candidate has passed the error budget on small poisoned problems; then it runs on the tuned problem. There every
+Before a time counts the candidate has passed the error budget on a poisoned problem that is the tuned one cut short, and so runs the same
+binary; then it runs on the tuned problem. There every
 buffer lies between guard bytes, the output holds NaN before each launch, and each timed launch must leave the very bits of the first one.
 After the timing guards and inputs are looked at, and parts of the output are held against the fp64 oracle (`spot`): faults
-that only show at full size, or only in the twentieth launch, are wrong results like any other.
+that only show at full size, or only in the twentieth launch, are wrong results like any other. Who wins has passed all small problems, too
+(`final`): they are compiled for, each some seconds, and that is worth it for one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flashgen import gradients
 from flashgen.accuracy import AccuracyReport
 from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, measure
+from flashgen.problem import Problem
 from flashgen.tuner.case import Case, bits
 from flashgen.tuner.faults import WrongResultError
 from flashgen.tuner.providers import GRAPH_LAUNCHES
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CENSOR_FACTOR = 3.0  # one launch slower than this many times the best so far is not timed further
+_LENGTHS = 768  # a multiple of every tile's rows and keys: what is cut by it keeps its remainders
 
 
 class Contestant:
@@ -97,6 +102,23 @@ class Contestant:
             raise WrongResultError("; ".join(found), spoilt=True)
 
 
+def cut(problem: Problem) -> Problem:
+    """A problem of at most some 1,500 rows and keys that is compiled like this one: as ragged, as aligned, its heads as grouped."""
+
+    def shorter(length: int) -> int:
+        return length if length < 2 * _LENGTHS else _LENGTHS + length % _LENGTHS
+
+    heads = problem.num_heads_kv
+    # Where the head dims are no multiples of 16, the number of heads decides whether the strides are.
+    if problem.head_dim % 16 == 0 and problem.head_dim_v % 16 == 0:
+        heads = min(heads, 2)
+    group = problem.num_heads_q // max(1, problem.num_heads_kv)
+    return replace(
+        problem, batch=2, seqlen_q=shorter(problem.seqlen_q), seqlen_k=shorter(problem.seqlen_k), num_heads_q=heads * group,
+        num_heads_kv=heads,
+    )  # fmt: skip
+
+
 def run_trial(case: Case, request: dict[str, Any]) -> dict[str, Any]:
     """Check, screen with one launch, time, check again.
 
@@ -105,8 +127,10 @@ def run_trial(case: Case, request: dict[str, Any]) -> dict[str, Any]:
     """
     provider, config = case.provider, request["config"]
     # Dense strides are what is timed; every other kind of stride would compile the candidate once more.
+    # A backward is not compiled for lengths, and its references cost: it is checked on the small problems at once.
+    problems = [cut(case.problem)] if case.spec.op == "attention_fwd" else None
     report = gradients.check_launch(
-        partial(case.launch, **config), case.spec, device=provider.device, strides=("dense",)
+        partial(case.launch, **config), case.spec, device=provider.device, strides=("dense",), problems=problems
     )
     verdict = {"max_abs_error": report.max_error, "error_ratio": report.ratio}
     if not report.ok:

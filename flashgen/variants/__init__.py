@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import AttentionSpec
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.gluon_bwd_sm90 import GluonBackwardSm90
 from flashgen.variants.gluon_fwd_sm90 import GluonForwardSm90
 from flashgen.variants.torch_blocked import TorchBlocked, TorchBlockedBackward
 from flashgen.variants.triton_bwd import TritonBackward
@@ -17,6 +18,7 @@ REGISTRY: tuple[Variant, ...] = (
     GluonForwardSm90(),
     TritonForward(),
     TorchBlocked(),
+    GluonBackwardSm90(),
     TritonBackward(),
     TorchBlockedBackward(),
 )

@@ -28,11 +28,19 @@ class ResourceFacts(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """One tunable: its name, the values the space enumerates, and what it means."""
+    """One tunable.
+
+    Attributes:
+        name: as the launch takes it.
+        values: that the space enumerates.
+        meaning: in words.
+        compiled: whether each value is a binary of its own; else it is an argument of the launch.
+    """
 
     name: str
     values: tuple[Tunable, ...]
     meaning: str
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +131,18 @@ class Variant:
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         """Blocks of the TMA descriptors that the kernel takes, by parameter; none where it takes pointers."""
         return {}
+
+    def fp32_boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        """The same of descriptors of fp32 numbers in plain order, which no product reads."""
+        return {}
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that a launch asks for: of the program, or of its first partition."""
+        return int(config.num_warps)
+
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that issue products."""
+        return self.num_warps(spec, config)
 
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""

@@ -183,7 +183,7 @@ def draw(seed: int) -> Case:
         if dtype == "fp32" and widest > 64:  # larger tiles are not legal: fp32 operands live in registers
             small["tile"] = (min(common["tile"][0], 32), min(common["tile"][1], 32 if widest <= 128 else 16))
         case = Case(backend="triton", **(common | small))
-        return case if seed % 8 == 3 else _with_options(case, r)
+        return replace(case, grad=True) if seed % 8 == 3 else _with_options(case, r)
     bounded = common["values"] == "normal"  # a squared or capped score of thousands is no longer a fair question
     mods = sorted(SCORE_MODS) if bounded else ["relative", "table"]
     return Case(

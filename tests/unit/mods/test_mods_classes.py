@@ -227,7 +227,7 @@ def integers(draw: Any, graph: Graph, depth: int) -> Node:
         if kind < 3:
             return graph.input(draw(st.sampled_from(["q_idx", "kv_idx"])))
         if kind == 3:
-            return graph.const(draw(st.integers(-60, 60)), "int32")
+            return graph.const(draw(st.integers(-60, 60) | st.sampled_from([2**31 - 1, -(2**31), 2**30])), "int32")
         return graph.load(draw(st.integers(0, 1)), [graph.input(draw(st.sampled_from(["q_idx", "kv_idx"])))], "int32")
     op = draw(
         st.sampled_from(
