@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import torch_blocked
+from flashgen import settings, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
@@ -56,7 +56,15 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
     operands.check(problem, q.device)
-    return problem
+    return operands.traced(problem, q.device) if _kernels_asked(q, scalars.backend) else problem
+
+
+def _kernels_asked(q: Tensor, backend: str) -> bool:
+    """Whether a generated kernel may run the call, so that mods are traced."""
+    if torch.compiler.is_compiling():
+        return False
+    asked = settings.read().backend if backend == "auto" else backend
+    return asked != "torch" and (q.device.type != "cpu" or asked != "auto")
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> Problem:
@@ -158,7 +166,7 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
     problem = plan.problem
     variant = by_name(plan.variant)
     source = render(problem.spec, variant)
-    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
+    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 

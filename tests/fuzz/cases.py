@@ -214,6 +214,8 @@ def _with_options(case: Case, r: random.Random) -> Case:
         "bias": r.choice(BROADCASTS),
         "attn_mask": r.choice(BROADCASTS),
         "dropout_p": r.choice((0.1, 0.5, 0.97)),
+        "score_mod": r.choice(sorted(SCORE_MODS) if bounded else ["relative", "table"]),
+        "mask_mod": r.choice(sorted(MASK_MODS)),
         "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
     }
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))

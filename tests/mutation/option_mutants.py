@@ -47,6 +47,11 @@ CASES: dict[str, Case] = {
     "softcap, then bias": Case(**{**_WIDE, "bias": "1h1j", "softcap": 0.5}),
     "attn_mask": Case(**{**_WIDE, "attn_mask": "bhij"}),
     "attn_mask of columns": Case(**{**_WIDE, "attn_mask": "b11j"}),
+    "mask_mod": Case(**{**_WIDE, "mask_mod": "document", "seqlen_q": 75, "tile": (16, 32)}),
+    "mask_mod, causal": Case(**{**_WIDE, "mask_mod": "document", "causal": True, "top_left": True, "tile": (32, 16)}),
+    "mask_mod of columns": Case(**{**_WIDE, "mask_mod": "columns", "group": 1}),
+    "score_mod": Case(**{**_WIDE, "score_mod": "table"}),
+    "score_mod and softcap": Case(**{**_WIDE, "score_mod": "squared", "softcap": 0.5}),
     "dropout": Case(**{**_WIDE, "dropout_p": 0.3, "tile": (32, 16)}),
     "packed": Case(**_PACKED),
     "packed, top-left": Case(**{**_PACKED, "top_left": True, "seqused": False}),
@@ -60,7 +65,7 @@ KV_END = "kv_end = tl.minimum(seqlen_k, tl.maximum(last_m + causal_offset + wind
 FULL_END = "tl.maximum(start_m + causal_offset + window_right + 1, 0)) // BLOCK_N * BLOCK_N"
 FULL_START = "full_start = tl.cdiv(tl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N) * BLOCK_N"
 IN_RANGE = "in_range = (start_n + offs_n >= kv_start) & (start_n + offs_n < kv_end)"
-CAPPED = "qk = softcap * tanh(qk / softcap)"
+CAPPED = "return softcap * tl.where(x < 0.0, -y, y)"
 SINK = "l_i = l_i * alpha + tl.exp2(sink - m_safe)"
 
 MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
@@ -75,9 +80,9 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("full_start rounded down", FULL_START, "full_start = tl.maximum(last_m + causal_offset - window_left, 0) // BLOCK_N * BLOCK_N", FORWARD, "window"),
     ("a causal window looks ahead", "    window_right = 0\n", "    window_right = max(window_right, 0)\n", LAUNCH, "causal window"),
     ("no limit taken for 0", "window_left = widest if window_left < 0 else", "window_left = 0 if window_left < 0 else", LAUNCH, "one-sided window"),
-    ("softcap without its factor", CAPPED, "qk = tanh(qk / softcap)", FORWARD, "softcap"),
+    ("softcap without its factor", CAPPED, "return tl.where(x < 0.0, -y, y)", SOFTCAP, "softcap"),
     ("softcap of unscaled scores", "{% if spec.modifies_scores %}\n        qk *= sm_scale\n", "{% if spec.has_bias %}\n        qk *= sm_scale\n", FORWARD, "softcap"),
-    ("an even tanh", "return tl.where(x < 0.0, -y, y)", "return y", SOFTCAP, "softcap"),
+    ("an even tanh", CAPPED, "return softcap * y", SOFTCAP, "softcap"),
     ("the series far from 0", "tl.abs(x) < 0.3", "tl.abs(x) < 1.5", SOFTCAP, "strong softcap, fp32"),
     ("no series near 0", "tl.abs(x) < 0.3", "tl.abs(x) < 0.0", SOFTCAP, "softcap, fp32"),
     ("ALiBi in front of the diagonal is a bonus", "slope * tl.abs(distance).to(tl.float32)", "slope * distance.to(tl.float32)", FORWARD, "alibi"),
@@ -92,9 +97,17 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("operands of the first head", " + off_h.to(tl.int64) * stride_{{ name }}_h\n", "\n", FORWARD, "attn_mask"),
     ("the bias of the first keys", "bias_rows + (first + offs_n)[None, :]", "bias_rows + (offs_n)[None, :]", FORWARD, "bias"),
     ("rows that a bias leaves without a key", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED)", FORWARD, "bias of -inf"),
-    ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n        qk = softcap * tanh(qk / softcap)\n", FORWARD, "softcap, then bias"),
+    ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n        qk = soft_cap(qk, softcap)\n", FORWARD, "softcap, then bias"),
     ("attn_mask inverted", "mask=inside, other=0) != 0", "mask=inside, other=0) == 0", FORWARD, "attn_mask"),
     ("values that a mask hides from all", "v = tl.where(seen[:, None], v, 0.0)", "v = v + 0.0", FORWARD, "attn_mask of columns"),
+    ("mask_mod's first block too late", "tl.maximum(first_block, tl.load(ranges) * BLOCK_N)", "tl.maximum(first_block, (tl.load(ranges) + 1) * BLOCK_N)", FORWARD, "mask_mod"),
+    ("mask_mod's last block forgotten", "tl.minimum(kv_end, tl.load(ranges + 3) * BLOCK_N)", "tl.minimum(kv_end, (tl.load(ranges + 3) - 1) * BLOCK_N)", FORWARD, "mask_mod"),
+    ("a block that mask_mod hides in part taken for a whole one", "tl.minimum(full_end, tl.load(ranges + 2) * BLOCK_N)", "full_end + 0", FORWARD, "mask_mod of columns"),
+    ("the ranges of the first block of queries", "start_m // BLOCK_M * 4", "0", FORWARD, "mask_mod"),
+    ("rows beyond the end see keys", "visible &= (offs_m < seqlen_q)[:, None]", "visible &= (offs_m >= 0)[:, None]", FORWARD, "mask_mod, causal"),
+    ("mask_mod not evaluated", "            visible &= {{ mask.result }}\n", "", FORWARD, "mask_mod of columns"),
+    ("score_mod of the key/value head", "    h = off_h\n", "    h = off_hkv.to(tl.int32)\n", FORWARD, "score_mod"),
+    ("score_mod before softcap", "        qk = {{ score.result }}\n", "        qk = soft_cap({{ score.result }}, softcap)\n", FORWARD, "score_mod and softcap"),
     ("dropout without its factor", "acc = acc * dropout_scale", "acc = acc * 1.0", FORWARD, "dropout"),
     ("dropout shifted by a key", "start_n // 2 + tl.arange", "start_n // 2 + 1 + tl.arange", DROPOUT, "dropout"),
     ("dropout transposed", "(w2 >= least).to(tl.int8))\n    lower = tl.join((w1", "(w1 >= least).to(tl.int8))\n    lower = tl.join((w2", DROPOUT, "dropout"),
