@@ -15,8 +15,8 @@ from flashgen.block_ranges import mask_ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
-from flashgen.torch_blocked import Options
 from flashgen.spec import Mods
+from flashgen.torch_blocked import Options
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]

@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
     "attn_mask": Case(**{**_WIDE, "attn_mask": "bhij"}),
     "attn_mask of columns": Case(**{**_WIDE, "attn_mask": "b11j"}),
     "mask_mod": Case(**{**_WIDE, "mask_mod": "document", "seqlen_q": 75, "tile": (16, 32)}),
-    "mask_mod, causal": Case(**{**_WIDE, "mask_mod": "document", "causal": True, "top_left": True, "tile": (32, 16)}),
+    "mask_mod, ragged": Case(**{**_WIDE, "mask_mod": "document"}),
     "mask_mod of columns": Case(**{**_WIDE, "mask_mod": "columns", "group": 1}),
     "score_mod": Case(**{**_WIDE, "score_mod": "table"}),
     "score_mod and softcap": Case(**{**_WIDE, "score_mod": "squared", "softcap": 0.5}),
@@ -65,6 +65,10 @@ KV_END = "kv_end = tl.minimum(seqlen_k, tl.maximum(last_m + causal_offset + wind
 FULL_END = "tl.maximum(start_m + causal_offset + window_right + 1, 0)) // BLOCK_N * BLOCK_N"
 FULL_START = "full_start = tl.cdiv(tl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N) * BLOCK_N"
 IN_RANGE = "in_range = (start_n + offs_n >= kv_start) & (start_n + offs_n < kv_end)"
+MOD_FULL = (
+    "full_start = tl.maximum(tl.maximum(full_start, tl.load(ranges + 1) * BLOCK_N), first_block)\n"
+    "        full_end = tl.minimum(full_end, tl.load(ranges + 2) * BLOCK_N)\n"
+)
 CAPPED = "return softcap * tl.where(x < 0.0, -y, y)"
 SINK = "l_i = l_i * alpha + tl.exp2(sink - m_safe)"
 
@@ -99,12 +103,12 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("rows that a bias leaves without a key", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED)", FORWARD, "bias of -inf"),
     ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n        qk = soft_cap(qk, softcap)\n", FORWARD, "softcap, then bias"),
     ("attn_mask inverted", "mask=inside, other=0) != 0", "mask=inside, other=0) == 0", FORWARD, "attn_mask"),
-    ("values that a mask hides from all", "v = tl.where(seen[:, None], v, 0.0)", "v = v + 0.0", FORWARD, "attn_mask of columns"),
+    ("values that a mask hides from all", "> 0\n        v = tl.where(seen[:, None], v, 0.0)", "> 0\n        v = v + 0.0", FORWARD, "attn_mask of columns"),
     ("mask_mod's first block too late", "tl.maximum(first_block, tl.load(ranges) * BLOCK_N)", "tl.maximum(first_block, (tl.load(ranges) + 1) * BLOCK_N)", FORWARD, "mask_mod"),
     ("mask_mod's last block forgotten", "tl.minimum(kv_end, tl.load(ranges + 3) * BLOCK_N)", "tl.minimum(kv_end, (tl.load(ranges + 3) - 1) * BLOCK_N)", FORWARD, "mask_mod"),
-    ("a block that mask_mod hides in part taken for a whole one", "tl.minimum(full_end, tl.load(ranges + 2) * BLOCK_N)", "full_end + 0", FORWARD, "mask_mod of columns"),
+    ("blocks that mask_mod hides in part taken for whole ones", MOD_FULL, "full_start = first_block\n        full_end = tl.minimum(full_end, tl.load(ranges + 3) * BLOCK_N)\n", FORWARD, "mask_mod of columns"),
     ("the ranges of the first block of queries", "start_m // BLOCK_M * 4", "0", FORWARD, "mask_mod"),
-    ("rows beyond the end see keys", "visible &= (offs_m < seqlen_q)[:, None]", "visible &= (offs_m >= 0)[:, None]", FORWARD, "mask_mod, causal"),
+    ("rows beyond the end see keys", "visible &= (offs_m < seqlen_q)[:, None]", "visible &= (offs_m >= 0)[:, None]", FORWARD, "mask_mod, ragged"),
     ("mask_mod not evaluated", "            visible &= {{ mask.result }}\n", "", FORWARD, "mask_mod of columns"),
     ("score_mod of the key/value head", "    h = off_h\n", "    h = off_hkv.to(tl.int32)\n", FORWARD, "score_mod"),
     ("score_mod before softcap", "        qk = {{ score.result }}\n", "        qk = soft_cap({{ score.result }}, softcap)\n", FORWARD, "score_mod and softcap"),
