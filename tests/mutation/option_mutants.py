@@ -18,6 +18,7 @@ LAUNCH = "triton/parts/launch_fwd.py.jinja"
 DROPOUT = "triton/parts/dropout.py.jinja"
 PACKING = "triton/parts/packing.py.jinja"
 SOFTCAP = "triton/parts/softcap.py.jinja"
+BACKWARD = "triton/attention_bwd.py.jinja"
 
 _WIDE = {
     "backend": "triton", "dtype": "fp16", "batch": 2, "seqlen_q": 37, "seqlen_k": 71, "heads_kv": 2, "group": 2,
@@ -53,6 +54,11 @@ CASES: dict[str, Case] = {
     "score_mod": Case(**{**_WIDE, "score_mod": "table"}),
     "score_mod and softcap": Case(**{**_WIDE, "score_mod": "squared", "softcap": 0.5}),
     "dropout": Case(**{**_WIDE, "dropout_p": 0.3, "tile": (32, 16)}),
+    "gradients, window": Case(**{**_WIDE, "grad": True, "window": (20, 9), "softcap": 0.5, "alibi": "bh"}),
+    "gradients, narrow window": Case(**{**_WIDE, "grad": True, "window": (2, 1), "seqlen_q": 75, "seqlen_k": 40}),
+    "gradients, attn_mask": Case(**{**_WIDE, "grad": True, "attn_mask": "b11j", "window": (-1, 9)}),
+    "gradients, rows of a mask": Case(**{**_WIDE, "grad": True, "attn_mask": "11i1", "causal": True}),
+    "gradients, dropout": Case(**{**_WIDE, "grad": True, "dropout_p": 0.3, "sinks": True}),
     "packed": Case(**_PACKED),
     "packed, top-left": Case(**{**_PACKED, "top_left": True, "seqused": False}),
     "packed, everything": Case(**{**_PACKED, "alibi": "bh", "bias": "bhij", "sinks": True, "dropout_p": 0.4, "window": (9, 2)}),
@@ -117,6 +123,18 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("dropout transposed", "(w2 >= least).to(tl.int8))\n    lower = tl.join((w1", "(w1 >= least).to(tl.int8))\n    lower = tl.join((w2", DROPOUT, "dropout"),
     ("the same dropout in every head", "off_bh.to(tl.uint32) + zero", "zero", DROPOUT, "dropout"),
     ("dropout without the offset", "offset.to(tl.uint32) + zero", "zero", DROPOUT, "dropout"),
+    ("dk and dv see one key too many on the left", ">= (rows + causal_offset - window_left)[None, :]", ">= (rows + causal_offset - window_left - 1)[None, :]", BACKWARD, "gradients, window"),
+    ("dq sees one key too many on the left", ">= (offs_m + causal_offset - window_left)[:, None]", ">= (offs_m + causal_offset - window_left - 1)[:, None]", BACKWARD, "gradients, window"),
+    ("row_end one row short", "last_n - causal_offset + window_left + 1", "last_n - causal_offset + window_left", BACKWARD, "gradients, narrow window"),
+    ("keys before every window are read", "in_range = (offs_n >= seen_begin) & (offs_n < seen_end)", "in_range = offs_n < seqlen_k", BACKWARD, "gradients, window"),
+    ("dk of a cap without its derivative", "        ds = p * (dp - delta[None, :])\n{% if spec.softcap %}", "        ds = p * (dp - delta[None, :])\n{% if spec.varlen %}", BACKWARD, "gradients, window"),
+    ("dq of a cap without its derivative", "        ds = p * (dp - delta[:, None])\n{% if spec.softcap %}", "        ds = p * (dp - delta[:, None])\n{% if spec.varlen %}", BACKWARD, "gradients, window"),
+    ("dk and dv of ALiBi transposed", "(rows + seqlen_k - seqlen_q)[None, :] - offs_n[:, None]", "(rows + seqlen_q - seqlen_k)[None, :] - offs_n[:, None]", BACKWARD, "gradients, window"),
+    ("dp of what dropout dropped", "        dp = tl.dot(v, tl.trans(do), input_precision=\"ieee\")\n{% if spec.dropout %}", "        dp = tl.dot(v, tl.trans(do), input_precision=\"ieee\")\n{% if spec.varlen %}", BACKWARD, "gradients, dropout"),
+    ("dv of what dropout dropped", "tl.where(kept, p * dropout_scale, 0.0)\n        dv", "p * dropout_scale\n        dv", BACKWARD, "gradients, dropout"),
+    ("the sinks' gradient with the wrong sign", "dsinks.copy_(-(sink_p", "dsinks.copy_((sink_p", BACKWARD, "gradients, dropout"),
+    ("keys that a mask hides from all reach dq", "[:, None], k, 0.0)", "[:, None], k, k)", BACKWARD, "gradients, attn_mask"),
+    ("dq of keys that mask and diagonal hide together", "        if IS_MASKED:\n            seen &= visible\n        p = tl.where(seen, p, 0.0)", "        p = tl.where(seen, p, 0.0)", BACKWARD, "gradients, rows of a mask"),
     ("seqused_k ignored", "seqlen_k = tl.minimum(seqlen_k, tl.load(seqused_k_ptr + off_b))", "seqlen_k = seqlen_k + 0", FORWARD, "packed"),
     ("packed: always bottom-right", "causal_offset = (seqlen_k - seqlen_q) * bottom_right", "causal_offset = seqlen_k - seqlen_q", FORWARD, "packed, top-left"),
     ("values from where queries start", "v_ptr += first_k *", "v_ptr += first_q *", FORWARD, "packed"),
