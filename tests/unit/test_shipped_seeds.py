@@ -15,6 +15,7 @@ from flashgen.target import TARGETS
 from flashgen.tuner.context import choose_variant
 from flashgen.variants import by_name
 
+VARIANT = by_name("gluon_fwd_sm90")
 GPUS = [name for name in TARGETS if name != "cpu"]
 LAYERS = {
     f"{name}/{layers.kind}": Problem.preset(name, layer=layers.kind)
@@ -79,6 +80,27 @@ def test_rows_are_of_todays_kernels_legal_and_labelled_as_they_are(gpu: str) -> 
             assert (row.message or "").startswith(
                 ("chosen by measured table", "chosen by known good", "chosen by model")
             )
+
+
+@pytest.mark.parametrize("gpu", [name for name in GPUS if TARGETS[name].arch == "sm_90"])
+def test_hopper_gpus_have_rows_of_both_kernels(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hopper forward has a row for every covered layer, and for all that was measured on any Hopper GPU."""
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
+    target = Target.named(gpu)
+    sources = {
+        name: dispatch.resolve(problem, target, backend="gluon").config_source
+        for name, problem in LAYERS.items()
+        if VARIANT.supports(problem.spec, target) is None
+    }
+    assert len(sources) >= 10 and set(sources.values()) <= {"seed", "predicted"}
+    rows = [row for row in seeds.load(gpu, "attention_fwd") if row.variant == VARIANT.name]
+    here = {(row.spec_key, tuple(row.shape.values())) for row in rows}
+    there = [row for row in seeds.load("h100", "attention_fwd") if (row.variant, row.status) == (VARIANT.name, "ok")]
+    assert {(row.spec_key, tuple(row.shape.values())) for row in there} <= here
+    for row in rows:
+        # Nothing forecasts this kernel: no predicted time, and the message says so.
+        assert row.predicted_ms is None
+        assert row.status == "ok" or "not ranked: the cost model has no forecast" in (row.message or "")
 
 
 def _what(row: Record) -> tuple[object, ...]:
