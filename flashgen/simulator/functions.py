@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context
+from flashgen.simulator import context, named
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -343,14 +344,31 @@ def register_asm(text: str, function: Callable[..., Any]) -> None:
     ASM[" ".join(text.split())] = function
 
 
+_FORMULA = re.compile(r"\s*// = ([a-d.0-9 ()*/+-]+)\n")
+
+
+def _formula(text: str) -> Callable[..., Any] | None:
+    """What the first line of an assembly text says that it computes of its operands a, b, c, d; taken at its word."""
+    match = _FORMULA.match(text)
+    if match is None:
+        return None
+    code = compile(match[1].strip(), "<formula of inline assembly>", "eval")
+    return lambda *operands: eval(code, {"__builtins__": {}}, dict(zip("abcd", operands, strict=False)))
+
+
 def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
     """Run a registered assembly text on the elements."""
     plain(*args)
-    function = ASM.get(" ".join(str(asm).split()))
+    barrier = named.parse(str(asm))
+    if barrier is not None:
+        named.meet(*barrier)
+        return scalar(0, int32)
+    function = ASM.get(" ".join(str(asm).split())) or _formula(str(asm))
     if function is None:
         fail(
             UnsupportedOperationError,
-            f"inline assembly {asm!r}: teach it with flashgen.simulator.register_asm(text, function of arrays)",
+            f"inline assembly {asm!r}: teach it with flashgen.simulator.register_asm(text, function of arrays), or let its first "
+            "line say what it computes, as in `// = a * b`",
         )
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))
