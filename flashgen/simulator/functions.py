@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -344,18 +343,6 @@ def register_asm(text: str, function: Callable[..., Any]) -> None:
     ASM[" ".join(text.split())] = function
 
 
-_FORMULA = re.compile(r"\s*// = ([a-d.0-9 ()*/+-]+)\n")
-
-
-def _formula(text: str) -> Callable[..., Any] | None:
-    """What the first line of an assembly text says that it computes of its operands a, b, c, d; taken at its word."""
-    match = _FORMULA.match(text)
-    if match is None:
-        return None
-    code = compile(match[1].strip(), "<formula of inline assembly>", "eval")
-    return lambda *operands: eval(code, {"__builtins__": {}}, dict(zip("abcd", operands, strict=False)))
-
-
 def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
     """Run a registered assembly text on the elements."""
     plain(*args)
@@ -363,12 +350,11 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     if barrier is not None:
         named.meet(*barrier)
         return scalar(0, int32)
-    function = ASM.get(" ".join(str(asm).split())) or _formula(str(asm))
+    function = ASM.get(" ".join(str(asm).split()))
     if function is None:
         fail(
             UnsupportedOperationError,
-            f"inline assembly {asm!r}: teach it with flashgen.simulator.register_asm(text, function of arrays), or let its first "
-            "line say what it computes, as in `// = a * b`",
+            f"inline assembly {asm!r}: teach it with flashgen.simulator.register_asm(text, function of arrays)",
         )
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))

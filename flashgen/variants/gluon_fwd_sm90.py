@@ -19,31 +19,31 @@ _REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
 _SECTION = (1, 1 << 16)
 _ARGUMENT_BYTES = 512
 
-_H100 = (
-    "measured on one H100, interleaved, bf16, S 1024 to 8192, full and causal (benchmarks/results/h100_gluon_fwd.jsonl)"
+_H200 = (
+    "measured on one H200, interleaved, bf16, S 512 to 16384, full and causal (benchmarks/results/h200_gluon_fwd.jsonl)"
 )
-_H200 = "among the best on one H200, bf16, S 2048 and 8192 (benchmarks/data/h200_gluon_attention_fwd.jsonl)"
 
 # (BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM, TAKE_TURNS), best first, by the wider
 # padded head dim.
 _Knobs = tuple[int, int, int, int, int, int, bool, bool, bool]
 _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (
-        ((192, 128, 3, 160, 32, 16, True, False, True), _H100),
-        ((192, 128, 2, 160, 32, 4, True, False, True), _H100),
+        ((192, 128, 3, 160, 32, 16, True, False, True), _H200),
+        ((192, 128, 4, 160, 32, 4, True, False, True), _H200),
         ((192, 64, 3, 160, 32, 16, True, True, False), _H200),
         ((128, 128, 2, 240, 24, 4, True, False, False), _H200),
     ),
     128: (
-        ((128, 128, 2, 240, 24, 16, True, True, False), _H100),
+        ((128, 128, 2, 240, 24, 16, True, True, False), _H200),
         ((128, 128, 2, 240, 24, 4, True, True, False), _H200),
-        ((128, 128, 2, 240, 24, 4, True, False, False), _H100),
-        ((192, 64, 3, 160, 32, 16, True, True, False), _H100),
+        ((128, 128, 2, 240, 24, 4, True, False, False), _H200),
+        ((192, 64, 3, 160, 32, 16, True, True, False), _H200),
     ),
     256: (
-        ((128, 64, 2, 240, 24, 4, False, False, False), _H100),
-        ((128, 64, 2, 240, 24, 4, True, True, False), _H100),
-        ((128, 32, 2, 240, 24, 4, True, True, False), _H100),
+        ((128, 64, 2, 240, 24, 16, False, False, False), _H200),
+        ((128, 64, 2, 240, 24, 4, False, False, False), _H200),
+        ((128, 64, 2, 240, 24, 4, True, True, False), _H200),
+        ((128, 32, 2, 240, 24, 4, True, True, False), _H200),
     ),
 }
 
