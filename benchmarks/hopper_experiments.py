@@ -4,7 +4,8 @@
     python benchmarks/hopper_experiments.py check [NAME ...]                   # a GPU: results against the error budget
     python benchmarks/hopper_experiments.py time --csv FILE [NAME ...]         # a GPU: interleaved with the shipped text
 
-An idea that wins becomes a tunable of the template; one that loses stays here, so that it can be tried again on another compiler.
+An idea that wins becomes a tunable of the template (TAKE_TURNS did); one that loses stays here, so that it can be tried again on
+another compiler. `results/h200_hopper_experiments.csv` holds the first run, in which the base took no turns.
 Bodies of inline PTX are not simulated: `check` runs on a GPU alone. Timing: bf16, 16,384 tokens of a model 2048 wide, head dim 64 and
 128, the variant's default configuration, every candidate in shuffled rounds (`flashgen.bench`); `base again` gives the floor.
 """
@@ -116,66 +117,6 @@ def skip_rescale(text: str, *, columns: int) -> str:
     )
 
 
-# -- warpgroups take turns at the tensor cores --
-
-_TURNS = '''@gluon.jit
-def take_turn(step, WG: gl.constexpr):
-    """Waits until the warpgroup before has issued its products."""
-    if WG == 0:
-        gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-    elif WG == 1:
-        gl.inline_asm_elementwise("bar.sync 9, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 10, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_turn(step, TO: gl.constexpr):
-    if TO == 0:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-    elif TO == 1:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
-
-
-'''
-
-
-def ping_pong(text: str) -> str:
-    """Before the products of a block a warpgroup waits for its turn, and passes it on when they are issued.
-
-    Named barriers 8 to 10: a Triton partition uses those up to 5. A turn is taken for blocks that are released unread too, so that
-    every warpgroup takes as many.
-    """
-    text = once(text, _TILE_OF, _TURNS + _TILE_OF)
-    signature = '    LAZY_SUM: gl.constexpr,\n    IS_MASKED: gl.constexpr,\n):\n    """Key block `step` + 1'
-    text = once(text, signature, signature.replace("):", "    WG: gl.constexpr,\n    NUM_WG: gl.constexpr,\n):"))
-    text, calls = re.subn(
-        r"(IS_MASKED=(?:True|False)),\n(\s+\)\n\s+step \+= 1\n)", r"\1, WG=WG, NUM_WG=NUM_WG,\n\2", text
-    )
-    if not calls:
-        raise ValueError("no call of attend was found")
-    text = once(
-        text,
-        "    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])\n    scores =",
-        "    k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])\n    take_turn(step, WG)\n    scores =",
-    )
-    text = once(
-        text,
-        "    product = warpgroup_mma(p, v, acc, is_async=True)\n",
-        "    product = warpgroup_mma(p, v, acc, is_async=True)\n    pass_turn(step, (WG + 1) % NUM_WG)\n",
-    )
-    first = "        scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)\n"
-    text = once(text, first, f"        take_turn(step, WG)\n{first}        pass_turn(step, (WG + 1) % NUM_WG)\n")
-    unread = "            mbarrier.arrive(v_empty.index(step % STAGES), count=1)\n            step += 1\n"
-    text = once(
-        text, unread, f"            take_turn(step, WG)\n            pass_turn(step, (WG + 1) % NUM_WG)\n{unread}"
-    )
-    begin = "    turn = 0  # tiles done so far\n"
-    return once(text, begin, f"{begin}    if WG == NUM_WG - 1:\n        pass_turn(turn, 0)\n")
-
-
 # -- the sum of what is multiplied --
 
 
@@ -202,21 +143,27 @@ def _columns(spec: AttentionSpec) -> int:
 Edit = Callable[[str, AttentionSpec], str]
 EXPERIMENTS: dict[str, Edit] = {
     "base": lambda text, spec: text,
+    "turns": lambda text, spec: text,
+    "no-turns": lambda text, spec: text,
     "cubic-1-of-8": lambda text, spec: polynomial(text, of=8),
     "cubic-1-of-4": lambda text, spec: polynomial(text, of=4),
     "cubic-1-of-2": lambda text, spec: polynomial(text, of=2),
     "skip-rescale": lambda text, spec: skip_rescale(text, columns=_columns(spec)),
-    "ping-pong": lambda text, spec: ping_pong(text),
-    "ping-pong+cubic-1-of-4": lambda text, spec: polynomial(ping_pong(text), of=4),
-    "ping-pong+cubic-1-of-8": lambda text, spec: polynomial(ping_pong(text), of=8),
     "rounded-sums": lambda text, spec: rounded_sums(text, spec.dtype),
 }
+KNOBS: dict[str, dict[str, bool]] = {"turns": {"TAKE_TURNS": True}, "no-turns": {"TAKE_TURNS": False}}
 
 
 def source_of(name: str, spec: AttentionSpec) -> KernelSource:
     """The edited kernel."""
     shipped = render(spec, VARIANT)
     return KernelSource(text=EXPERIMENTS[name](shipped.text, spec), spec=spec, variant=VARIANT.name)
+
+
+def config_of(name: str, spec: AttentionSpec, target: Target) -> KernelConfig:
+    """The default configuration, and what an idea changes of it."""
+    default = VARIANT.default(spec, target)
+    return KernelConfig(variant=VARIANT.name, **{**default.to_dict(), **KNOBS.get(name, {})})
 
 
 def specs(words: Sequence[str] = WORDS) -> list[AttentionSpec]:
@@ -245,7 +192,7 @@ def facts_of(name: str, spec: AttentionSpec) -> dict[str, Any]:
     from flashgen.facts import inspect
 
     target = Target.named("h100")
-    config = VARIANT.default(spec, target)
+    config = config_of(name, spec, target)
     facts = inspect(source_of(name, spec), target, config)
     return {
         "spec": spec.key, "idea": name, "triton": facts.triton_version, "registers": facts.n_regs, "spill_bytes": facts.spill_bytes,
@@ -269,10 +216,10 @@ def print_facts(names: Sequence[str], path: Path | None, words: Sequence[str]) -
 # -- on a GPU --
 
 
-def launcher(name: str, spec: AttentionSpec, config: KernelConfig) -> Callable[..., Any]:
+def launcher(name: str, spec: AttentionSpec) -> Callable[..., Any]:
     from flashgen.build import build
 
-    return partial(build(source_of(name, spec)).launch, **config)
+    return partial(build(source_of(name, spec)).launch, **config_of(name, spec, Target.detect()))
 
 
 def check(names: Sequence[str], words: Sequence[str]) -> int:
@@ -281,12 +228,11 @@ def check(names: Sequence[str], words: Sequence[str]) -> int:
 
     wrong = 0
     for spec in specs(words):
-        config = VARIANT.default(spec, Target.detect())
         square = [one for one in small_problems(spec) if one.seqlen_q == one.seqlen_k == 256]
         for name in names:
             start = time.monotonic()
             try:
-                launch = launcher(name, spec, config)
+                launch = launcher(name, spec)
                 report = check_launch(launch, spec, device="cuda", strides=("dense",), problems=square)
                 said, ok = f"{'ok' if report.ok else 'WRONG'} at {report.ratio:.3f} of the budget", report.ok
             except Exception as error:
@@ -313,7 +259,7 @@ def measure(names: Sequence[str], path: Path | None, words: Sequence[str], round
     timer, card = Timer(), torch.cuda.get_device_name()
     for seqlen in (8192, 2048):
         for spec in specs(words):
-            problem, config = problem_of(spec, seqlen), VARIANT.default(spec, Target.detect())
+            problem = problem_of(spec, seqlen)
             shape = (problem.batch, seqlen, problem.num_heads_q, spec.head_dim)
             generator = torch.Generator(device="cuda").manual_seed(0)
             q, k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -321,7 +267,7 @@ def measure(names: Sequence[str], path: Path | None, words: Sequence[str], round
             runs: dict[str, Callable[[], Any]] = {}
             outs = {name: torch.full_like(q, torch.nan) for name in (*names, "base again")}
             for name, out in outs.items():
-                launch = launcher(name.removesuffix(" again"), spec, config)
+                launch = launcher(name.removesuffix(" again"), spec)
                 runs[name] = partial(launch, q, k, v, out, None, **scalars)
                 runs[name]()
             apart = {name: (out.float() - outs["base"].float()).abs().max().item() for name, out in outs.items()}
