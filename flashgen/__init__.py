@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashgen.api import (
         attention,
-        compile_facts,
         decode_attention,
         explain,
-        export,
         merge_attention_states,
-        tune,
         varlen_attention,
     )
     from flashgen.config import KernelConfig
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
         TuningError,
         UnsupportedProblemError,
     )
+    from flashgen.offline import compile_facts, export, tune
     from flashgen.problem import Problem
     from flashgen.spec import AttentionSpec
     from flashgen.target import Target
@@ -70,6 +68,7 @@ _HOME = {
     "Plan": "dispatch",
     "Problem": "problem",
     "Target": "target",
+    **dict.fromkeys(("compile_facts", "export", "tune"), "offline"),
     **{name: "errors" for name in __all__ if name.endswith("Error")},
 }
 

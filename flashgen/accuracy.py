@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from flashgen.coverage import require_plain
 from flashgen.errors import AccuracyError, InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.reference import attention_low_precision, attention_oracle, visible_keys
@@ -42,7 +43,7 @@ _MEAN_FLOOR: dict[str, float] = {"fp16": 0.0, "bf16": 0.0, "fp32": 1e-7}
 _LSE_BAR: dict[str, float] = {"fp16": 1e-4, "bf16": 1e-4, "fp32": 1e-5}
 
 # Bytes of all ones: NaN in every float dtype, and a pattern that no arithmetic produces, so that a write shows.
-_POISON = 0xFF
+POISON = 0xFF
 _GUARD_BYTES = 4096
 # A size-1 dimension's stride is never used; this one lands far outside every buffer.
 _CORRUPT_STRIDE = (1 << 40) + 1
@@ -237,8 +238,8 @@ class Buffers:
                 continue
             # Put the poison back where writing was allowed: whatever is left differs where it was not.
             saved = tensor.clone()
-            _poison(tensor)
-            touched = int((self.allocations[name] != _POISON).sum().item())
+            poison_all(tensor)
+            touched = int((self.allocations[name] != POISON).sum().item())
             tensor.copy_(saved)
             if touched:
                 found.append(f"{touched} bytes outside {name} were written to")
@@ -278,6 +279,7 @@ def make_buffers(
         The buffers.
 
     """
+    require_plain(problem.spec, "a check of the kernel alone")
     p = problem
     dtype = TORCH_DTYPES[p.dtype]
     generator = torch.Generator().manual_seed(seed)
@@ -345,7 +347,7 @@ def place(
         if strides == "corrupt" and shape[dim] == 1 and dim != len(shape) - 1:
             steps[dim] = _CORRUPT_STRIDE
     guard = _GUARD_BYTES // itemsize
-    allocation = torch.full(((2 * guard + span + 1) * itemsize,), _POISON, dtype=torch.uint8, device=device)
+    allocation = torch.full(((2 * guard + span + 1) * itemsize,), POISON, dtype=torch.uint8, device=device)
     tensor = allocation.view(dtype).as_strided(shape, steps, guard + (strides == "misaligned"))
     return tensor, allocation
 
@@ -365,9 +367,10 @@ def _writable_like(drawn: Tensor, tensor: Tensor) -> Tensor:
     return drawn
 
 
-def _poison(tensor: Tensor) -> None:
+def poison_all(tensor: Tensor) -> None:
+    """Fill a tensor with the poison that no arithmetic produces."""
     tensor.copy_(
-        torch.full((tensor.element_size(),), _POISON, dtype=torch.uint8, device=tensor.device).view(tensor.dtype)
+        torch.full((tensor.element_size(),), POISON, dtype=torch.uint8, device=tensor.device).view(tensor.dtype)
     )
 
 

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flashgen import checks, dispatch, ops, warm
-from flashgen.config import KernelConfig
+from flashgen import autograd, checks, dispatch, ops, warm
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
-from flashgen.problem import CausalAlignment, Layout, Problem, not_built
+from flashgen.problem import CausalAlignment, Layout, not_built
 from flashgen.scalars import Scalars
-from flashgen.spec import AttentionSpec
-from flashgen.target import Target
-
-if TYPE_CHECKING:
-    from flashgen.facts import CompiledFacts
-    from flashgen.tuner import TuneResult
 
 BackendName = Literal["auto", "gluon", "triton", "torch"]
 
@@ -77,11 +68,12 @@ def attention(
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.
-        deterministic: every path that exists today repeats bit for bit, whatever is asked for.
+        deterministic: whether the gradients must repeat bit for bit, as the output always does; None follows
+            `torch.are_deterministic_algorithms_enabled()`. The portable backward and the torch backend's always do.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
             interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
-        config: a KernelConfig, or a dict of its tunables, instead of the tuned one.
+        config: a KernelConfig of the forward, or a dict of its tunables, instead of the tuned one; the backward takes its own.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in q's dtype and layout; with `return_lse` also lse
@@ -98,7 +90,17 @@ def attention(
         alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
         and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
     ):  # fmt: skip
-        options = (causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, layout, backend)
+        options = (
+            causal,
+            causal_alignment,
+            softmax_scale,
+            window_size,
+            softcap,
+            return_lse,
+            deterministic,
+            layout,
+            backend,
+        )
         key = warm.key_of(q, k, v, options)
         bound = None if key is None else warm.find(key)
         if bound is not None:
@@ -110,12 +112,9 @@ def attention(
         mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, layout=layout, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = ops.run(q, k, v, operands, scalars)
+    out, lse = autograd.run(q, k, v, operands, scalars)
     if key is not None and warm.unseen(key):
-        problem = Problem.from_tensors(
-            q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
-            softcap=softcap, return_lse=return_lse, requires_grad=False, layout=layout,
-        )  # fmt: skip
+        problem = ops.problem_of(q, k, v, operands, scalars)
         warm.bind(key, dispatch.resolve(problem, backend=backend), known)
     return (out, lse) if return_lse else out
 
@@ -146,6 +145,7 @@ def explain(
     offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     packing = None if all(x is None for x in offsets) else offsets
     operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
+    q, k, v = autograd.autocast(q, k, v)
     captured = operands.options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
     problem = ops.checked(q, k, v, operands, scalars)
@@ -266,7 +266,7 @@ def varlen_attention(
         score_mod=score_mod, mask_mod=mask_mod, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = ops.run(q, k, v, operands, scalars)
+    out, lse = autograd.run(q, k, v, operands, scalars)
     return (out, lse) if return_lse else out
 
 
@@ -301,101 +301,3 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
         UnsupportedProblemError: always.
     """
     raise not_built("merge_attention_states")
-
-
-def tune(
-    problems: Problem | Sequence[Problem],
-    *,
-    target: Target | str | None = None,
-    mode: Literal["auto", "measured", "predicted"] = "auto",
-    max_trials: int | None = None,
-    timeout_s: float | None = None,
-    database: str | PathLike[str] | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-) -> TuneResult:
-    """Search the best configuration of each problem and store every trial.
-
-    Args:
-        problems: one or several.
-        target: a Target, its name, or None for the installed GPU.
-        mode: "measured" times candidates on the installed GPU; "predicted" compiles and ranks them without one;
-            "auto" measures where the target is installed.
-        max_trials: how many candidates of a problem at most; None for all legal ones.
-        timeout_s: of the whole run, seconds.
-        database: a path or an SQLAlchemy URL; None for the user's own.
-        workers: compiling processes, None for one per core; where more GPUs of that kind are installed, up to so many of them
-            measure side by side, a problem each.
-        progress: show a progress bar (plain lines where stderr is no terminal).
-
-    Returns:
-        Per problem: all trials, what was excluded and why, and the winner.
-
-    Raises:
-        InvalidProblemError: a value is out of range, or no target can be found.
-        TuningError: no candidate survived; carries each cause.
-        DatabaseError: the database cannot be written.
-    """
-    from flashgen import tuner  # the tuner is imported by nobody but this function and the command line
-
-    where = Target.named(target) if isinstance(target, str) else target
-    return tuner.tune(
-        problems,
-        target=where,
-        mode=mode,
-        max_trials=max_trials,
-        timeout_s=timeout_s,
-        database=None if database is None else str(database),
-        workers=workers,
-        progress=progress,
-    )
-
-
-def export(
-    spec_or_problem: AttentionSpec | Problem,
-    path: str | PathLike[str],
-    *,
-    format: Literal["py", "aot", "hf-kernels"] = "py",
-    target: Target | str | None = None,
-) -> Path:
-    """Write a kernel that works without flashgen.
-
-    Args:
-        spec_or_problem: what to export.
-        path: the file to write, or a folder.
-        format: "py": one readable file that imports only torch and triton and tests itself under `python file.py`;
-            "aot" and "hf-kernels" are not built yet.
-        target: whose configurations to carry; None for the installed GPU.
-
-    Returns:
-        The path of what was written.
-
-    Raises:
-        InvalidProblemError: unknown format, or a path that cannot be written.
-        UnsupportedProblemError: nothing covers it, or the format is not built yet.
-    """
-    from flashgen import exporter
-
-    where = Target.named(target) if isinstance(target, str) else target
-    return exporter.export(spec_or_problem, Path(path), format=format, target=where)
-
-
-def compile_facts(spec: AttentionSpec, config: KernelConfig, target: Target) -> CompiledFacts:
-    """Compile a configuration without a GPU and read the compiler's facts (cached on disk).
-
-    Args:
-        spec: what to compile.
-        config: the knobs, of the variant that compiles it.
-        target: for which architecture.
-
-    Returns:
-        Registers, spills, shared memory and the main loop's instruction counts.
-
-    Raises:
-        InvalidProblemError: the config is not legal, or the target is no GPU.
-        UnsupportedProblemError: the variant does not cover the spec.
-        BuildError: the compiler refused.
-    """
-    from flashgen import facts  # light, but of no use to a call
-
-    return facts.compile_facts(spec, config, target)

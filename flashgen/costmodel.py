@@ -179,7 +179,7 @@ def rank(predictions: Sequence[tuple[KernelConfig, Prediction]]) -> list[tuple[K
 def veto(
     config: KernelConfig, facts: CompiledFacts, spec: AttentionSpec, target: Target, deeper: CompiledFacts | None = None
 ) -> str | None:
-    """Why a tile of the plain kernel must not be chosen unmeasured, or None.
+    """Why a configuration must not be chosen unmeasured, and is measured last, or None.
 
     Args:
         config: the knobs.
@@ -190,6 +190,9 @@ def veto(
     """
     if facts.loop_spill_ops >= SPILL_VETO:
         return f"{facts.loop_spill_ops} spill instructions in its main loop ({SPILL_VETO} or more)"
+    if facts.serialised and not by_name(config.variant).modelled:
+        # Fatal where warpgroups overlap; on the plain kernel the warning costs nothing beyond what its instructions show.
+        return "ptxas serialised its asynchronous products"
     if config.get("num_stages") != 2 or deeper is None or spec.itemsize != 2 or target.backend != "cuda":
         return None
     if occupancy(deeper, target) >= occupancy(facts, target):
@@ -213,13 +216,16 @@ def occupancy(facts: CompiledFacts, target: Target) -> int:
 def _pipes(facts: CompiledFacts, problem: Problem, target: Target, config: KernelConfig) -> dict[str, float]:
     """Cycles of a quadrant per pass of the main loop over one block of keys, by pipe."""
     spec, passes = problem.spec, _passes(facts, problem, config)
-    flops = 2.0 * config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
+    flops = 2.0 * _repeats(spec) * config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
     pipes = {name: facts.loop.get(name, 0) * passes * cycles * config.num_warps / 4 for name, cycles in _CYCLES.items()}
     if spec.itemsize == 2 and target.clock_mhz:
         peak = target.bf16_tflops * 1e12 / (target.num_sms * target.clock_mhz * 1e6)  # FLOP per clock and SM
         pipes["tensor"] = flops / (peak * TENSOR_EFFICIENCY)
     if target.clock_mhz:
-        loaded = config.BLOCK_N * (spec.head_dim + spec.head_dim_v) * spec.itemsize
+        step = (
+            config.BLOCK_M if spec.op == "attention_bwd" else config.BLOCK_N
+        )  # what a pass loads: rows of q and dout, or k and v
+        loaded = step * (spec.head_dim + spec.head_dim_v) * spec.itemsize
         # K and V come from L2 for all but the first block of a head.
         pipes["memory"] = loaded / L2_BYTES_PER_CLOCK
     return pipes
@@ -228,7 +234,7 @@ def _pipes(facts: CompiledFacts, problem: Problem, target: Target, config: Kerne
 def _passes(facts: CompiledFacts, problem: Problem, config: KernelConfig) -> float:
     """Passes of the compiled loop per block of keys: below 1 where ptxas unrolled it."""
     spec = problem.spec
-    products = config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
+    products = _repeats(spec) * config.BLOCK_M * config.BLOCK_N * (spec.block_head_dim + spec.block_head_dim_v)
     if facts.loop.get("hgmma"):
         return 1.0  # never unrolled in what was compiled; their shapes vary, so their number says nothing
     if facts.loop_macs:
@@ -236,6 +242,11 @@ def _passes(facts: CompiledFacts, problem: Problem, config: KernelConfig) -> flo
     if spec.itemsize == 4 and facts.loop.get("fp32"):
         return float(max(1.0, products / (config.num_warps * 32) / facts.loop["fp32"]))
     return 1.0
+
+
+def _repeats(spec: AttentionSpec) -> int:
+    """Products of a pass, in pairs over both head dims: the forward's two, or the four of dK/dV (which nothing judged)."""
+    return 2 if spec.op == "attention_bwd" else 1
 
 
 def _makespan(problem: Problem, config: KernelConfig, slots: int, per_pass: float) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flashgen.spec import AttentionSpec
+from flashgen.errors import UnsupportedProblemError
+from flashgen.spec import AttentionSpec, flag_names
 from flashgen.target import Target
 from flashgen.variants import Variant, candidates
 
@@ -36,6 +37,40 @@ def uncovered(spec: AttentionSpec, target: Target) -> dict[str, list[str]]:
         for variant in generated(plain, target)
     }
     return {name: missing for name, missing in found.items() if missing}
+
+
+def options_of_a_call() -> list[str]:
+    """The flags of every option that `attention()` and `varlen_attention()` have beyond plain attention."""
+    return [flag for flag in flag_names() if flag not in (*_PLAIN, "paged")]
+
+
+def covered(variant: Variant, target: Target) -> list[str]:
+    """The options, as spelled in `attention()`, that a variant takes one at a time on a target, on bf16 of head dim 64."""
+    plain = AttentionSpec(op=variant.op, dtype="bf16", head_dim=64, head_dim_v=64)
+    return [
+        spelled(flag) for flag in options_of_a_call() if variant.supports(_with(plain, **{flag: True}), target) is None
+    ]
+
+
+def require_plain(spec: AttentionSpec, what: str) -> None:
+    """Refuse options where something takes q, k and v alone.
+
+    Args:
+        spec: of the call.
+        what: in a user's words what cannot take them, e.g. "tuning".
+
+    Raises:
+        UnsupportedProblemError: names the options.
+    """
+    named = ", ".join(map(spelled, options_of(spec)))
+    if named:
+        raise UnsupportedProblemError(f"{what} does not take {named} yet: leave them out, or call flashgen.attention.")
+
+
+def untuned(spec: AttentionSpec) -> str | None:
+    """Why a kernel that runs is not tuned: candidates are judged on inputs that are drawn for plain attention alone."""
+    named = ", ".join(map(spelled, options_of(spec)))
+    return f"{named}: kernels with these options run, but are not tuned yet" if named else None
 
 
 def spelled(flag: str) -> str:

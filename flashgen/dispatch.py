@@ -10,11 +10,12 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flashgen import settings
 from flashgen.config import KernelConfig, Tunable
+from flashgen.coverage import untuned
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.render import render
@@ -58,6 +59,7 @@ class Plan:
         problem: the call.
         target: where it runs.
         notes: what else a user should know, e.g. copies that are made.
+        backward: what computes the gradients, where the call wants them.
     """
 
     backend: str
@@ -68,6 +70,7 @@ class Plan:
     problem: Problem
     target: Target
     notes: tuple[str, ...] = ()
+    backward: Plan | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -120,7 +123,7 @@ def resolve(
         SchemaVersionError: its schema is newer or older than this flashgen.
     """
     fixed = config if config is None or isinstance(config, KernelConfig) else tuple(sorted(config.items()))
-    key = (problem, target.name if target else None, backend, fixed, settings.fingerprint())
+    key = (problem, target.name if target else None, backend, fixed, settings.raw())
     plan = _memo.get(key)
     if plan is None:
         plan = _resolve(problem, target or Target.detect(problem.device), backend, config, settings.read())
@@ -135,6 +138,7 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         logger.setLevel(env.log.upper())
     if backend == "auto":
         backend = env.backend
+    asked = backend
     if isinstance(config, KernelConfig):
         backend = _backend_of(config, backend)
     elif config is not None and backend == "auto" and target.backend != "cpu":
@@ -147,6 +151,7 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         chosen, source = variant.default(spec, target), "default"
     else:
         chosen, source = _configure(variant, spec, problem, target, env)
+    backward = _backward(problem, target, variant, asked, env) if problem.requires_grad else None
     plan = Plan(
         backend=variant.backend,
         variant=variant.name,
@@ -155,7 +160,8 @@ def _resolve(problem: Problem, target: Target, backend: str, config: ConfigLike 
         rejected=rejected,
         problem=problem,
         target=target,
-        notes=_notes(problem, target, variant) + _default_note(variant, spec, target, chosen, source),
+        notes=_notes(problem, target, variant, backward) + _default_note(variant, spec, target, chosen, source),
+        backward=backward,
     )
     _report_fallback(plan, env)
     return plan
@@ -204,19 +210,41 @@ def _refusal(variant: Variant, problem: Problem, spec: AttentionSpec, target: Ta
         return f"CPU tensors would be interpreted, slowly, for checking only: ask for backend={variant.backend!r}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if problem.requires_grad and backend != "auto":
-        return "has no backward yet: use backend='auto' (its backward runs in the torch backend) or torch.no_grad()"
     return None
 
 
-def _notes(problem: Problem, target: Target, variant: Variant) -> tuple[str, ...]:
+def _backward(problem: Problem, target: Target, forward: Variant, backend: str, env: Settings) -> Plan:
+    """The plan of a call's gradients: in the backend that was asked for; where any will do, never an interpreted one.
+
+    An explicit `config` is the forward's; the backward takes its own, as if nothing were given.
+
+    Raises:
+        UnsupportedProblemError: the backend that was asked for has no backward for this call.
+    """
+    try:
+        return _resolve(problem.backward, target, backend, None, replace(env, on_fallback="silent"))
+    except UnsupportedProblemError as error:
+        raise UnsupportedProblemError(
+            f"{forward.name} runs forward, but the backward of {problem} has no variant on {target.name} with backend={backend!r}: "
+            "use backend='auto' or torch.no_grad():",
+            error.reasons,
+        ) from error
+
+
+def _notes(problem: Problem, target: Target, variant: Variant, backward: Plan | None) -> tuple[str, ...]:
     notes = [f"{name} is copied: its last stride is not 1" for name in problem.copies]
     if variant.backend != "torch" and target.backend == "cpu":
-        where = "in the simulator" if variant.backend == "gluon" else "in Triton's interpreter"
-        notes.append(f"runs {where}: slow, for checking")
-    if variant.backend != "torch" and problem.requires_grad:
-        notes.append("the backward runs in the torch backend (blocked, O(N) memory)")
+        notes.append(f"runs {_checking(variant)}: slow, for checking")
+    if backward is not None:
+        knobs = f" with {backward.config.label} (from: {backward.config_source})" if backward.config else ""
+        notes.append(f"the backward runs {backward.variant} (backend {backward.backend}){knobs}")
+        notes += [f"the backward {note}" for note in backward.notes if note.startswith("runs in")]
     return tuple(notes)
+
+
+def _checking(variant: Variant) -> str:
+    """Where a CPU call of a generated kernel runs."""
+    return "in the simulator" if variant.backend == "gluon" else "in Triton's interpreter"
 
 
 def _default_note(
@@ -242,8 +270,9 @@ def _report_fallback(plan: Plan, env: Settings) -> None:
     ):
         reason = "; ".join(f"{name}: {text}" for name, text in plan.rejected.items())
         message = f"{plan.problem.spec.key} falls to the torch backend on {plan.target.name}: {reason}"
-    elif plan.backend != "torch" and plan.problem.requires_grad:
-        message = f"the backward of {plan.problem.spec.key} falls to the torch backend: {plan.variant} has none yet"
+    elif plan.backend != "torch" and plan.backward is not None and plan.backward.backend == "torch":
+        reason = "; ".join(f"{name}: {text}" for name, text in plan.backward.rejected.items())
+        message = f"the backward of {plan.problem.spec.key} falls to the torch backend on {plan.target.name}: {reason}"
     else:
         return
     if env.on_fallback == "error":
@@ -328,7 +357,7 @@ def _gpu_filter(target: Target) -> str | None:
 
 def _report_miss(problem: Problem, target: Target, env: Settings, what: str, *, error: bool) -> None:
     where = f" --target {target.name if target.backend != 'cpu' else 'h100'}"
-    command = f"flashgen tune {problem.tune_arguments}{where}"
+    command = untuned(problem.spec) or f"flashgen tune {problem.tune_arguments}{where}"
     if error and env.on_miss == "error":
         raise UnsupportedProblemError(
             f"nothing is tuned for {problem} on {target.name} and FLASHGEN_ON_MISS=error. Tune it: {command}"

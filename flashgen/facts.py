@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,14 +25,14 @@ from typing import Any
 
 from flashgen import facts_gluon, gcn, sass, settings
 from flashgen.build import load_module, write_source
-from flashgen.config import KernelConfig
+from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import BuildError, InvalidProblemError, UnsupportedProblemError
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
 
-_FORMAT = 4  # of the cache's files
+_FORMAT = 5  # of the cache's files
 _LOG = {
     "n_regs": re.compile(r"Used (\d+) registers"),
     "stack_bytes": re.compile(r"(\d+) bytes stack frame"),
@@ -41,10 +41,12 @@ _LOG = {
 }
 _SERIALISED = re.compile(r"\(C75(1\d)\)")
 _DIVISIBLE = ":16"
-_POINTER = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+_FP32_POINTERS = ("lse_ptr", "dlse_ptr", "safe_lse_ptr", "delta_ptr")
+_OPTIONS = ("num_warps", "num_stages")
 
 
 Strides = Mapping[str, int]  # a kernel's stride parameter -> elements
+Constants = Mapping[str, Tunable | None]  # a kernel's parameter -> what it is compiled with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ class CompiledFacts:
         serialised: whether ptxas warned (C7510 to C7519) that it serialised asynchronous products; always false elsewhere.
         undefined_registers: instructions that read a register nothing wrote (`sass.undefined_registers`): miscompiled. Not
             looked for on AMD, where it is 0.
-        loop: instructions of one warp in one pass of the unmasked main loop, by class (`flashgen.sass`, `flashgen.gcn`); UTCHMMA
+        loop: instructions of one warp in one pass of the unmasked main loop (of a backward, that of dK/dV), by class (`flashgen.sass`, `flashgen.gcn`); UTCHMMA
             (`utcmma`) is issued by one warp for the whole block. Empty where no loop was found.
         compile_s: seconds it took.
         loop_macs: multiply-adds that the tensor cores do for a block in such a pass, as issued: more than the tile's own
@@ -182,25 +184,73 @@ def inspect(
     known = cached(source, target, config, strides)
     if known is not None:
         return known
-    facts = _compile(source, target, config, strides)
+    kernels = by_name(source.variant).kernels(source.spec, config)
+    inspect_one = _compile if len(kernels) == 1 else _inspect
+    facts = _joined([inspect_one(source, target, config, name, values, strides) for name, values in kernels.items()])
     _write(_cache_path(source, target, config, strides), {"format": _FORMAT, **facts.to_json()})
     return facts
+
+
+def _inspect(
+    source: KernelSource,
+    target: Target,
+    config: KernelConfig,
+    kernel: str,
+    constants: Constants,
+    strides: Strides | None,
+) -> CompiledFacts:
+    """The facts of one of a file's kernels; cached apart, since configurations that differ elsewhere share it."""
+    options = {name: config[name] for name in _OPTIONS if name in config}
+    path = _cache_file(source.digest, kernel, {**constants, **options}, target.arch, strides)
+    known = _read(path)
+    if known is not None:
+        return known
+    facts = _compile(source, target, config, kernel, constants, strides)
+    _write(path, {"format": _FORMAT, **facts.to_json()})
+    return facts
+
+
+def _joined(parts: list[CompiledFacts]) -> CompiledFacts:
+    """The facts of a launch of several kernels: the most that any needs; the main loop is the first's.
+
+    What spoils a kernel counts wherever it stands: spill instructions of all main loops are added up.
+    """
+    first, *others = parts
+    if not others:
+        return first
+    spills = sum(part.loop_spill_ops for part in parts)
+    most = ("n_regs", "stack_bytes", "smem_bytes", "tmem_columns", "accumulation_regs", "scalar_regs")
+    total = ("spill_store_bytes", "spill_load_bytes", "undefined_registers", "compile_s")
+    return replace(
+        first,
+        **{name: max(getattr(part, name) for part in parts) for name in most},
+        **{name: sum(getattr(part, name) for part in parts) for name in total},
+        serialised=any(part.serialised for part in parts),
+        loop={**first.loop, "spill": spills} if spills else first.loop,
+    )
 
 
 # -- the compiler --
 
 
 def _compile(
-    source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None
+    source: KernelSource,
+    target: Target,
+    config: KernelConfig,
+    name: str,
+    values: Constants,
+    strides: Strides | None = None,
 ) -> CompiledFacts:
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel: Any = getattr(load_module(write_source(source)), source.spec.op)
-    gluon = by_name(source.variant).backend == "gluon"
-    options = {"enable_fp_fusion": True, "num_warps": facts_gluon.NUM_WARPS} if gluon else compile_options(config)
+    kernel: Any = getattr(load_module(write_source(source)), name)
+    variant = by_name(source.variant)
+    gluon = variant.backend == "gluon"
+    warps = variant.num_warps(source.spec, config)
+    options = {"num_warps": warps, "enable_fp_fusion": True} if gluon else compile_options(config)
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -213,7 +263,7 @@ def _compile(
                 if gluon:
                     ast_source = facts_gluon.ast_source(kernel, source.spec, config)
                 else:
-                    ast_source = ASTSource(kernel, *_signature(kernel, source.spec, config, strides))
+                    ast_source = ASTSource(kernel, *_signature(kernel, source.spec, values, strides))
                 compiled = triton.compile(
                     ast_source,
                     target=GPUTarget(target.backend, target.compiler_arch, target.warp_size),
@@ -222,8 +272,9 @@ def _compile(
             read = _of_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _of_nvidia(compiled, log.getvalue())
     except Exception as error:
         lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+        what = source.spec.key if name == source.spec.op else f"{name} of {source.spec.key}"
         raise BuildError(
-            f"{source.spec.key} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
+            f"{what} with {config.label} does not compile for {target.arch}: {' | '.join(lines[:6])}"
         ) from error
     loop, num_warps = read.pop("main_loop"), int(compiled.metadata.num_warps)
     return CompiledFacts(
@@ -232,7 +283,7 @@ def _compile(
         smem_bytes=int(compiled.metadata.shared),
         num_warps=num_warps,
         loop=loop.counts if loop else {},
-        loop_macs=loop.macs(facts_gluon.multiplying_warps(config) if gluon else num_warps) if loop else 0,
+        loop_macs=loop.macs(variant.multiplying_warps(source.spec, config) if gluon else num_warps) if loop else 0,
         compile_s=round(time.perf_counter() - start, 3),
         **read,
     )
@@ -274,34 +325,27 @@ def _of_amd(text: str) -> dict[str, Any]:
 
 
 def _signature(
-    kernel: Any, spec: AttentionSpec, config: KernelConfig, strides: Strides | None = None
+    kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
-    values = {
-        "HEAD_DIM": spec.head_dim,
-        "HEAD_DIM_V": spec.head_dim_v,
-        "BLOCK_D": spec.block_head_dim,
-        "BLOCK_DV": spec.block_head_dim_v,
-        **config,
-    }
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     aligned = [["tt.divisibility", 16]]
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or values.get(name, ...) is None:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else _POINTER[spec.dtype]
+            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
-        elif name == "sm_scale":
+        elif name in features.FLOATS:
             signature[name] = "fp32"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 16))
+            form = specialised((strides or {}).get(name, 1 if name in features.UNIT_STRIDES else 16))
             signature[name] = form.removesuffix(_DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1
@@ -368,15 +412,23 @@ def cached(
     source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None
 ) -> CompiledFacts | None:
     """The facts from the disk cache, or None; a corrupt file counts as none."""
+    return _read(_cache_path(source, target, config, strides))
+
+
+def _read(path: Path) -> CompiledFacts | None:
     try:
-        data = json.loads(_cache_path(source, target, config, strides).read_text())
+        data = json.loads(path.read_text())
         return CompiledFacts.from_json(data) if data["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _cache_path(source: KernelSource, target: Target, config: KernelConfig, strides: Strides | None = None) -> Path:
-    parts = [_FORMAT, source.digest, config.to_dict(), target.arch, triton_version()]
+    return _cache_file(source.digest, "", config.to_dict(), target.arch, strides)
+
+
+def _cache_file(digest: str, kernel: str, values: Constants, arch: str, strides: Strides | None) -> Path:
+    parts = [_FORMAT, digest, kernel, values, arch, triton_version()]
     # Equal forms are equal binaries; the usual one (multiples of 16) is the one that no strides mean.
     forms = {name: form for name, value in (strides or {}).items() if (form := specialised(value)) != "i32:16"}
     key = json.dumps([*parts, forms] if forms else parts, sort_keys=True)

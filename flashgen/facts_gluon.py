@@ -8,13 +8,6 @@ from flashgen.config import KernelConfig
 from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name
 
-NUM_WARPS = 4  # of the first partition: one warpgroup, as `launch` says
-
-
-def multiplying_warps(config: KernelConfig) -> int:
-    """Warps that issue products: those of the consumers."""
-    return int(config.BLOCK_M) // 64 * 4
-
 
 def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
     """What `triton.compile` takes: the kernel as an aligned call with whole blocks specialises it.
@@ -29,6 +22,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
 
     variant = by_name(config.variant)
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
+    fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
@@ -42,9 +36,13 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
             box = list(boxes[name])
             layout = gl.NVMMASharedLayout.get_default_for(box, element)
             signature[name] = f"tensordesc<{spec.dtype}[{','.join(map(str, box))}],{layout!r}>"
+        elif name in fp32_boxes:
+            box = list(fp32_boxes[name])
+            layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
+            signature[name] = f"tensordesc<fp32[{','.join(map(str, box))}],{layout!r}>"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "qk_scale" else "i32"
+            signature[name] = "fp32" if name.endswith("_scale") else "i32"
     return GluonASTSource(kernel, signature, constants, attributes)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     # Bytes are filled and compared by numpy: torch does it in OpenMP threads, which hang in a forked child.
     Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
-_OUTPUTS = ("o", "lse")
 _GUARD_BYTES = 1 << 16  # of NaN before and after each tensor
 _POISON = 0xFF  # NaN in every float dtype when it fills an element
 _ALIGN = 256
@@ -56,10 +56,7 @@ def launch(
     v: Tensor,
     o: Tensor,
     lse: Tensor | None,
-    *,
-    sm_scale: float,
-    causal_offset: int,
-    **tunables: Any,
+    **values: Any,
 ) -> None:
     """Run the `launch` function of a rendered kernel without a GPU.
 
@@ -72,7 +69,7 @@ def launch(
         source: the rendered kernel.
         q, k, v, o, lse: CPU tensors as the rendered launch takes them; results are copied into o and lse. If the
             kernel leaves an element of them alone it becomes NaN.
-        sm_scale, causal_offset, **tunables: as the rendered launch takes them.
+        **values: numbers, tunables and further tensors, as the rendered launch takes them.
 
     Raises:
         InvalidProblemError: a tensor is not on the CPU.
@@ -82,10 +79,53 @@ def launch(
 
     """
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
+    _run(source, tensors, ("o", "lse"), values)
+
+
+def launch_backward(
+    source: KernelSource,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    **values: Any,
+) -> None:
+    """Run the `launch` function of a rendered backward in the interpreting worker; as `launch`, into dq, dk and dv.
+
+    Args:
+        source: the rendered kernels.
+        dout, dlse, q, k, v, out, lse, dq, dk, dv: CPU tensors as the rendered launch takes them.
+        **values: numbers and tunables, as the rendered launch takes them.
+
+    Raises:
+        InvalidProblemError, BuildError: as `launch`.
+
+    """
+    tensors = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    _run(source, tensors, ("dq", "dk", "dv"), values)
+
+
+def launch_of(source: KernelSource) -> Callable[..., None]:
+    """`launch` or `launch_backward`, whichever the rendered kernel is for."""
+    return launch_backward if source.spec.op == "attention_bwd" else launch
+
+
+def _run(
+    source: KernelSource, tensors: dict[str, Tensor | None], outputs: tuple[str, ...], values: dict[str, Any]
+) -> None:
+    import torch
+
+    tensors = tensors | {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+    values = {name: x for name, x in values.items() if name not in tensors}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise InvalidProblemError(f"{name} is on {tensor.device}: the interpreter takes CPU tensors only.")
-    values = {"sm_scale": sm_scale, "causal_offset": causal_offset, **tunables}
     if _in_gluon(source):
         simulate(source, {**tensors, **values})
         return
@@ -93,7 +133,7 @@ def launch(
     with _state.lock:
         worker = _running_worker()
         try:
-            worker.launch(source.name, path, tensors, values)
+            worker.launch(source.name, path, tensors, outputs, values)
         except BuildError:
             raise
         except BaseException:  # Ctrl-C among them: an answer nobody waits for must not meet the next question
@@ -128,6 +168,7 @@ class _Slot:
     offset: int
     nbytes: int
     span: int
+    output: bool
 
     @property
     def sparse(self) -> bool:
@@ -193,25 +234,35 @@ class _Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def launch(self, name: str, path: str, tensors: dict[str, Tensor | None], values: dict[str, Any]) -> None:
-        slots, size = _place(tensors)
+    def launch(
+        self,
+        name: str,
+        path: str,
+        tensors: dict[str, Tensor | None],
+        outputs: tuple[str, ...],
+        values: dict[str, Any],
+    ) -> None:
+        slots, size = _place(tensors, outputs)
         try:
-            self._launch(name, path, slots, size, values)
+            # What is None stays an argument of the launch.
+            message = {key: slots[key].message if key in slots else None for key in tensors}
+            self._launch(name, path, slots, size, message, values)
         finally:
             self._trim()
 
-    def _launch(self, name: str, path: str, slots: dict[str, _Slot], size: int, values: dict[str, Any]) -> None:
+    def _launch(
+        self, name: str, path: str, slots: dict[str, _Slot], size: int, message: dict[str, Any], values: dict[str, Any]
+    ) -> None:
         memory = self._memory(size)
         _fill(memory, slots, size)
-        inputs = {key: _checksum(memory, slot) for key, slot in slots.items() if key not in _OUTPUTS}
-        message = {key: slots[key].message if key in slots else None for key in ("q", "k", "v", *_OUTPUTS)}
+        inputs = {key: _checksum(memory, slot) for key, slot in slots.items() if not slot.output}
         reply = self._ask({"path": path, "size": len(memory), "tensors": message, "values": values}, name)
         if "error" in reply:
             raise BuildError(f"{name} failed in Triton's interpreter: {reply['error']}")
         for key, before in inputs.items():
             if _checksum(memory, slots[key]) != before:
                 raise BuildError(f"{name} wrote into its input {key} (or into a gap between its elements).")
-        results = {key: _elements(memory, slots[key]).clone() for key in _OUTPUTS if key in slots}
+        results = {key: _elements(memory, slot).clone() for key, slot in slots.items() if slot.output}
         _check_guards(memory, slots, size, name)
         for key, result in results.items():
             slots[key].tensor.detach().copy_(result)
@@ -317,7 +368,7 @@ def _anonymous_file(name: str) -> int:
 # -- the arena: guard, tensor, guard, tensor, ..., guard --
 
 
-def _place(tensors: dict[str, Tensor | None]) -> tuple[dict[str, _Slot], int]:
+def _place(tensors: dict[str, Tensor | None], outputs: tuple[str, ...]) -> tuple[dict[str, _Slot], int]:
     slots, end = {}, _GUARD_BYTES
     for name, tensor in tensors.items():
         if tensor is None:
@@ -327,7 +378,7 @@ def _place(tensors: dict[str, Tensor | None]) -> tuple[dict[str, _Slot], int]:
             span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         # Same alignment as the caller's tensor, so that a kernel sees what it would see in place.
         offset = end + (tensor.data_ptr() % _ALIGN if span else 0)
-        slots[name] = _Slot(tensor, offset, span * tensor.element_size(), span)
+        slots[name] = _Slot(tensor, offset, span * tensor.element_size(), span, name in outputs)
         end = -(-(offset + slots[name].nbytes + _GUARD_BYTES) // _ALIGN) * _ALIGN
     return slots, end
 
@@ -337,13 +388,13 @@ def _fill(memory: Bytes, slots: dict[str, _Slot], size: int) -> None:
 
     for start, stop in _gaps(slots, size):
         memory[start:stop] = _POISON
-    for name, slot in slots.items():
+    for slot in slots.values():
         tensor = slot.tensor.detach()
-        if slot.sparse and name not in _OUTPUTS:
+        if slot.sparse and not slot.output:
             _elements(memory, slot, unique=True).copy_(_without_repeats(tensor))
         elif slot.sparse:
             _elements(memory, slot).copy_(torch.full((), torch.nan, dtype=tensor.dtype))
-        elif name in _OUTPUTS:
+        elif slot.output:
             memory[slot.offset : slot.offset + slot.nbytes] = _POISON
         elif slot.span:
             # The whole span, so that what lies between the elements (NaN, in a test) travels too.
@@ -353,7 +404,7 @@ def _fill(memory: Bytes, slots: dict[str, _Slot], size: int) -> None:
 
 def _check_guards(memory: Bytes, slots: dict[str, _Slot], size: int, name: str) -> None:
     for key, slot in slots.items():
-        if key in _OUTPUTS and slot.span and not slot.sparse:
+        if slot.output and slot.span and not slot.sparse:
             # Where writing was allowed the poison is put back; whatever differs now was written between elements.
             _bits(memory, slot).fill_(-1)  # all ones
             touched = int((memory[slot.offset : slot.offset + slot.nbytes] != _POISON).sum())

@@ -69,6 +69,7 @@ def main(requests: int, replies: int, arena: int, crash: int) -> None:
         triton = import_module("triton")
         patch_bf16()
         patch_copies()
+        patch_conditions()
     except Exception as error:
         send(replies, {"error": f"{type(error).__name__}: {error}"})
         return
@@ -161,6 +162,25 @@ def patch_copies() -> None:
     """
     interpreter = import_module("triton.runtime.interpreter")
     interpreter.GridExecutor._restore_args_dev = lambda *args: None
+
+
+def patch_conditions() -> None:
+    """Keep the comparison of two scalars a bool when it meets a block of bools.
+
+    The interpreter spreads it over the block as the type of what was compared (3.6 and 3.9), and `~` of the result or a
+    load under it goes wrong.
+    """
+    import numpy as np
+
+    interpreter = import_module("triton.runtime.interpreter")
+    original, handle = interpreter.InterpreterBuilder.create_splat, interpreter.TensorHandle
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        if np.asarray(arg.data).dtype != np.bool_:
+            return original(self, ret_ty, arg)
+        return handle(np.full(ret_ty.shape, np.ravel(arg.data)[0]), arg.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
 
 
 def patch_bf16() -> None:

@@ -1,4 +1,4 @@
-"""Would anybody notice? Broken copies of a Gluon forward against problems that between them run every line of it.
+"""Would anybody notice? Broken copies of a Gluon kernel against problems that between them run every line of it.
 
 A mutant is found when the simulator reports a defect, when a result leaves the error budget, or when a launch does other
 work than the original's: key blocks that nobody sees cost time and change no result.
@@ -140,10 +140,14 @@ class Study:
         self.spec = spec
         self.text = render(spec, variant).text
         self.mutants: tuple[Mutant, ...] = mutants(self.text)
-        self._cases = cases(spec, variant, target)
+        self._cases = self._choose(variant, target)
         self._references: dict[int, tuple[accuracy.Pair, accuracy.Pair]] = {}
         self._works: dict[int, Work] = {}
         self._lines: set[int] | None = None
+
+    def _choose(self, variant: Variant, target: Target) -> tuple[Case, ...]:
+        """The problems to run."""
+        return cases(self.spec, variant, target)
 
     def verdict(self, text: str, *, schedule: Schedule = "random", seed: int = 1) -> str | None:
         """How a copy is found: a kind of defect, "numbers", "work", or None where it survives every case.

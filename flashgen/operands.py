@@ -14,6 +14,7 @@ from flashgen import checks, probe
 from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.torch_blocked import Options
+from flashgen.variants.features import signature
 
 Mod = Callable[..., Tensor]
 
@@ -120,6 +121,24 @@ class Operands:
             philox=self.philox if problem.dropout_p else None,
             captured=self.options_captured(),
         )
+
+    def launch_values(self, problem: Problem) -> dict[str, Any]:
+        """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names."""
+        left, right = problem.window_size
+        numbers: dict[str, Any] = {
+            "window_left": left,
+            "window_right": right,
+            "softcap": problem.softcap,
+            "dropout_p": problem.dropout_p,
+            "max_seqlen_q": problem.seqlen_q,
+            "max_seqlen_k": problem.seqlen_k,
+            "bottom_right": problem.causal_alignment == "bottom-right",
+        }
+        wanted = signature(problem.spec).launch
+        values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
+        if not problem.varlen:  # packed sequences have offsets of their own
+            values["causal_offset"] = problem.causal_offset
+        return {"sm_scale": problem.scale, **values}
 
 
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:

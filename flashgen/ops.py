@@ -1,6 +1,6 @@
-"""The operators that PyTorch sees, `flashgen::attention_fwd` and `flashgen::attention_bwd`, and their autograd.
+"""The operators that PyTorch sees, `flashgen::attention_fwd` and `flashgen::attention_bwd`.
 
-Defined with define/impl and a fake (shapes only), autograd as a Function *outside* the operator: the cheapest
+Defined with define/impl, a fake (shapes only) and a rule for vmap; autograd stands *outside* (`flashgen.autograd`): the cheapest
 boundary, and one that `torch.compile(fullgraph=True)` traces through. Which kernel runs is decided inside the
 operator, at run time, so dynamic shapes do not recompile anything. A call with Python functions (score_mod, mask_mod, a
 BlockMask) cannot be an operator's argument: it runs the same code without the operator around it.
@@ -8,32 +8,32 @@ BlockMask) cannot be an operator's argument: it runs the same code without the o
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flashgen import torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, not_built
+from flashgen.problem import Problem, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
 
 # -- the schema --
 
-_TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
+TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
 _SCALAR_SCHEMA = (
     "bool causal, str causal_alignment, float? softmax_scale, int window_left, int window_right, float softcap, "
-    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, str backend, str config"
+    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, bool deterministic, str backend, str config"
 )
-_OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in _TENSORS)
+_OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _library = torch.library.Library("flashgen", "DEF")
 _library.define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPERAND_SCHEMA}, {_SCALAR_SCHEMA}) -> (Tensor out, Tensor lse)"
@@ -74,6 +74,7 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
         "dropout_p": scalars.dropout_p,
         "return_lse": scalars.return_lse,
         "requires_grad": scalars.training,
+        "deterministic": scalars.deterministic,
         **{
             name: getattr(operands, name)
             for name in ("alibi_slopes", "sinks", "bias", "attn_mask", "score_mod", "mask_mod")
@@ -97,11 +98,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     out, lse = _allocate(q, v, scalars)
     wanted = lse if problem.spec.has_lse else None
     if plan.backend == "torch":
-        _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
+        with _exact_products(q):
+            _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        q, k, v, o = (_bshd(x, scalars.layout) for x in (q, k, v, out))
-        _run_kernel(plan, q, k, v, o, wanted)
+        q, k, v, o = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
+        _run_kernel(plan, q, k, v, o, wanted, operands)
     return out, lse
+
+
+def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has its say in the dtypes of q, k and v; the fp32 products inside are not its business."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _allocate(q: Tensor, v: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
@@ -138,20 +146,28 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
     )
 
 
-def _run_kernel(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Run a generated kernel on `bshd` views."""
+def _run_kernel(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
+) -> None:
+    """Run a generated forward on `bshd` or packed views."""
+    _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
+
+
+def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
+    """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
-    q, k, v = map(_unit_last_stride, (q, k, v))
-    source = render(problem.spec, by_name(plan.variant))
-    values: dict[str, Any] = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
+    variant = by_name(plan.variant)
+    source = render(problem.spec, variant)
+    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
-        interpret.launch(source, q, k, v, out, lse, **values)
+        interpret.launch_of(source)(source, *arguments, **values)
         return
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    device = next(x.device for x in arguments if x is not None)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
-            build(source).launch(q, k, v, out, lse, **values)
+            build(source).launch(*arguments, **values)
         except Exception as error:
             raise explained(error, plan) from error
 
@@ -190,21 +206,51 @@ def backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
-    """The blocked torch backward, whatever ran forward."""
-    problem = problem_of(q, k, v, operands, scalars)
+    """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
+    problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
+    plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
+    if plan is not None and plan.backend != "torch":
+        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
+        return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
-        return torch_blocked.packed_backward(
-            dout, dlse, q, k, v, out, lse, _packing(problem, operands, q, k), options, **wanted
-        )
+        packing = _packing(problem, operands, q, k)
+        with _exact_products(q):
+            return torch_blocked.packed_backward(dout, dlse, q, k, v, out, lse, packing, options, **wanted)
     q_, k_, v_, out_ = (_bshd(x, scalars.layout) for x in (q, k, v, out))
     dout_ = None if dout is None else _bshd(dout, scalars.layout)
-    dq, dk, dv, sums = torch_blocked.backward(dout_, dlse, q_, k_, v_, out_, lse, options, **wanted)
+    with _exact_products(q):
+        dq, dk, dv, sums = torch_blocked.backward(dout_, dlse, q_, k_, v_, out_, lse, options, **wanted)
     dq, dk, dv = (_bshd(x, scalars.layout) for x in (dq, dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
 
 
-def _cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:
+def _run_backward_kernel(
+    plan: Plan,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Operands,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a generated backward; a gradient that autograd left out counts as zero."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
+    dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if plan.backend == "gluon" and not tma_addressable(dout):
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous()
+    outputs = (_bshd(x, layout) for x in (dq, dk, dv))
+    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
+    return dq, dk, dv
+
+
+def cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """An fp32 sum of gradients in the dtype of what it belongs to."""
     return None if total is None or x is None else total.to(x.dtype)
 
 
@@ -212,9 +258,9 @@ def _cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Scalars]:
-    operands = Operands(**dict(zip(_TENSORS, arguments, strict=False)))
+    operands = Operands(**dict(zip(TENSORS, arguments, strict=False)))
     names = [field.name for field in fields(Scalars)]
-    return operands, Scalars(**dict(zip(names, arguments[len(_TENSORS) :], strict=True)))
+    return operands, Scalars(**dict(zip(names, arguments[len(TENSORS) :], strict=True)))
 
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -231,7 +277,7 @@ def _attention_bwd(
     *rest, bias_grad, sinks_grad = arguments
     operands, scalars = _split(tuple(rest))
     dq, dk, dv, sums = backward(dout, dlse, q, k, v, out, lse, operands, scalars, bias_grad, sinks_grad)
-    extra = (_cast_like(sums.bias, operands.bias), _cast_like(sums.sinks, operands.sinks))
+    extra = (cast_like(sums.bias, operands.bias), cast_like(sums.sinks, operands.sinks))
     return (dq, dk, dv, *(q.new_empty((0,)) if x is None else x for x in extra))
 
 
@@ -251,115 +297,69 @@ torch.library.register_fake("flashgen::attention_fwd", _attention_fwd_fake, lib=
 torch.library.register_fake("flashgen::attention_bwd", _attention_bwd_fake, lib=_library)
 
 
+def mapped(
+    run: Callable[..., tuple[Tensor, ...]],
+    size: int,
+    tensors: Sequence[Tensor | None],
+    dims: Sequence[int | None],
+    rest: Sequence[Any],
+    rest_dims: Sequence[int | None],
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """An operation under vmap, whose tensors start with the batch: the mapped dimension is folded into it.
+
+    With operands beside them (a bias, packed sequences, dropout's seed) the items run one after another.
+
+    Args:
+        run: called as `run(*tensors, *rest)`.
+        size: of the mapped dimension.
+        tensors: batch first.
+        dims: where each is mapped, None for nowhere.
+        rest: what follows them: operands first, scalars after.
+        rest_dims: likewise.
+
+    Returns:
+        The results, mapped at dimension 0, and those zeros.
+    """
+    front = [
+        None if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]
+    if not any(isinstance(x, Tensor) for x in rest):
+        folded = run(*(None if x is None else x.flatten(0, 1) for x in front), *rest)
+        results = tuple(x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, *x.shape) for x in folded)
+    else:
+        others = [
+            [x if dim is None else x.select(dim, index) for x, dim in zip(rest, rest_dims, strict=True)]
+            for index in range(size)
+        ]
+        items = [run(*(None if x is None else x[index] for x in front), *others[index]) for index in range(size)]
+        results = tuple(torch.stack(parts) for parts in zip(*items, strict=True))
+    return results, (0,) * len(results)
+
+
+def _attention_fwd_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    operator = torch.ops.flashgen.attention_fwd
+    return mapped(operator, info.batch_size, arguments[:3], in_dims[:3], arguments[3:], in_dims[3:])
+
+
+def _attention_bwd_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    operator = torch.ops.flashgen.attention_bwd
+    return mapped(operator, info.batch_size, arguments[:7], in_dims[:7], arguments[7:], in_dims[7:])
+
+
+torch.library.register_vmap("flashgen::attention_fwd", _attention_fwd_vmap, lib=_library)
+torch.library.register_vmap("flashgen::attention_bwd", _attention_bwd_vmap, lib=_library)
+
+
 def flatten(operands: Operands, scalars: Scalars) -> tuple[Any, ...]:
     """Everything behind q, k and v, in the schema's order."""
-    return (*(getattr(operands, name) for name in _TENSORS), *scalars.flat())
+    return (*(getattr(operands, name) for name in TENSORS), *scalars.flat())
 
 
 def wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands, captured: tuple[Tensor, ...]) -> bool:
     """Whether autograd will ask for a backward."""
     leaves = (q, k, v, operands.bias, operands.sinks, *captured)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-
-
-def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
-    """Attention, differentiable where an argument wants a gradient."""
-    operands.require_tensors(q.device)
-    _refuse_tangents(q, k, v, operands.bias, operands.sinks)
-    captured = operands.options_captured() if operands.score_mod is not None else ()
-    if wants_gradient(q, k, v, operands, captured):
-        apply: Any = AttentionFunction.apply
-        training = replace(scalars, training=True)
-        differentiated: tuple[Tensor, Tensor] = apply(
-            q, k, v, operands, training, operands.bias, operands.sinks, *captured
-        )
-        return differentiated
-    if operands.has_functions:
-        with torch.no_grad():
-            return forward(q, k, v, operands, scalars)
-    result: tuple[Tensor, Tensor] = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
-    return result
-
-
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
-    if forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
-
-
-# -- autograd --
-
-
-class AttentionFunction(torch.autograd.Function):
-    """Forward and backward; saves q, k, v, out, lse and the operands, nothing of size seqlen_q x seqlen_k."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        operands: Operands,
-        scalars: Scalars,
-        bias: Any,
-        sinks: Any,
-        *captured: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the forward with lse."""
-        operands = replace(operands, bias=bias, sinks=sinks)
-        if operands.has_functions:
-            out, lse = forward(q, k, v, operands, scalars)
-        else:
-            out, lse = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
-        ctx.save_for_backward(q, k, v, out, lse, *(getattr(operands, name) for name in _TENSORS))
-        ctx.functions = (operands.score_mod, operands.mask_mod, operands.block_mask)
-        ctx.scalars = scalars
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Run the blocked backward."""
-        wanted = ctx.needs_input_grad
-        if dout is None and dlse is None:
-            return (None,) * len(wanted)
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        score_mod, mask_mod, block_mask = ctx.functions
-        operands = Operands(
-            **dict(zip(_TENSORS, tensors, strict=True)), score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask
-        )
-        # With create_graph the gradients must carry a node that refuses to be differentiated: without one they
-        # would pass for constants, and a gradient penalty would be silently wrong.
-        again, refuse_twice = torch.is_grad_enabled(), cast(Any, NotTwiceDifferentiable.apply)
-        if operands.has_functions:
-            with torch.no_grad():
-                *grads, sums = backward(dout, dlse, q, k, v, out, lse, operands, ctx.scalars, wanted[5], wanted[6])
-            extra = [_cast_like(sums.bias, operands.bias), _cast_like(sums.sinks, operands.sinks)]
-            inner = [total.to(x.dtype) for total, x in zip(sums.captured, operands.options_captured(), strict=True)]
-            if again:
-                *grads, extra[0], extra[1] = refuse_twice(q, k, v, *grads, *extra)
-            return (*grads, None, None, *extra, *inner)
-        arguments = (dout, dlse, q, k, v, out, lse, *flatten(operands, ctx.scalars), wanted[5], wanted[6])
-        dq, dk, dv, dbias, dsinks = torch.ops.flashgen.attention_bwd(*arguments)
-        if again:
-            dq, dk, dv, dbias, dsinks = refuse_twice(q, k, v, dq, dk, dv, dbias, dsinks)
-        return (dq, dk, dv, None, None, dbias if wanted[5] else None, dsinks if wanted[6] else None)
-
-
-class NotTwiceDifferentiable(torch.autograd.Function):
-    """Passes gradients through as a node whose own backward is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Views of the gradients."""
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Refuse."""
-        raise not_built("the second derivative of flashgen.attention (double backward)")
 
 
 def draw_philox(q: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:

@@ -31,6 +31,8 @@ class Problem:
         varlen: packed sequences; batch counts them and the lengths are the longest ones.
         return_lse: the caller wants lse.
         requires_grad: autograd will want a backward.
+        op: what is to be computed of the call; `backward` makes the problem of its gradients.
+        deterministic: the gradients must repeat bit for bit; every forward does, whatever is asked for.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
         unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
@@ -60,6 +62,8 @@ class Problem:
     varlen: bool = False
     return_lse: bool = False
     requires_grad: bool = False
+    op: Op = "attention_fwd"
+    deterministic: bool = False
     layout: Layout = "bshd"
     device: str = "cpu"
     copies: tuple[str, ...] = ()
@@ -90,11 +94,16 @@ class Problem:
 
     @property
     def spec(self) -> AttentionSpec:
-        """What has to be compiled for the forward of this call."""
-        return self.spec_for("attention_fwd")
+        """What has to be compiled for `op`."""
+        return self.spec_for(self.op)
+
+    @property
+    def backward(self) -> Problem:
+        """The gradients of this call, as a problem of their own: tuned, stored and resolved apart."""
+        return replace(self, op="attention_bwd", return_lse=False, requires_grad=False)
 
     def spec_for(self, op: Op) -> AttentionSpec:
-        """What has to be compiled for `op`."""
+        """What has to be compiled for another operation of this call."""
         return AttentionSpec(
             op=op,
             dtype=self.dtype,
@@ -139,15 +148,21 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the two products over visible pairs (2 per multiply-add)."""
-        return 2 * self.batch * self.num_heads_q * self.visible_pairs * (self.head_dim + self.head_dim_v)
+        """Floating-point operations of the products over visible pairs (2 per multiply-add).
+
+        Two products forward. Five backward (scores again, dP, dV, dK, dQ), the convention of the field whatever a kernel repeats.
+        """
+        d, dv = self.head_dim, self.head_dim_v
+        width = 3 * d + 2 * dv if self.op == "attention_bwd" else d + dv
+        return 2 * self.batch * self.num_heads_q * self.visible_pairs * width
 
     @property
     def io_bytes(self) -> int:
-        """Bytes of q, k, v and the output, each moved once: the least HBM traffic."""
+        """Bytes of q, k, v and the output, and backward of their gradients, each moved once: the least HBM traffic."""
         rows_q = self.batch * self.seqlen_q * self.num_heads_q
         rows_k = self.batch * self.seqlen_k * self.num_heads_kv
-        return self.spec.itemsize * (rows_q + rows_k) * (self.head_dim + self.head_dim_v)
+        copies = 2 if self.op == "attention_bwd" else 1
+        return copies * self.spec.itemsize * (rows_q + rows_k) * (self.head_dim + self.head_dim_v)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -163,7 +178,7 @@ class Problem:
     @property
     def tune_arguments(self) -> str:
         """The options of `flashgen tune` that name this problem; mods, block masks and packing are code and data, not named."""
-        words = [f"--op attention_fwd --dtype {self.dtype} --head-dim {self.head_dim}"]
+        words = [f"--op {self.op} --dtype {self.dtype} --head-dim {self.head_dim}"]
         if self.head_dim_v != self.head_dim:
             words.append(f"--head-dim-v {self.head_dim_v}")
         words.append(f"--heads-q {self.num_heads_q} --heads-kv {self.num_heads_kv}")
@@ -287,12 +302,14 @@ class Problem:
         dropout_p: float = 0.0,
         return_lse: bool = False,
         requires_grad: bool | None = None,
+        deterministic: bool = False,
         layout: Layout = "bshd",
     ) -> Problem:
         """Check a call's arguments; they are those of `attention()`. Of optional operands only their presence counts here.
 
         Args:
             requires_grad: whether a backward will follow; None reads it off q, k, v, bias and sinks and torch's grad mode.
+            deterministic: whether it must repeat bit for bit.
 
         Raises:
             InvalidProblemError: the message names the argument, its value and what is allowed.
@@ -331,6 +348,7 @@ class Problem:
             dropout_p=checks.number("dropout_p", dropout_p),
             return_lse=checks.flag("return_lse", return_lse),
             requires_grad=_needs_grad(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
+            deterministic=checks.flag("deterministic", deterministic),
             layout=layout,
             device=str(q.device),
             copies=tuple(name for name, tensor in tensors.items() if _is_copied(tensor)),

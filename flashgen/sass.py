@@ -47,6 +47,7 @@ _IMMEDIATE = re.compile(r"UMOV(?:\.32)? UR(\d+), 0x([0-9a-f]+)")
 _UNIFORM_READERS = ("BRX", "BRXU", "JMX", "JMXU", "CALL", "RET", "USETMAXREG", "NANOSLEEP", "SETCTAID", "WARPSYNC")
 _NO_REGISTER_WRITTEN = ("SETP", "PLOP3")  # predicates only
 _MASKED_SELECTS = 8  # a masked loop selects once per score a thread holds, an unmasked one hardly ever
+_COPY = re.compile(r"UMOV(?:\.32)? UR(\d+), UR(\d+)")
 _MMA_SHAPE = re.compile(r"\.(\d{4,5})\b")
 _GMMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
 _MMA_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
@@ -110,13 +111,27 @@ def undefined_registers(text: str) -> list[str]:
     Code runs from the top, so a first read above the first write cannot be meant. HGMMA's `gdesc[URn]` with the first operand in
     registers reads n + 2 and n + 3.
 
+    A register that is borrowed (MOV.SPILL, later R2UR.FILL) or copied (UMOV) may hold nothing yet: that is no use of it, and
+    whoever uses what was restored or copied from it is found instead.
+
     Returns:
         The offending lines, shortened; empty for sound code.
     """
     written: set[int] = set()
+    empty: set[str] = set()  # registers that hold a saved nothing
     found = []
     for line in _lines(text):
         target = _uniform_written(line)
+        if line.opcode == "MOV.SPILL" and target is None:
+            into, _, saved = line.operands.partition(", UR")
+            (empty.discard if saved.isdigit() and int(saved) in written else empty.add)(into)
+            continue
+        copied = _COPY.fullmatch(line.text)
+        if copied and int(copied[2]) not in written:  # nothing is copied: whoever uses the copy is the one at fault
+            written.discard(int(copied[1]))
+            continue
+        if line.opcode == "R2UR.FILL" and line.operands.rpartition(", ")[2] in empty:
+            continue
         read = [int(n) for n in _ANY_UNIFORM.findall(line.operands)]
         if target is not None:
             read.remove(target)  # its first mention is the write

@@ -19,7 +19,7 @@ from flashgen.settings import BACKENDS
 class Scalars:
     """The options of a call that are no tensors, flat, since operators take no mappings; see `attention()`.
 
-    `training` says that a backward will follow. The lengths are those of packed sequences, else -1.
+    `training` says that a backward will follow, `deterministic` that it must repeat bit for bit. The lengths are those of packed sequences, else -1.
     """
 
     causal: bool = False
@@ -34,6 +34,7 @@ class Scalars:
     layout: str = "bshd"
     return_lse: bool = False
     training: bool = False
+    deterministic: bool = False
     backend: str = "auto"
     config: str = ""
 
@@ -63,8 +64,8 @@ class Scalars:
         left, right = checks.window(window_size)
         checks.one_of("causal_alignment", causal_alignment, checks.ALIGNMENTS)
         checks.one_of("backend", backend, BACKENDS)
-        if deterministic is not None:
-            checks.flag("deterministic", deterministic)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
         return cls(
             causal=checks.flag("causal", causal),
             causal_alignment=causal_alignment,
@@ -77,6 +78,7 @@ class Scalars:
             max_seqlen_k=max_seqlen_k,
             layout=layout,
             return_lse=checks.flag("return_lse", return_lse),
+            deterministic=checks.flag("deterministic", deterministic),
             backend=backend,
             config=encode_config(config),
         )

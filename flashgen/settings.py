@@ -97,13 +97,8 @@ _RAW_NAMES = tuple(map(_ENCODE, VARIABLES))
 
 
 def raw() -> tuple[object, ...]:
-    """The undecoded values of all variables: half a microsecond, for the path of every call."""
+    """The undecoded values of all variables: a key for what depends on them, in half a microsecond, for the path of every call."""
     return tuple(map(_RAW.get, _RAW_NAMES))
-
-
-def fingerprint() -> tuple[str | None, ...]:
-    """The raw values of all variables: a cheap key for what depends on them."""
-    return tuple(map(os.environ.get, VARIABLES))
 
 
 def read() -> Settings:

@@ -123,6 +123,26 @@ class AttentionSpec:
         return tuple(name for name in flag_names() if getattr(self, name))
 
     @property
+    def has_diagonal(self) -> bool:
+        """Whether what a query sees depends on where it stands: a causal mask or a window."""
+        return self.causal or self.window
+
+    @property
+    def modifies_scores(self) -> bool:
+        """Whether scores are changed after scaling: the scale then cannot wait for the softmax."""
+        return self.softcap or self.has_alibi or self.has_bias or self.has_score_mod
+
+    @property
+    def hides_anywhere(self) -> bool:
+        """Whether a key may be hidden (or have a score of -inf) in any block, not only at the ends of a range."""
+        return self.has_bias or self.has_score_mod or self.has_free_mask
+
+    @property
+    def has_free_mask(self) -> bool:
+        """Whether a mask other than causal and window hides keys."""
+        return self.has_attn_mask or self.has_mask_mod or self.has_block_mask
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element of q."""
         return DTYPE_BYTES[self.dtype]
@@ -141,6 +161,11 @@ class AttentionSpec:
         `sass.undefined_registers`; Triton 3.9 is not affected). To be narrowed when 3.6 is no longer supported.
         """
         return max(64 if self.itemsize == 2 else 16, padded_head_dim(self.head_dim_v))
+
+    @property
+    def block_head_dim_out(self) -> int:
+        """`head_dim` padded for tiles that are results of products too (dq and dk): as `block_head_dim_v`."""
+        return max(64 if self.itemsize == 2 else 16, self.block_head_dim)
 
 
 def flag_names() -> tuple[str, ...]:

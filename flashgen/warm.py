@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from flashgen import dispatch, ops, settings
 from flashgen.build import build
+from flashgen.operands import Operands
 from flashgen.render import render
 from flashgen.variants import by_name
 
@@ -41,6 +42,7 @@ def _nobody_listens() -> bool:
         and c._functorch.peek_interpreter_stack() is None
         and not c._is_tracing()
         and forward_ad._current_level < 0
+        and not c._is_any_autocast_enabled()
     )
 
 
@@ -105,7 +107,7 @@ def bind(key: Key, plan: dispatch.Plan, known: dict[Key, Bound | None]) -> None:
 def _launcher(plan: dispatch.Plan) -> Bound:
     problem = plan.problem
     launch = build(render(problem.spec, by_name(plan.variant))).launch
-    scalars = {"sm_scale": problem.scale, "causal_offset": problem.causal_offset, **plan.config}
+    scalars = {**Operands().launch_values(problem), **plan.config}
     heads_first = problem.layout == "bhsd"
     rows = (problem.num_heads_q, problem.seqlen_q)
     shape = (problem.batch, *(rows if heads_first else rows[::-1]), problem.head_dim_v)

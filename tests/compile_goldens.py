@@ -32,7 +32,15 @@ from flashgen.variants import by_name
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TARGETS = ("a100", "a10g", "l40s", "h100", "b200", "rtx5090", "mi300x")  # one of each architecture
 # ptxas makes nearly the same of sm_86 and sm_89: a sample of the former, to save time.
-SAMPLE = {"a10g": ("bf16-d128-causal-lse", "bf16-d192-dv128-causal-lse", "fp16-d80-causal-lse", "fp32-d64-causal-lse")}
+SAMPLE = {
+    "a10g": (
+        "attention_bwd-bf16-d128-causal",
+        "bf16-d128-causal-lse",
+        "bf16-d192-dv128-causal-lse",
+        "fp16-d80-causal-lse",
+        "fp32-d64-causal-lse",
+    )
+}
 
 
 def compile_one(path: Path, target_name: str) -> tuple[str, str]:
@@ -63,6 +71,8 @@ def judge(spec: AttentionSpec, target: Target, config: KernelConfig, facts: Comp
     # Gluon kernels leave out columns of padding where they can.
     columns = spec.head_dim + spec.head_dim_v if gluon else spec.block_head_dim + spec.block_head_dim_v
     tile = config.BLOCK_M * config.BLOCK_N * columns
+    if spec.op == "attention_bwd":  # the loop of dK/dV: scores again, dP, dV and dK
+        tile *= 2
     if half and facts.loop_macs < tile:
         wrong.append(f"{facts.loop_macs} multiply-adds were read in the main loop of a tile of {tile}")
     if gluon and facts.serialised:

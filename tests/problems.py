@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen.accuracy import TORCH_DTYPES, Buffers, Strides, Values, make_buffers
+from flashgen.accuracy import Buffers, Strides, Values, make_buffers
+from flashgen.gradients import GradientBuffers, make_gradient_buffers
 from flashgen.problem import Problem
 
 
@@ -256,14 +257,34 @@ def far_tensors(where: str, tensor: str, dtype: str, device: str = "cpu") -> tup
     Returns:
         The buffers (for scalars, lse and references) and the tensors to launch with instead of theirs.
     """
-    dim, step, batch, seqlen, heads, blocks = FAR[where]
-    case = row("", dtype, 16, seqlen, seqlen, heads=heads, batch=batch, blocks=blocks)
-    buffers = make_buffers(case.problem, seed=7, device=device)
+    buffers = make_buffers(_far_problem(where, dtype), seed=7, device=device)
     tensors = {name: getattr(buffers, name) for name in "qkvo"}
+    tensors[tensor] = _spread(tensors[tensor], where)
+    return buffers, tensors
+
+
+def far_gradients(
+    where: str, tensor: str, dtype: str, device: str = "cpu"
+) -> tuple[GradientBuffers, dict[str, Tensor | None]]:
+    """As `far_tensors`, of a backward: `tensor` is an argument of its launch."""
+    buffers = make_gradient_buffers(_far_problem(where, dtype), seed=7, device=device)
+    tensors = {**buffers.inputs, **buffers.outputs}
     near = tensors[tensor]
+    assert near is not None
+    tensors[tensor] = _spread(near, where)
+    return buffers, tensors
+
+
+def _far_problem(where: str, dtype: str) -> Problem:
+    _, _, batch, seqlen, heads, blocks = FAR[where]
+    return row("", dtype, 16, seqlen, seqlen, heads=heads, batch=batch, blocks=blocks).problem
+
+
+def _spread(near: Tensor, where: str) -> Tensor:
+    dim, step = FAR[where][:2]
     strides = [1 << 12, 1 << 9, 16, 1]
     strides[dim] = step
-    storage = torch.empty((near.shape[dim] - 1) * step + (1 << 16), dtype=TORCH_DTYPES[dtype], device=device)
-    tensors[tensor] = storage.as_strided(near.shape, strides)
-    tensors[tensor].copy_(near)
-    return buffers, tensors
+    storage = torch.empty((near.shape[dim] - 1) * step + (1 << 16), dtype=near.dtype, device=near.device)
+    far = storage.as_strided(near.shape, strides)
+    far.copy_(near)
+    return far

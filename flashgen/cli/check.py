@@ -81,7 +81,7 @@ def _wanted(key: str | None, given: dict[str, Any]) -> list[tuple[AttentionSpec,
 
 
 def _check(spec: AttentionSpec, extra: Problem | None, target: Target, config_text: str | None) -> dict[str, Any]:
-    from flashgen import accuracy, interpret
+    from flashgen import accuracy, gradients, interpret
     from flashgen.build import build
 
     given = config_of(config_text)
@@ -90,11 +90,11 @@ def _check(spec: AttentionSpec, extra: Problem | None, target: Target, config_te
     source, values = render(spec, variant), dict[str, Any](config)
     problems = [*accuracy.small_problems(spec), *([] if extra is None else [extra])]
     if target.backend == "cpu":
-        launch: Any = partial(interpret.launch, source, **values)
-        report = accuracy.check_launch(launch, spec, problems=problems)
+        launch: Any = partial(interpret.launch_of(source), source, **values)
+        report = gradients.check_launch(launch, spec, problems=problems)
     else:
         launch = partial(build(source).launch, **values)
-        report = accuracy.check_launch(launch, spec, problems=problems, device="cuda")
+        report = gradients.check_launch(launch, spec, problems=problems, device="cuda")
     return {
         "spec": spec.key,
         "config": config.label,

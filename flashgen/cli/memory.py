@@ -10,9 +10,22 @@ from typing import Any
 import click
 
 from flashgen import plot
+from flashgen.cli import memory_training
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.errors import InvalidProblemError
-from flashgen.memory import Account, ModelAccount, of_model, size
+from flashgen.memory import (
+    OPTIMIZERS,
+    PRECISIONS,
+    Account,
+    ModelAccount,
+    ModelTraining,
+    Optimizer,
+    Precision,
+    of_model,
+    size,
+    training_of,
+)  # fmt: skip
+from flashgen.presets import find
 from flashgen.target import Target
 
 _BASIS = "bytes counted by the IO analysis of FlashAttention (arXiv 2205.14135, section 3.2), not measured"
@@ -26,7 +39,16 @@ _DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 )
 @click.option("--batch", type=click.IntRange(min=1), help="The preset's own where not given.")
 @click.option("--target", "target_name", metavar="NAME", default="h100", show_default=True)
-@click.option("--train", is_flag=True, help="Also what is saved for the backward.")
+@click.option("--train", is_flag=True, help="Also what training keeps and its peak, by layer and by model.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="With --train; autocast, and fp32 for a preset in fp32, where not given.",
+)
+@click.option("--dropout", is_flag=True, help="With --train: masks of dropout are kept too.")
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), help="With --train: whose state lies beside; adamw where not given."
+)
 @click.option(
     "--plot",
     "plot_file",
@@ -41,14 +63,21 @@ def memory(
     batch: int | None,
     target_name: str,
     train: bool,
+    precision: Precision | None,
+    dropout: bool,
+    optimizer: Optimizer | None,
     plot_file: Path | None,
     as_json: bool,
 ) -> None:
     """Activation memory and HBM traffic of a model's attention, flash against materialised.
 
-    Counted with the tiles that a call would run; nothing is measured.
+    Counted with the tiles that a call would run; nothing is measured. With --train also what every layer keeps for the backward
+    and the peak of a step, with and without gradient checkpointing.
     """
     lengths, target = _lengths(seqlens), Target.named(target_name)
+    for name, given in (("--precision", precision), ("--dropout", dropout), ("--optimizer", optimizer)):
+        if given and not train:
+            raise InvalidProblemError(f"{name} says how a step is trained: give --train too.")
     if plot_file is not None:
         plot.check(plot_file)
     # Where a tile comes from is a column here; the hint to tune, once per length, would bury the table.
@@ -58,19 +87,46 @@ def memory(
         rows = [of_model(preset, seqlen=n, target=target, batch=batch, train=train) for n in lengths]
     finally:
         logger.removeFilter(_no_hints)
+    steps: list[ModelTraining] = []
+    plain = find(preset)[0].mlp_width is not None
+    if train and plain:
+        chosen: Optimizer = optimizer or "adamw"
+        steps = [
+            training_of(preset, seqlen=n, batch=batch, precision=precision, dropout=dropout, optimizer=chosen)
+            for n in lengths
+        ]
     if plot_file is not None:
-        draw(rows, plot_file)
+        if steps:
+            memory_training.draw(steps, plot_file)
+        else:
+            draw(rows, plot_file)
     if as_json:
-        print_json({"basis": _BASIS, "plot": plot_file, "models": [to_json(row) for row in rows]})
+        documents = [to_json(row) for row in rows]
+        for document, one in zip(documents, steps, strict=False):
+            document["training"] = memory_training.to_json(one)
+        print_json({"basis": _BASIS, "plot": plot_file, "models": documents})
         return
     print_table(_headers(train), [line for row in rows for line in _lines(row)])
     click.echo(f"{_BASIS}; K/V traffic of flash: what programs ask for (issued), and the share of it that HBM sees.")
-    click.echo(
-        f"memory: attention alone, {'saved for the backward; all layers: with what the last one holds beside it' if train else 'all that exists at once; all layers: of the largest'}."
-    )
+    what = "all that exists at once; all layers: of the largest"
+    if train:
+        what = (
+            "saved for the backward, materialised the least that code can do (scores in the dtype of q); all layers: with "
+            "what the last one holds beside it"
+        )
+    click.echo(f"memory: attention alone, {what}.")
     for text in dict.fromkeys(_not_covered(row) for row in rows):
         if text:
             click.echo(text)
+    if steps:
+        click.echo()
+        print_table(memory_training.headers(steps[0]), [line for one in steps for line in memory_training.lines(one)])
+        for text in memory_training.notes(steps[0]):
+            click.echo(text)
+    elif train:
+        click.echo(
+            f"the layers of {rows[0].preset} are no plain ones (experts, levels, cross-attention): only attention is counted."
+        )
     if plot_file is not None:
         click.echo(f"plot: {plot_file}")
 

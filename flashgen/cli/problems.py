@@ -85,7 +85,7 @@ def problems_of(given: dict[str, Any], *, all_kinds: bool = False) -> list[Probl
         InvalidProblemError: an unknown preset, or neither a preset nor dtype and head dim.
         UnsupportedProblemError: an operation that nothing tunes yet.
     """
-    if given["op"] != "attention_fwd":
+    if given["op"] not in ("attention_fwd", "attention_bwd"):
         from flashgen.problem import not_built
 
         raise not_built(f"--op {given['op']}")
@@ -111,6 +111,7 @@ def problems_of(given: dict[str, Any], *, all_kinds: bool = False) -> list[Probl
             causal=bool(given["causal"]),
             causal_alignment=given["causal_alignment"] or "bottom-right",
             return_lse=bool(given["return_lse"]),
+            op=given["op"],
             **_extras(given),
         )
     ]
@@ -143,7 +144,7 @@ def _of_preset(name: str, given: dict[str, Any], *, all_kinds: bool) -> list[Pro
     }
     fields |= {field: field for field in ("seqlen_q", "seqlen_k", "causal", "causal_alignment", "return_lse")}
     overrides = {field: given[option] for option, field in fields.items() if given[option] is not None}
-    overrides |= _extras(given)
+    overrides |= {**_extras(given), "op": given["op"]}
     if "seqlen_q" in overrides and given["seqlen"] is None:
         overrides.setdefault("seqlen_k", overrides["seqlen_q"])
     if "head_dim" in overrides:

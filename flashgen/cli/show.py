@@ -13,7 +13,7 @@ import click
 
 from flashgen.cli.output import Group, json_option, print_json, print_table
 from flashgen.cli.problems import named, problem_of, problem_options, problems_of, take, target_of
-from flashgen.coverage import uncovered
+from flashgen.coverage import covered, options_of_a_call, spelled, uncovered
 from flashgen.presets import PRESETS, Layers, find
 from flashgen.problem import Problem
 from flashgen.spec import OPS
@@ -30,9 +30,17 @@ def show() -> None:
 @show.command()
 @json_option
 def variants(as_json: bool) -> None:
-    """The recipes."""
-    rows = [
-        {"name": v.name, "op": v.op, "backend": v.backend, "template": v.template, "knobs": [k.name for k in v.knobs]}
+    """The recipes, and which options each of them takes on its own GPU."""
+    h100 = Target.named("h100")
+    rows: list[dict[str, Any]] = [
+        {
+            "name": v.name,
+            "op": v.op,
+            "backend": v.backend,
+            "template": v.template,
+            "knobs": [k.name for k in v.knobs],
+            "options": covered(v, h100),
+        }
         for v in REGISTRY
     ]
     if as_json:
@@ -42,6 +50,10 @@ def variants(as_json: bool) -> None:
             ["variant", "op", "backend", "template"],
             [[r["name"], r["op"], r["backend"], r["template"] or "-"] for r in rows],
         )
+        click.echo()
+        options = map(spelled, options_of_a_call())
+        names = [r["name"] for r in rows]
+        print_table(["option", *names], [[o, *("yes" if o in r["options"] else "-" for r in rows)] for o in options])
 
 
 @show.command()

@@ -14,6 +14,7 @@ from flashgen.cli.output import print_json, print_table
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.mutation import Study
+from flashgen.mutation_backward import BackwardStudy
 from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.simulator import SCHEDULES, Schedule, SimulationError, simulate
@@ -114,7 +115,7 @@ def _mutated(
         raise InvalidProblemError(
             "--mutate chooses its own sizes and configurations: give a spec, no sizes, no --config."
         )
-    study = Study(spec, variant, target)
+    study = (BackwardStudy if spec.op == "attention_bwd" else Study)(spec, variant, target)
     kinds, survivors, unreached = dict[str, int](), list[str](), 0
     for mutant in _shown(study.mutants, spec.key):
         kind = study.verdict(mutant.text)

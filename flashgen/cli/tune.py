@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import click
 from flashgen import settings
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import problem_options, problems_of, take, target_of
-from flashgen.errors import DatabaseError, UnsupportedProblemError
+from flashgen.errors import DatabaseError, InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.store import Record, open_store, portfolios, seeds
 from flashgen.target import Target
@@ -21,10 +21,12 @@ from flashgen.tuner import tune as run_tuner
 from flashgen.tuner.context import choose_variant
 from flashgen.tuner.plan import plan
 from flashgen.tuner.progress import clock_time
+from flashgen.tuner.run import with_gradients
 
 
 @click.command()
 @problem_options
+@click.option("--train", is_flag=True, help="The forward that training runs, which keeps lse, and its backward.")
 @click.option(
     "--target", "target_name", metavar="NAME", help="A GPU by name, e.g. h100; the installed one where not given."
 )
@@ -61,6 +63,8 @@ def tune(as_json: bool, **values: Any) -> int:
     called predicted.
     """
     problems = problems_of(take(values), all_kinds=True)
+    if values["train"]:
+        problems = _pairs(problems)
     target = target_of(values["target_name"])
     left_out: list[dict[str, str]] = []
     if values["cluster"] is None or target is not None:  # else the cluster says what its GPUs are
@@ -91,6 +95,19 @@ def tune(as_json: bool, **values: Any) -> int:
         _print(result, written)
         _print_left_out(left_out)
     return 130 if result.interrupted else 0
+
+
+def _pairs(problems: list[Problem]) -> list[Problem]:
+    """The problems with those of their gradients.
+
+    Raises:
+        InvalidProblemError: they are those of gradients alone.
+    """
+    if any(problem.op != "attention_fwd" for problem in problems):
+        raise InvalidProblemError(
+            "--train tunes a forward with its backward: leave --op out, or --train for the backward alone."
+        )
+    return with_gradients([replace(problem, requires_grad=True) for problem in problems])
 
 
 def _write_seeds(folder: Path, result: TuneResult) -> tuple[Path, ...]:
@@ -151,9 +168,12 @@ def _plan(
         with contextlib.suppress(DatabaseError), open_store(where) as store:
             stored = store.trials(op=problems[0].spec.op)
     plans = [
-        plan(problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored)
+        plan(
+            problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored,
+            strategy=values["strategy"],
+        )
         for problem in problems
-    ]
+    ]  # fmt: skip
     known = [row.estimate_s for row in plans if row.estimate_s is not None]
     total = sum(known) if len(known) == len(plans) else None
     if as_json:
@@ -212,8 +232,9 @@ def _print(result: TuneResult, written: tuple[Path, ...]) -> None:
     )
     for path in written:
         click.echo(f"seeds: {path}")
-    if result.interrupted:
-        click.echo("interrupted: what was finished is stored; --resume goes on", err=True)
+    if result.interrupted or result.timed_out:
+        ended = "interrupted" if result.interrupted else "the time was up"
+        click.echo(f"{ended}: what was finished is stored; --resume goes on", err=True)
 
 
 def _figure(winner: Record | None) -> str:

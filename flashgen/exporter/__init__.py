@@ -43,4 +43,6 @@ def export(
         raise not_built(f"export format {format!r}")
     problem = spec_or_problem if isinstance(spec_or_problem, Problem) else None
     spec = spec_or_problem.spec if isinstance(spec_or_problem, Problem) else spec_or_problem
+    if spec.op != "attention_fwd":
+        raise not_built(f"the export of {spec.op}")
     return write_standalone(spec, problem, Path(path), target or Target.detect(), force=force)

@@ -16,6 +16,7 @@ from typing import Any
 
 import flashgen
 from flashgen import dispatch, settings
+from flashgen.coverage import require_plain
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.render import render, render_template
@@ -115,6 +116,7 @@ def _versions() -> str:
 
 
 def _variant(spec: AttentionSpec, target: Target) -> Variant:
+    require_plain(spec, "an exported file")
     reasons = {}
     for variant in candidates(spec):
         if variant.template is None:

@@ -49,7 +49,9 @@ class Flashgen(Peer):
         plan = self._plan(problem, op)
         inside = f"{plan.variant} {plan.config.label} ({plan.config_source})" if plan.config.label else plan.variant
         return (
-            f"{inside}, backward in the torch backend" if op == "attention_bwd" and plan.backend != "torch" else inside
+            f"{inside}, backward {plan.backward.variant} {plan.backward.config.label}".rstrip()
+            if plan.backward is not None and plan.backend != "torch"
+            else inside
         )
 
     def forward(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

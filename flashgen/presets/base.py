@@ -67,6 +67,8 @@ class Preset:
         batch: the batch tuned for when none is given.
         layers: the kinds of attention layers; the first is the main one.
         source: where the numbers stand.
+        mlp_width, gated: inside a layer's MLP, and whether it has a gate; None where layers differ (experts, levels, cross-attention).
+        vocab: rows of the output projection, which gives logits for every token; 0 where there is none, or only for some tokens.
     """
 
     name: str
@@ -76,6 +78,9 @@ class Preset:
     batch: int
     layers: tuple[Layers, ...]
     source: str
+    mlp_width: int | None = None
+    gated: bool = False
+    vocab: int = 0
 
     @property
     def num_layers(self) -> int:

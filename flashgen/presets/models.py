@@ -22,7 +22,8 @@ MODELS: tuple[Preset, ...] = (
         seqlen=8192,
         batch=1,
         layers=(Layers(kind="self", count=32, num_heads_q=32, num_heads_kv=8, head_dim=128, causal=True),),
-        source=f"{_LLAMA3}: 32 layers, model dimension 4096, 32 heads, 8 key/value heads",
+        source=f"{_LLAMA3}: 32 layers, model dimension 4096, 32 heads, 8 key/value heads, FFN dimension 14336 (SwiGLU); vocab_size 128256: its config.json",
+        mlp_width=14336, gated=True, vocab=128256,
     ),
     Preset(
         name="llama3-70b",
@@ -31,7 +32,8 @@ MODELS: tuple[Preset, ...] = (
         seqlen=8192,
         batch=1,
         layers=(Layers(kind="self", count=80, num_heads_q=64, num_heads_kv=8, head_dim=128, causal=True),),
-        source=f"{_LLAMA3}: 80 layers, model dimension 8192, 64 heads, 8 key/value heads",
+        source=f"{_LLAMA3}: 80 layers, model dimension 8192, 64 heads, 8 key/value heads, FFN dimension 28672 (SwiGLU); vocab_size 128256: its config.json",
+        mlp_width=28672, gated=True, vocab=128256,
     ),
     Preset(
         name="mistral-7b",
@@ -41,7 +43,8 @@ MODELS: tuple[Preset, ...] = (
         batch=1,
         layers=(Layers(kind="self", count=32, num_heads_q=32, num_heads_kv=8, head_dim=128, causal=True, window=4096),),
         source="Mistral 7B (arXiv 2310.06825), table 1: dim 4096, n_layers 32, head_dim 128, n_heads 32, n_kv_heads 8, "
-        "window_size 4096 (v0.1; v0.2 and later have no window)",
+        "window_size 4096, hidden_dim 14336, vocab_size 32000 (v0.1; v0.2 and later have no window)",
+        mlp_width=14336, gated=True, vocab=32000,
     ),
     Preset(
         name="qwen3-8b",
@@ -51,7 +54,8 @@ MODELS: tuple[Preset, ...] = (
         batch=1,
         layers=(Layers(kind="self", count=36, num_heads_q=32, num_heads_kv=8, head_dim=128, causal=True),),
         source="config.json of Qwen/Qwen3-8B: num_hidden_layers 36, hidden_size 4096, num_attention_heads 32, "
-        "num_key_value_heads 8, head_dim 128, use_sliding_window false; q and k are normalised before attention",
+        "num_key_value_heads 8, head_dim 128, intermediate_size 12288, vocab_size 151936, use_sliding_window false; q and k are normalised before attention",
+        mlp_width=12288, gated=True, vocab=151936,
     ),
     Preset(
         name="gemma2-9b",
@@ -69,8 +73,10 @@ MODELS: tuple[Preset, ...] = (
             ),
         ),
         source="config.json of google/gemma-2-9b-it: num_hidden_layers 42, hidden_size 3584, num_attention_heads 16, "
-        "num_key_value_heads 8, head_dim 256, query_pre_attn_scalar 256 (so 1/sqrt(head_dim)), attn_logit_softcapping 50, sliding_window 4096 "
+        "num_key_value_heads 8, head_dim 256, query_pre_attn_scalar 256 (so 1/sqrt(head_dim)), attn_logit_softcapping 50, intermediate_size 14336, vocab_size 256000, "
+        "sliding_window 4096 "
         "in every other layer (Gemma 2, arXiv 2408.00118, section 2)",
+        mlp_width=14336, gated=True, vocab=256000,
     ),
     Preset(
         name="gemma3-12b",
@@ -85,8 +91,10 @@ MODELS: tuple[Preset, ...] = (
             ),
         ),
         source="config.json of google/gemma-3-12b-it, text_config: num_hidden_layers 48, hidden_size 3840, num_attention_heads 16, "
-        "num_key_value_heads 8, head_dim 256, query_pre_attn_scalar 256 (so 1/sqrt(head_dim)), sliding_window 1024, sliding_window_pattern 6 "
+        "num_key_value_heads 8, head_dim 256, query_pre_attn_scalar 256 (so 1/sqrt(head_dim)), intermediate_size 15360, vocab_size 262208, "
+        "sliding_window 1024, sliding_window_pattern 6 "
         "(five local layers, then a global one); q and k are normalised before attention, there is no softcap",
+        mlp_width=15360, gated=True, vocab=262208,
     ),
     Preset(
         name="gpt-oss-20b",
@@ -125,7 +133,8 @@ MODELS: tuple[Preset, ...] = (
         seqlen=512,
         batch=32,
         layers=(Layers(kind="self", count=12, num_heads_q=12, num_heads_kv=12, head_dim=64),),
-        source="BERT (arXiv 1810.04805), section 3: L=12, H=768, A=12",
+        source="BERT (arXiv 1810.04805), section 3: L=12, H=768, A=12, feed-forward size 4H",
+        mlp_width=3072,
     ),
     Preset(
         name="minilm-l6",
@@ -134,7 +143,8 @@ MODELS: tuple[Preset, ...] = (
         seqlen=128,
         batch=8,
         layers=(Layers(kind="self", count=6, num_heads_q=12, num_heads_kv=12, head_dim=32),),
-        source="config.json of all-MiniLM-L6-v2: hidden_size 384, num_attention_heads 12, 6 layers, float32",
+        source="config.json of all-MiniLM-L6-v2: hidden_size 384, num_attention_heads 12, 6 layers, intermediate_size 1536, float32",
+        mlp_width=1536,
     ),
     Preset(
         name="vit-l-16",
@@ -143,8 +153,9 @@ MODELS: tuple[Preset, ...] = (
         seqlen=197,
         batch=32,
         layers=(Layers(kind="self", count=24, num_heads_q=16, num_heads_kv=16, head_dim=64),),
-        source="An Image is Worth 16x16 Words (arXiv 2010.11929), table 1: ViT-Large, 24 layers, hidden size 1024, 16 heads; "
+        source="An Image is Worth 16x16 Words (arXiv 2010.11929), table 1: ViT-Large, 24 layers, hidden size 1024, MLP size 4096, 16 heads; "
         "224 x 224 pixels are 14 x 14 patches and a class token, 197",
+        mlp_width=4096,
     ),
     Preset(
         name="sdxl",

@@ -36,7 +36,7 @@ def attention_oracle(
 
     """
     out, lse = _allocate(q, v, torch.float64, torch.float64)
-    for rows in _row_blocks(q, k, causal, causal_offset):
+    for rows in row_blocks(q, k, causal, causal_offset):
         q_rows, keys, values = (x.double() for x in rows.slice(q, k, v))
         scores = rows.mask((q_rows @ keys.mT) * sm_scale)
         weights, m, total = softmax_parts(scores)
@@ -61,7 +61,7 @@ def attention_low_precision(
     """
     out, lse = _allocate(q, v, q.dtype, torch.float32)
     with full_fp32():
-        for rows in _row_blocks(q, k, causal, causal_offset):
+        for rows in row_blocks(q, k, causal, causal_offset):
             q_rows, keys, values = (x.float() for x in rows.slice(q, k, v))
             scores = rows.mask((q_rows @ keys.mT) * sm_scale)
             weights, m, total = softmax_parts(scores)
@@ -91,8 +91,15 @@ class _Rows:
 
     def slice(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q (group, rows, head_dim), k (keys, head_dim), v (keys, head_dim_v)."""
-        q_rows = q[self.batch, self.rows, self.heads].transpose(0, 1)
-        return q_rows, k[self.batch, : self.keys, self.head_kv], v[self.batch, : self.keys, self.head_kv]
+        return self.of(q), self.keys_of(k), self.keys_of(v)
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of a tensor like q, (group, rows, dim): a view."""
+        return x[self.batch, self.rows, self.heads].transpose(0, 1)
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """The keys that some of these rows see, of a tensor like k, (keys, dim): a view."""
+        return x[self.batch, : self.keys, self.head_kv]
 
     def mask(self, scores: Tensor) -> Tensor:
         """Hidden scores become -inf."""
@@ -108,7 +115,8 @@ class _Rows:
         lse[self.batch, self.heads, self.rows] = lse_rows.squeeze(-1)
 
 
-def _row_blocks(q: Tensor, k: Tensor, causal: bool, causal_offset: int) -> Iterator[_Rows]:
+def row_blocks(q: Tensor, k: Tensor, causal: bool, causal_offset: int) -> Iterator[_Rows]:
+    """The blocks that hold all rows which see a key, each once; keys that none of a block sees are left out of it."""
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
     group = num_heads_q // num_heads_kv

@@ -31,6 +31,7 @@ from flashgen.simulator.errors import (
     SimulationError,
     UnfinishedError,
     UninitializedError,
+    UnorderedSumError,
     UnsupportedOperationError,
 )
 from flashgen.simulator.functions import register_asm
@@ -67,6 +68,7 @@ __all__ = [
     "Site",
     "UnfinishedError",
     "UninitializedError",
+    "UnorderedSumError",
     "UnsupportedOperationError",
     "mutants",
     "register_asm",

@@ -68,8 +68,9 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
             if element in shadow.sync:
                 part.knows.world.join(shadow.sync[element])
     if elements.size:
-        access = note(name, block=index.ndim > 0, atomic=True)
-        shadow.write(part, Footprint.elements(used), access)
+        adds = name == "atomic_add" and dtype.is_float
+        access = note(name, block=index.ndim > 0, atomic=True, adds=adds)
+        shadow.write(part.knows.world, Footprint.elements(used), access)
         if releases:
             published = _published()
             for element in ordered:
@@ -109,7 +110,7 @@ def _observe(name: str, pointer: Pointer, mask: Any, acquires: bool) -> tuple[Ar
                 part.knows.world.join(shadow.sync[element])
     if used.size:
         access = note(name, block=index.ndim > 0, atomic=True)
-        shadow.read(part, name, Footprint.elements(used), access)
+        shadow.read(part.knows.world, Footprint.elements(used), access)
     safe = index if keep is None else np.where(keep, index, buffer.first)
     return decode(buffer.flat[safe], buffer.dtype), index
 

@@ -163,14 +163,15 @@ def arrive(mbarrier: SharedView, *, count: Any = 1, pred: Any = True) -> None:
     barrier, part = live(mbarrier), partition()
     # The signalling thread is the one that waited for its TMA stores; the others learn of that at a barrier of theirs.
     part.unsettled = None
-    seen = part.knows.seen
+    seen, world = part.knows.seen, part.knows.world
     seen.tick(part.generic)
-    kept = seen[part.store]
+    seen.raise_to(part.product, part.products_waited)
+    kept, part.knows.world = seen[part.store], part.elected_world()
     seen.raise_to(part.store, part.elected_store)
     try:
         barrier.arrive(int(count), part)
     finally:
-        seen.values[part.store] = kept
+        seen.values[part.store], part.knows.world = kept, world
     launch().scheduler.point()
 
 

@@ -3,7 +3,8 @@
 SimulationError                     a defect of the kernel; `kind`, `sites` and `partitions` are filled in
 ├── RaceError
 │   ├── SharedRaceError             two accesses of shared memory that nothing orders
-│   └── GlobalRaceError             the same in global memory, within a CTA or across CTAs
+│   ├── GlobalRaceError             the same in global memory, within a CTA or across CTAs
+│   └── UnorderedSumError           atomic additions of floats whose order, and so whose sum, a schedule decides
 ├── UninitializedError              shared memory read before anything wrote it
 ├── ProxyFenceError                 an ordinary access and an asynchronous one without a proxy fence between them
 ├── AccumulatorError                the result of a wgmma used before warpgroup_mma_wait handed it out
@@ -65,6 +66,15 @@ class GlobalRaceError(RaceError):
     """A race on global memory."""
 
     kind = "global-race"
+
+
+class UnorderedSumError(RaceError):
+    """Two atomic additions of floats to the same element that nothing orders: their sum depends on the schedule.
+
+    Looked for with `simulate(..., ordered_sums=True)`.
+    """
+
+    kind = "unordered-sum"
 
 
 class UninitializedError(SimulationError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from flashgen.simulator.errors import (
     ProxyFenceError,
     ShapeError,
     SimulationError,
+    UnorderedSumError,
     UnsupportedOperationError,
 )
 from flashgen.simulator.layouts import Layout, common
@@ -24,9 +25,6 @@ from flashgen.simulator.order import Access, VectorClock
 from flashgen.simulator.scalars import scalar
 from flashgen.simulator.sites import here
 from flashgen.simulator.tensors import Tensor, binary, plain
-
-if TYPE_CHECKING:
-    from flashgen.simulator.machine import Partition
 
 Select = Callable[[Array], Array]  # the elements of an access, out of a flat array of the storage
 Assign = Callable[[Array, Any], None]
@@ -67,30 +65,35 @@ class Shadow:
         self.accesses.append(access)
         return len(self.accesses) - 1
 
-    def read(self, part: Partition, what: str, footprint: Footprint, access: Access) -> None:
-        """Check and note a read."""
+    def read(self, world: VectorClock, footprint: Footprint, access: Access) -> None:
+        """Check and note a read by somebody who knows `world`."""
         if self.written:
             for other in self._named(footprint.select(self.writes)):
-                if not other.over_for(part.knows.world) and not (access.atomic and other.atomic):
+                if not other.over_for(world) and not (access.atomic and other.atomic):
                     _report(GlobalRaceError, "global memory is read that may still be being written", access, other)
                 if access.proxy == "async" and other.proxy == "generic":
                     why = "TMA reads what an ordinary store wrote in the same launch, and Gluon has no fence for that"
                     _report(ProxyFenceError, why, access, other)
         self.log.append((footprint, self._number(access)))
 
-    def write(self, part: Partition, footprint: Footprint, access: Access) -> None:
-        """Check and note a write or an atomic access."""
+    def write(self, world: VectorClock, footprint: Footprint, access: Access) -> None:
+        """Check and note a write or an atomic access by somebody who knows `world`."""
         for logged, number in self.log:
             component = self.accesses[number].component  # type: ignore[union-attr]
             if component not in self.reads:
                 self.reads[component] = np.zeros(self.size, np.int32)
             logged.assign(self.reads[component], number)
         self.log.clear()
-        world = part.knows.world
+        ordered = context.launch().settings.ordered_sums
         if self.written:
             for other in self._named(footprint.select(self.writes)):
-                if not other.over_for(world) and not (access.atomic and other.atomic):
+                if other.over_for(world):
+                    continue
+                if not (access.atomic and other.atomic):
                     _report(GlobalRaceError, "two writes of global memory that nothing orders", access, other)
+                if ordered and access.adds and other.adds:
+                    why = "two additions of floats that nothing orders: their sum depends on the schedule"
+                    _report(UnorderedSumError, why, access, other)
         for layer in self.reads.values():
             for other in self._named(footprint.select(layer)):
                 if not other.over_for(world) and not (access.atomic and other.atomic):
@@ -212,13 +215,13 @@ def layout_of(pointer: Pointer) -> Layout | None:
     return pointer.offset.layout if isinstance(pointer.offset, Tensor) else None
 
 
-def note(what: str, *, block: bool, atomic: bool = False) -> Access:
+def note(what: str, *, block: bool, atomic: bool = False, adds: bool = False) -> Access:
     """The record of an ordinary global access of the running partition."""
     part = partition()
     clock = part.knows.world.tick(part.world)
     if block and part.unsettled is None:
         part.unsettled = clock
-    return Access(part.world, clock, "generic", what, part.name, here(), atomic)
+    return Access(part.world, clock, "generic", what, part.name, here(), atomic, adds)
 
 
 def load(
@@ -241,7 +244,7 @@ def load(
     used = index if keep is None else index[keep]
     if used.size:
         access = note("load", block=index.ndim > 0, atomic=bool(volatile))
-        buffer.shadow().read(partition(), "load", Footprint.elements(used), access)
+        buffer.shadow().read(partition().knows.world, Footprint.elements(used), access)
     if keep is None:
         result = decode(buffer.flat[index], buffer.dtype)
     else:
@@ -279,7 +282,7 @@ def store(
     if not np.size(used):
         return
     shadow = buffer.shadow()
-    shadow.write(partition(), Footprint.elements(used), note("store", block=index.ndim > 0))
+    shadow.write(partition().knows.world, Footprint.elements(used), note("store", block=index.ndim > 0))
     if shadow.sync:
         for element in np.atleast_1d(used).ravel().tolist():
             shadow.sync.pop(element, None)

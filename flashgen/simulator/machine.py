@@ -15,7 +15,7 @@ from flashgen.simulator.errors import (
     SimulationError,
     UnfinishedError,
 )
-from flashgen.simulator.order import Knowledge
+from flashgen.simulator.order import Knowledge, VectorClock
 from flashgen.simulator.schedule import Event, Schedule, Scheduler, Stop
 from flashgen.simulator.sites import HOST, Mark, here, innermost
 
@@ -36,6 +36,7 @@ class Settings:
     timeout_s: float = 300.0
     smem_bytes: int = 232_448  # of a CTA on sm_90
     relax: frozenset[str] = frozenset()
+    ordered_sums: bool = False
 
 
 @dataclass(slots=True)
@@ -64,23 +65,34 @@ class Partition:
         self.generic, self.product, self.store = (cta.component() for _ in range(3))
         self.world, self.world_store = (cta.launch.component() for _ in range(2))
         self.products: list[Event] = []
-        self.products_issued = 0
+        self.products_issued = self.products_waited = 0
         self.stores: list[Event] = []
         self.stores_issued = 0
-        self.elected_store = 0  # stores known to be over by the one thread that issues and waits for them
+        # Stores known to be over by the one thread that issues and waits for them: read from their source, and written.
+        self.elected_store = self.elected_written = 0
         self.last_product = self.last_store = HOST
         self.unsettled: float | None = None  # first global access since the partition's threads last met
 
     def meet(self) -> None:
         """All threads of the partition meet: each knows what the others have done."""
+        self.knows.seen.raise_to(self.product, self.products_waited)
         self.knows.seen.raise_to(self.store, self.elected_store)
+        self.knows.world.raise_to(self.world_store, self.elected_written)
         self.unsettled = None
+
+    def elected_world(self) -> VectorClock:
+        """What the thread that issues TMA operations knows of global memory: its own waits, too."""
+        world = self.knows.world
+        if self.elected_written > world[self.world_store]:
+            world = world.copy()
+            world.raise_to(self.world_store, self.elected_written)
+        return world
 
     def finish(self) -> None:
         """Refuse to end with work that nobody waited for."""
         seen = self.knows.seen
-        if self.products_issued > seen[self.product]:
-            left = self.products_issued - int(seen[self.product])
+        if self.products_issued > self.products_waited:
+            left = self.products_issued - self.products_waited
             self._unfinished(f"{left} wgmma", self.last_product)
         done = max(self.elected_store, int(seen[self.store]))
         if self.stores_issued > done:

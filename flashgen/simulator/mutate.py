@@ -172,12 +172,12 @@ def _operation(statement: ast.stmt) -> tuple[str, str]:
 
 
 _DROPPED = {
-    "wait", "arrive", "expect", "init", "fence_async_shared", "store_wait", "thread_barrier", "barrier", "store",
-    "async_copy_global_to_shared", "async_load", "async_copy_shared_to_global", "async_store", "tma_reduce_add",
-    "async_atomic_add", "atomic_add", "atomic_xchg", "atomic_store", "atomic_poll", "atomic_cas", "atomic_max",
+    "wait", "arrive", "expect", "init", "fence_async_shared", "store_wait", "thread_barrier", "barrier",
+    "partition_barrier", "store", "async_copy_global_to_shared", "async_load", "tma_load",
+    "async_copy_shared_to_global", "async_store", "tma_store", "tma_reduce_add", "async_atomic_add", "atomic_add", "atomic_xchg", "atomic_store", "atomic_poll", "atomic_cas", "atomic_max",
     "atomic_min",
 }  # fmt: skip
-_SYNC = {"wait", "arrive", "fence_async_shared", "store_wait", "thread_barrier", "barrier"}
+_SYNC = {"wait", "arrive", "fence_async_shared", "store_wait", "thread_barrier", "barrier", "partition_barrier"}
 
 
 def _of_block(body: list[ast.stmt], cut: _Text) -> Iterator[_Edit]:
@@ -278,7 +278,7 @@ def _transfers(node: ast.AST, cut: _Text) -> Iterator[_Edit]:
     if not isinstance(node, ast.Call):
         return
     name = _called(node)
-    if name.startswith(("async_copy_", "async_load", "async_store", "async_atomic_", "tma_reduce")):
+    if name.startswith(("async_copy_", "async_load", "async_store", "async_atomic_", "tma_")):
         coordinates = _argument(node, 1, "coord")
         if isinstance(coordinates, (ast.List, ast.Tuple)):
             for element in coordinates.elts:

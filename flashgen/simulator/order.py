@@ -92,6 +92,7 @@ class Access:
         who: the partition.
         mark: its source line.
         atomic: an atomic access of global memory: such never race with each other.
+        adds: an atomic addition of floats: its result depends on its place among others.
     """
 
     component: int
@@ -101,6 +102,7 @@ class Access:
     who: str
     mark: Mark
     atomic: bool = False
+    adds: bool = False
 
     def over_for(self, clock: VectorClock) -> bool:
         return self.clock <= clock[self.component]

@@ -97,6 +97,7 @@ def simulate(
     timeout_s: float = 300.0,
     smem_bytes: int = 232_448,
     relax: Collection[str] = (),
+    ordered_sums: bool = False,
 ) -> SimulationReport:
     """Run a Gluon kernel on the CPU, checking every access of memory by happens-before.
 
@@ -115,6 +116,8 @@ def simulate(
         relax: rules to leave out that may be stricter than a compiler needs: "fence-after-load" (a proxy fence is also
             needed between an ordinary read and the asynchronous write that overwrites it), "store-wait" (only the
             issuing thread knows of a `tma.store_wait` until its partition's next barrier).
+        ordered_sums: whether atomic additions of floats to the same element must be ordered (`UnorderedSumError`), as
+            those of a deterministic kernel are; else they may come in any order.
 
     Returns:
         What the launches did; no defect was found.
@@ -132,7 +135,7 @@ def simulate(
         raise InvalidProblemError(f"processors is {processors}: at least one CTA must run.")
     settings = Settings(
         schedule=schedule, seed=seed, processors=processors, max_steps=max_steps, timeout_s=timeout_s,
-        smem_bytes=smem_bytes, relax=frozenset(relax),
+        smem_bytes=smem_bytes, relax=frozenset(relax), ordered_sums=ordered_sums,
     )  # fmt: skip
     text, shown = load.read(source)
     with _one_at_a_time:

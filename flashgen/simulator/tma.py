@@ -175,7 +175,7 @@ def tma_load(tensor_desc: TensorDescriptor, coord: Any, barrier: SharedView, res
     result.data[...] = desc.dtype.poison  # until it lands, whatever is read is wrong
     if clipped is not None:
         note = Access(part.world, part.knows.world.tick(part.world), "async", "TMA load", part.name, access.mark)
-        desc.buffer.shadow().read(part, "TMA load", desc.footprint(clipped[0]), note)
+        desc.buffer.shadow().read(part.elected_world(), desc.footprint(clipped[0]), note)
 
     def land() -> None:
         if clipped is None:
@@ -207,8 +207,9 @@ def tma_store(tensor_desc: TensorDescriptor, coord: Any, src: SharedView, reduce
     shared.read(src, "async", what, (part.store, part.stores_issued))
     if clipped is not None:
         mark = part.last_store
-        note = Access(part.world_store, part.stores_issued, "async", what, part.name, mark, reduce is not None)
-        desc.buffer.shadow().write(part, desc.footprint(clipped[0]), note)
+        adds = reduce is np.add and desc.dtype.is_float
+        note = Access(part.world_store, part.stores_issued, "async", what, part.name, mark, reduce is not None, adds)
+        desc.buffer.shadow().write(part.elected_world(), desc.footprint(clipped[0]), note)
 
     def run() -> None:
         launch().counters.tma_store_bytes += src.data.size * desc.dtype.nbytes
@@ -235,8 +236,9 @@ def store_wait(pendings: Any, read_only: Any = True) -> None:
     while len(part.stores) > left:
         launch().scheduler.perform(part.stores[0])
     part.elected_store = max(part.elected_store, part.stores_issued - left)
+    if not read_only:
+        part.elected_written = max(part.elected_written, part.stores_issued - left)
     if "store-wait" in launch().settings.relax:
         part.knows.seen.raise_to(part.store, part.elected_store)
-    if not read_only:
-        part.knows.world.raise_to(part.world_store, part.stores_issued - left)
+        part.knows.world.raise_to(part.world_store, part.elected_written)
     launch().scheduler.point()

@@ -16,6 +16,8 @@ from flashgen.simulator.shared import SharedView
 from flashgen.simulator.sites import here
 from flashgen.simulator.tensors import Accumulator, Tensor, plain
 
+WARPGROUP = 4  # warps
+
 
 def warpgroup_mma_init(value: Any) -> Any:
     """An accumulator from a tensor."""
@@ -79,15 +81,19 @@ def warpgroup_mma(
 
 
 def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
-    """Wait until at most `num_outstanding` products are in flight; returns the values of those that are done."""
+    """Wait until at most `num_outstanding` products are in flight; returns the values of those that are done.
+
+    Each warpgroup waits for its own: in a partition of several, what the others read is over once all have met.
+    """
     if deps is None:
         fail(AccumulatorError, "warpgroup_mma_wait needs deps: the accumulators it hands out")
     part, left = partition(), int(num_outstanding)
     launch().scheduler.point()
     while len(part.products) > left:
         launch().scheduler.perform(part.products[0])
-    part.knows.seen.raise_to(part.product, part.products_issued - left)
-    done = part.knows.seen[part.product]
+    done = part.products_waited = max(part.products_waited, part.products_issued - left)
+    if part.num_warps <= WARPGROUP:
+        part.knows.seen.raise_to(part.product, done)
     values = tuple(
         dep.value if isinstance(dep, Accumulator) and dep.owner is part and dep.sequence <= done else dep
         for dep in deps

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from itertools import product
 from typing import Any
 
 import flashgen
 from flashgen.config import KernelConfig
+from flashgen.coverage import untuned
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
@@ -158,7 +161,7 @@ def choose_variant(problem: Problem, target: Target, name: str | None = None) ->
             variant.supports(spec, target)
             if variant.template is not None
             else "is no generated kernel: nothing to tune"
-        )
+        ) or untuned(spec)
         if reason is None:
             return variant
         reasons[variant.name] = reason
@@ -208,6 +211,8 @@ def launch_strides(problem: Problem) -> dict[str, int]:
         "v": ("n", p.seqlen_k, p.num_heads_kv, p.head_dim_v),
         "o": ("m", p.seqlen_q, p.num_heads_q, p.head_dim_v),
     }
+    if p.op == "attention_bwd":
+        rows |= {f"d{name}": row for name, row in rows.items()}
     found: dict[str, int] = {}
     for name, (row, seqlen, heads, head_dim) in rows.items():
         sizes = (max(1, seqlen), max(1, heads), head_dim)
@@ -224,10 +229,13 @@ def source_of(variant: Variant, problem: Problem) -> KernelSource:
 
 def versions() -> dict[str, str]:
     """Versions that a stored figure depends on."""
-    found: Mapping[str, str] = {"flashgen": flashgen.__version__}
+    return dict(_versions())
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    found = {"flashgen": flashgen.__version__}
     for name in ("torch", "triton"):
-        try:
-            found = {**found, name: metadata.version(name)}
-        except metadata.PackageNotFoundError:
-            continue
-    return dict(found)
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)  # milliseconds each, and every trial asks
+    return found

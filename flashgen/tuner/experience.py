@@ -92,21 +92,22 @@ def portfolio(candidates: Sequence[KernelConfig], lessons: Sequence[Lesson], siz
     """The configurations to try first: greedily the one that lowers the weighted best-of-so-far slowdown most.
 
     Args:
-        candidates: legal here.
+        candidates: legal here; those that no lesson timed are not chosen.
         lessons: from other problems; without any the portfolio is empty.
         size: how many at most.
     """
-    if not lessons or not candidates:
+    timed = [config for config in candidates if any(config in lesson.times_ms for lesson in lessons)]
+    if not timed:
         return []
-    table, weights = _table(candidates, lessons)
+    table, weights = _table(timed, lessons)
     reached = np.full(len(lessons), CAP)
     chosen: list[int] = []
-    for _ in range(min(size, len(candidates))):
+    for _ in range(min(size, len(timed))):
         loss = weights @ np.minimum(table, reached[:, None]) + 1e-3 * (weights @ table)
         loss[chosen] = np.inf
         chosen.append(int(loss.argmin()))
         reached = np.minimum(reached, table[:, chosen[-1]])
-    return [candidates[index] for index in chosen]
+    return [timed[index] for index in chosen]
 
 
 def _table(candidates: Sequence[KernelConfig], lessons: Sequence[Lesson]) -> tuple[Array, Array]:

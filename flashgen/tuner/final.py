@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from flashgen.gradients import check_launch
 from flashgen.tuner import shootout
-from flashgen.tuner.faults import failure
-from flashgen.tuner.trial import Case, Contestant
+from flashgen.tuner.case import Case
+from flashgen.tuner.faults import WrongResultError, failure
+from flashgen.tuner.trial import Contestant
 
 
 def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:
     """Time the finalists side by side; the first is the incumbent. See `shootout`.
+
+    The winner has to pass all small problems as well, which may have to be compiled for.
 
     A finalist that fails on the way ends it: the reply names it by its `index`, and the caller asks again without it.
     """
@@ -34,6 +39,12 @@ def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:
         for contestant in contestants:
             index += 1
             contestant.check()
+        index = int(verdict.winner)
+        whole = check_launch(
+            partial(case.launch, **request["configs"][index]), case.spec, device=provider.device, strides=("dense",)
+        )
+        if not whole.ok:
+            raise WrongResultError(whole.message)
     except Exception as error:
         return {**failure(error), "index": index}
     unsteady = log.dropped > verdict.rounds // 2

@@ -11,9 +11,10 @@ from typing import Any
 
 from flashgen.interpret_worker import receive, send
 from flashgen.tuner import providers
+from flashgen.tuner.case import Case, prepare
 from flashgen.tuner.faults import failure
 from flashgen.tuner.final import run_final
-from flashgen.tuner.trial import Case, prepare, run_trial
+from flashgen.tuner.trial import run_trial
 
 
 def main(requests: int, replies: int, kind: str) -> None:

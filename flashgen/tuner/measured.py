@@ -7,25 +7,24 @@ unasked (`condemned`). The best few are timed once more, side by side, and that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flashgen.bench import PROTOCOL_SEARCH
-from flashgen.compile_pool import STOPPED, Result
 from flashgen.config import KernelConfig
-from flashgen.errors import BuildError
-from flashgen.facts import CompiledFacts, Strides
-from flashgen.render import KernelSource
+from flashgen.facts import CompiledFacts
 from flashgen.store import Record
-from flashgen.target import Target
 from flashgen.tuner import condemned, decision
-from flashgen.tuner.context import Context, launch_strides
+from flashgen.tuner.compiled import Compiled, Compiler
+from flashgen.tuner.context import Context
 from flashgen.tuner.search import history, new_study, proposals
 
 if TYPE_CHECKING:
     import optuna
 
 FINALISTS = 3
+PROBES = 4  # trials after which it is known what compiling and measuring the whole list would take
 
 
 class Bench(Protocol):
@@ -37,30 +36,12 @@ class Bench(Protocol):
         """A reply with at least `status`; `crashed` and `timeout` where the process did not answer."""
 
 
-class Compiler(Protocol):
-    """`CompilePool`, or what stands in for it."""
-
-    def map(
-        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig], strides: Strides | None = None
-    ) -> Iterator[tuple[KernelConfig, Result | None]]:
-        """Facts or the reason why there are none; None where nothing is compiled."""
-
-
-class NoCompiler:
-    """For the CPU provider, whose kernels are plain Python."""
-
-    def map(
-        self, source: KernelSource, target: Target, configs: Sequence[KernelConfig], strides: Strides | None = None
-    ) -> Iterator[tuple[KernelConfig, Result | None]]:
-        for config in configs:
-            yield config, None
-
-
 def run(context: Context, bench: Bench, compiler: Compiler, *, study_storage: str | None = None) -> None:
     """Measure one problem's candidates and store every trial as it ends.
 
-    Where every legal configuration is to be measured, all are compiled first, side by side: compiling is the bill. A bounded
-    search compiles what the strategy proposes when it proposes it.
+    Where every legal configuration is to be measured and the time allows it, all are compiled first, side by side: compiling is the bill.
+    Where there is a time limit, the first trials tell what that costs. A bounded search compiles what the strategy
+    proposes when it proposes it.
 
     A KeyboardInterrupt keeps what is measured, and is raised again; so does the loss of the device.
 
@@ -76,26 +57,48 @@ def run(context: Context, bench: Bench, compiler: Compiler, *, study_storage: st
         context.strategy, context.order, f"{context.source.name}-{context.target.name}-{context.session}", study_storage
     )
     _remember(study, context)
-    compiled = _compile(context, compiler, context.order if limit >= len(context.order) else [])
+    compiled = Compiled(context, compiler)
+    undecided = limit >= len(context.order)  # whether all are compiled at once
+    paces: list[float] = []
     number = 0
     for trial, config in proposals(study, context.order):
         if context.expired() or number + len(context.earlier) >= limit:
             break
-        if config not in compiled:
-            compiled |= _compile(context, compiler, [config])
+        was_vetoed = config in compiled.vetoed
+        if undecided and (context.left_s() is None or len(paces) == PROBES):
+            undecided = False
+            known = (compiled, context.earlier, context.condemned)
+            rest = [one for one in context.order if not any(one in place for place in known)]
+            if compiled.affordable(rest, median(paces) if paces else 0.0):
+                compiled.add(rest)
+        compiled.add([config])
         if config not in compiled:
             break  # the time is up
-        number += 1
-        runs, facts = compiled[config]
-        if not runs:
-            study.tell(trial, state=_fail())
+        if config in compiled.vetoed and not was_vetoed:
+            trial.set_user_attr("vetoed", compiled.vetoed[config])
+            study.tell(trial, state=_state("PRUNED"))  # its turn comes when nothing else is left
             continue
-        record = _trial(context, bench, config, facts)
+        number += 1
+        if not compiled.runs(config):
+            study.tell(trial, state=_state("FAIL"))
+            continue
+        start = time.monotonic()
+        record = _trial(context, bench, config, compiled.facts(config))
+        paces.append(time.monotonic() - start)
         context.finish([record])
         study.tell(trial, *_told(record))
         context.tell(number, limit - len(context.earlier), _shown(context), "measuring")
+    _tell_vetoed(context, compiled)
     finalists = context.strategy.finalists(history(study, context.order), FINALISTS)
     decision.decide(context, bench, finalists)
+
+
+def _tell_vetoed(context: Context, compiled: Compiled) -> None:
+    """What was put off until the run's end is left out, with the reason."""
+    tried = [row.config for row in context.result.trials]
+    for config, reason in compiled.vetoed.items():
+        if config.to_dict() not in tried:
+            context.result.excluded[config.label] = f"not measured, the cost model advises against it: {reason}"
 
 
 def _remember(study: optuna.Study, context: Context) -> None:
@@ -120,34 +123,6 @@ def _remember(study: optuna.Study, context: Context) -> None:
                 value=row.latency_ms if ran else None,
             )
         )
-
-
-def _compile(
-    context: Context, compiler: Compiler, configs: Sequence[KernelConfig]
-) -> dict[KernelConfig, tuple[bool, CompiledFacts | None]]:
-    """Whether each runs, and its facts; what does not is recorded and excluded. What is done or condemned is left out."""
-    todo = [config for config in configs if config not in context.earlier and config not in context.condemned]
-    compiled: dict[KernelConfig, tuple[bool, CompiledFacts | None]] = {}
-    strides = launch_strides(context.problem)
-    for number, (config, result) in enumerate(compiler.map(context.source, context.target, todo, strides), start=1):
-        reason, status, facts = None, "compile_error", None
-        if isinstance(result, BuildError):
-            reason, status = str(result), condemned.compile_status(result)
-            if reason == STOPPED:
-                raise KeyboardInterrupt
-        elif result is not None:
-            facts, status = result, "out_of_resources"
-            reason = context.variant.illegal(context.problem.spec, context.target, config, result)
-        compiled[config] = (reason is None, facts)
-        if reason is not None:
-            context.result.excluded[config.label] = reason
-            protocol = condemned.PROTOCOL_COMPILE
-            context.finish([context.record(config, status, protocol=protocol, facts=facts, message=reason[:500])])
-        if len(todo) > 1:
-            context.tell(number, len(todo), "", "compiling")
-            if context.expired():
-                break
-    return compiled
 
 
 def _trial(context: Context, bench: Bench, config: KernelConfig, facts: CompiledFacts | None) -> Record:
@@ -178,10 +153,10 @@ def _shown(context: Context) -> str:
 
 
 def _told(record: Record) -> tuple[Any, ...]:
-    return (record.latency_ms,) if record.status == "ok" else (None, _fail())
+    return (record.latency_ms,) if record.status == "ok" else (None, _state("FAIL"))
 
 
-def _fail() -> Any:
+def _state(name: str) -> Any:
     import optuna
 
-    return optuna.trial.TrialState.FAIL
+    return optuna.trial.TrialState[name]

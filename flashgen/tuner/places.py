@@ -13,6 +13,7 @@ from typing import Protocol
 from flashgen.compile_pool import CompilePool
 from flashgen.problem import Problem
 from flashgen.tuner import measured
+from flashgen.tuner.compiled import NoCompiler
 from flashgen.tuner.context import Context
 from flashgen.tuner.worker import Device, DeviceLostError, MeasuringWorker
 
@@ -61,7 +62,7 @@ class LocalPlace:
         self._worker.spawn()
 
     def run(self, context: Context) -> None:
-        compiler = measured.NoCompiler() if self._device.kind == "cpu" else self._compiler
+        compiler = NoCompiler() if self._device.kind == "cpu" else self._compiler
         measured.run(context, self._worker, compiler, study_storage=self._study)
 
     def revive(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,8 +13,9 @@ from flashgen.facts import cached
 from flashgen.problem import Problem
 from flashgen.store import Record, seeds
 from flashgen.target import Target
-from flashgen.tuner import portfolio
+from flashgen.tuner.compiled import processes
 from flashgen.tuner.context import choose_variant, legal_list, source_of
+from flashgen.tuner.openings import openings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class ProblemPlan:
 
     Attributes:
         legal: configurations that the predicate admits before compiling.
-        seeds: of these, how many have a known-good tile or the portfolio behind them.
+        seeds: of these, how many the strategy tries first for what is known: near winners, the portfolio, known-good tiles,
+            and what other problems taught.
         trials: how many are tried at most.
         cached: of the legal ones, how many are compiled already.
         estimate_s: seconds, or None where nothing is known to estimate from.
@@ -49,6 +50,7 @@ def plan(
     max_trials: int | None,
     workers: int | None,
     stored: Sequence[Record],
+    strategy: str = "auto",
 ) -> ProblemPlan:
     """Plan one problem.
 
@@ -58,17 +60,22 @@ def plan(
         mode: "measured" or "predicted".
         max_trials: as in `tune`.
         workers: compiling processes; None for one per core.
-        stored: trials of the user's database, for the estimate.
+        stored: trials of the user's database, for the seeds and the estimate.
+        strategy: as in `tune`.
     """
     variant = choose_variant(problem, target)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
-    first = {*(row.config for row in known), *portfolio.configs(variant, source.spec, target)} & set(legal)
+    own = [
+        row for row in stored if (row.spec_key, row.digest, row.gpu) == (source.spec.key, source.digest, target.name)
+    ]
+    taught = [row for row in stored if (row.op, row.variant) == (source.spec.op, variant.name)]
+    first = openings(problem, variant, target, mode=mode, known=known, own=own, taught=taught)
     trials = min(len(legal), max(max_trials or len(legal), len(known) if mode == "predicted" else 1))
     compiled = sum(cached(source, target, config) is not None for config in legal)
     estimate, basis = _estimate(legal, variant.name, target, mode, trials, compiled, workers, stored)
     return ProblemPlan(
-        problem=problem, variant=variant.name, legal=len(legal), seeds=len(first), trials=trials, cached=compiled,
+        problem=problem, variant=variant.name, legal=len(legal), seeds=len(first.of(strategy, legal, mode)), trials=trials, cached=compiled,
         estimate_s=estimate, basis=basis,
     )  # fmt: skip
 
@@ -93,10 +100,10 @@ def _estimate(
         )
     if not seconds:
         return None, "nothing is stored to estimate from"
-    processes = max(1, workers or os.cpu_count() or 1)
+    compilers = processes(workers)
     fresh = max(0, trials - compiled * trials // max(1, len(legal)))
-    total = fresh * median(seconds) / processes
-    basis = f"{fresh} to compile at {median(seconds):.1f} s (median of {len(seconds)} {whose}) by {processes} processes"
+    total = fresh * median(seconds) / compilers
+    basis = f"{fresh} to compile at {median(seconds):.1f} s (median of {len(seconds)} {whose}) by {compilers} processes"
     if mode == "measured":
         gaps = _gaps([row for row in own if row.gpu == target.name])
         if not gaps:

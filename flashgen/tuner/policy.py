@@ -116,8 +116,8 @@ def shortlist(configs: Sequence[KernelConfig]) -> list[KernelConfig]:
 
 
 def deeper_of(config: KernelConfig) -> KernelConfig | None:
-    """The same tile with three stages, where it has two."""
-    if config.get("num_stages") != 2:
+    """The same tile with three stages, where it has two; of a kernel for which that was measured to be better."""
+    if config.get("num_stages") != 2 or not by_name(config.variant).modelled:
         return None
     return KernelConfig(variant=config.variant, **{**config.to_dict(), "num_stages": 3})
 
@@ -166,7 +166,8 @@ def decide(
         if survives(deeper):
             rest.append(deeper)
             sources = {**sources, deeper: f"{sources[config]}, with three stages instead of two"}
-    judged = (family(target), spec.itemsize) in _JUDGED and all(by_name(config.variant).modelled for config in rest)
+    modelled = all(by_name(config.variant).modelled for config in rest)
+    judged = modelled and (family(target), spec.itemsize) in _JUDGED
     ordered = _ranked(problem, target, facts, rest, constants) if judged else rest
     for place, config in enumerate(ordered, start=1):
         order = "by the model" if judged else "as listed"

@@ -42,7 +42,7 @@ def run(context: Context, *, study_storage: str | None = None) -> None:
         with CompilePool(context.workers) as pool:
             compiled.add(pool, list(trials), lambda config, cost: _tell_study(study, trials[config], cost))
             decision = _decide(context, compiled.facts)
-            if not decision.choices and not context.expired():
+            if not decision.choices and context.variant.modelled and not context.expired():
                 # No tile that anybody vouches for fits: the model's turn, for which its shortlist is compiled.
                 legal = context.variant.space(context.problem.spec, context.target)
                 compiled.add(pool, [c for c in policy.shortlist(legal) if c not in compiled.seen], lambda *_: None)
@@ -109,7 +109,11 @@ def _predict(context: Context, config: KernelConfig, facts: CompiledFacts) -> Pr
 
 
 def _rank(context: Context, facts: dict[KernelConfig, CompiledFacts]) -> Ranked:
-    return costmodel.rank([(config, _predict(context, config, known)) for config, known in facts.items()])
+    ranked = costmodel.rank([(config, _predict(context, config, known)) for config, known in facts.items()])
+    if context.variant.modelled:
+        return ranked
+    listed = [row.config for row in context.known_good]
+    return sorted(ranked, key=lambda row: listed.index(row[0]) if row[0] in listed else len(listed))
 
 
 def _best(context: Context, facts: dict[KernelConfig, CompiledFacts]) -> str:

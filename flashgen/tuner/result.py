@@ -92,7 +92,8 @@ class TuneResult:
         target: name of the target.
         database: where the trials were stored.
         elapsed_s: seconds.
-        interrupted: Ctrl-C or the timeout ended the run; what was finished is stored.
+        interrupted: Ctrl-C ended the run; what was finished is stored.
+        timed_out: its time was over when it ended; what was not tried by then is left, and what won is a winner all the same.
     """
 
     problems: list[ProblemResult]
@@ -102,6 +103,7 @@ class TuneResult:
     database: str
     elapsed_s: float = 0.0
     interrupted: bool = False
+    timed_out: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -112,5 +114,6 @@ class TuneResult:
             "database": self.database,
             "elapsed_s": round(self.elapsed_s, 3),
             "interrupted": self.interrupted,
+            "timed_out": self.timed_out,
             "problems": [problem.to_json() for problem in self.problems],
         }

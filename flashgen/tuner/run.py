@@ -7,19 +7,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from flashgen import dispatch, settings
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, TuningError, UnsupportedProblemError
 from flashgen.facts import require_gpu, triton_version
 from flashgen.problem import Problem
-from flashgen.store import Record, Store, open_store, seeds, select
+from flashgen.store import Record, Store, open_store, select
 from flashgen.target import Target
-from flashgen.tuner import devices, policy, portfolio, strategies
+from flashgen.tuner import devices, policy, strategies
 from flashgen.tuner.condemned import FAILED, condemned
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, require_space, source_of
-from flashgen.tuner.experience import Case, lessons_from
 from flashgen.tuner.interrupts import two_stage
+from flashgen.tuner.openings import openings
 from flashgen.tuner.places import LocalPlace, Place, spread
 from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
@@ -62,7 +63,8 @@ def tune(
     """Tune problems; see `flashgen.tune` for the common arguments.
 
     Args:
-        problems: one or several; each is a unit of work that one device does alone.
+        problems: one or several; each is a unit of work that one device does alone. One that requires gradients is two: the
+            forward that keeps lse, and the backward.
         target, mode, max_trials, timeout_s, database, progress: see `flashgen.tune`.
         workers: compiling processes; and at most so many GPUs, of this host or of the cluster, measure side by side.
         strategy: order of the trials, see `search.STRATEGIES`.
@@ -82,7 +84,7 @@ def tune(
             lost. What was tried is stored.
         DatabaseError: the database cannot be written; what could not be stored is written beside it.
     """
-    todo = [problems] if isinstance(problems, Problem) else list(problems)
+    todo = with_gradients([problems] if isinstance(problems, Problem) else list(problems))
     _check_arguments(todo, max_trials, timeout_s, workers, trial_timeout_s)
     check_strategy(strategy)
     url = str(database or settings.read().database_url)
@@ -136,7 +138,7 @@ def tune(
                 for problem in todo:
                     if not expired():
                         _predict(begin(problem), study)
-            result.interrupted = expired()
+            result.timed_out = expired()
         except KeyboardInterrupt:
             result.interrupted = True
         except DeviceLostError as error:
@@ -149,6 +151,15 @@ def tune(
             {row.spec_key: row.message for row in result.problems},
         )
     return result
+
+
+def with_gradients(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, each that requires gradients as a pair: the forward that keeps lse, and the backward."""
+    found: list[Problem] = []
+    for problem in problems:
+        pair = (replace(problem, requires_grad=False, return_lse=True), problem.backward)
+        found += pair if problem.requires_grad else (problem,)
+    return list(dict.fromkeys(found))
 
 
 def _predict(context: Context, study: str | None) -> None:
@@ -253,19 +264,12 @@ def _context(
     ranked = variant.modelled or mode != "predicted"
     legal = list(dict.fromkeys([*legal, *considered])) if ranked else considered
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
-    near = _near_winners(problem, variant.name, stored, source.spec.op, target)
-    shared = portfolio.configs(variant, source.spec, target)[: strategies.SEEDS]
-    first = [*(row.config for row in known), *near, *shared]
-    if mode == "measured":
-        here = Case(spec=source.spec, shape=problem.shape, gpu=target.name)
-        rows = [*store.trials(op=source.spec.op, variant=variant.name), *_shipped(source.spec.op)]
-        lessons = lessons_from(rows, here, variant.name)
-    else:
-        lessons = []
+    taught = store.trials(op=source.spec.op, variant=variant.name) if mode == "measured" else ()
+    first = openings(problem, variant, target, mode=mode, known=known, own=stored, taught=taught)
     failed: dict[KernelConfig, Record] = {}
     if mode == "measured" and not retry_failed:
         failed = condemned(stored, triton=triton_version(), shape=problem.shape, variant=variant.name)
-    order = strategies.ordered(legal, first, strategy)
+    order = strategies.ordered(legal, first.listed, strategy)
     if max_trials is not None and mode == "predicted":
         # What the policy chooses among is compiled however short the list is cut.
         always = policy.considered(variant, problem.spec, target, measured_tiles, known)
@@ -278,7 +282,7 @@ def _context(
         known_good=known,
         measured_tiles=measured_tiles,
         order=order,
-        strategy=strategies.make(strategy, legal, seeds=first, lessons=lessons),
+        strategy=strategies.make(strategy, legal, seeds=first.listed, lessons=first.lessons),
         max_trials=max_trials,
         session=result.session,
         result=ProblemResult(
@@ -291,7 +295,7 @@ def _context(
         left_s=left_s,
         earlier=_earlier(stored, problem, variant.name, _counted(mode, retry_failed)) if resume else {},
         condemned=failed,
-        favourites=(*near, *(row.config for row in known[:1])),
+        favourites=(*first.near, *(row.config for row in known[:1])),
         trusted=_trusted(stored, problem),
         trial_timeout_s=trial_timeout_s,
     )
@@ -327,18 +331,3 @@ def _earlier(
             if old is None or row.error_ratio is not None or old.error_ratio is None:
                 found[config] = row
     return found
-
-
-def _shipped(op: str) -> list[Record]:
-    return [row for gpu in seeds.gpus() for row in seeds.load(gpu, op)]
-
-
-def _near_winners(
-    problem: Problem, variant: str, stored: Iterable[Record], op: str, target: Target
-) -> list[KernelConfig]:
-    """Winners of the nearest shapes, the user's and the shipped ones: worth a try first."""
-    shipped = [
-        row for row in seeds.load(target.name, op) if row.spec_key == problem.spec.key and row.variant == variant
-    ]
-    rows = (select.best_measured(stored, problem.shape), select.best_measured(shipped, problem.shape))
-    return [KernelConfig(variant=variant, **row.config) for row in rows if row is not None]

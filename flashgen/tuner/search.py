@@ -74,14 +74,17 @@ def history(study: optuna.Study, candidates: Sequence[KernelConfig], *, before: 
 
 
 def proposals(study: optuna.Study, candidates: Sequence[KernelConfig]) -> Iterator[tuple[optuna.Trial, KernelConfig]]:
-    """Ask the study until every configuration of the list was proposed once; the caller tells each before the next."""
+    """Ask the study until every configuration of the list was proposed once; the caller tells each before the next.
+
+    One that the caller tells as pruned was not tried: it is proposed once more.
+    """
     choices = _choices(candidates)
     known = {_key(config): config for config in candidates}
     for trial in study.get_trials(deepcopy=False, states=(_state("RUNNING"),)):
         study.tell(trial.number, state=_state("PRUNED"))  # left behind by a run that was killed: to be tried again
     seen = {trial.config for trial in history(study, candidates)}
-    # As many trials as configurations, and no more than that many again for enqueued repeats.
-    for _ in range(2 * len(candidates)):
+    # As many trials as configurations, and no more than that many again each for pruned ones and for enqueued repeats.
+    for _ in range(3 * len(candidates)):
         if len(seen) == len(known):
             return
         asked = study.ask()
@@ -90,8 +93,9 @@ def proposals(study: optuna.Study, candidates: Sequence[KernelConfig]) -> Iterat
         if config is None or config in seen:
             study.tell(asked, state=_state("PRUNED"))
             continue
-        seen.add(config)
         yield asked, config
+        if study.get_trials(deepcopy=False)[asked.number].state.name != "PRUNED":
+            seen.add(config)
 
 
 def _choices(candidates: Sequence[KernelConfig]) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = "shootout-1"
+PROTOCOL = "shootout-2"  # 2: the host's time is hidden
 PROTOCOL_GRAPH = "shootout-graph-1"  # each turn is a CUDA graph of several launches, on inputs that rotate
 LEAST_ROUNDS = 30
 MOST_ROUNDS = 240

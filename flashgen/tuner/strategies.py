@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +41,13 @@ class Tried:
 class Strategy:
     """A way of choosing."""
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
-        """The next configuration, or None when every one was tried."""
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
+        """The next configuration that is not among `avoid`, or None when every one was tried."""
         raise NotImplementedError
+
+    def defer(self, config: KernelConfig) -> bool:
+        """Put a configuration off until the others are tried; False where the strategy does not, or did already."""
+        return False
 
     def finalists(self, tried: Sequence[Tried], count: int) -> list[KernelConfig]:
         """The configurations to re-time, most promising first: the least readings."""
@@ -67,7 +71,8 @@ def make(
         candidates: the legal list.
         seeds: `auto` tries these first, in order; those that are not legal are left out.
         lessons: other problems' measurements: `auto` takes more seeds and its expectation from them.
-        vetoed: what the cost model advises against; tried last, by every strategy but `exhaustive`.
+        vetoed: what the cost model advises against, as far as it is known yet (`Strategy.defer` adds to it); tried last, by
+            every strategy but `exhaustive`.
         seed: of what is random.
 
     Raises:
@@ -78,20 +83,19 @@ def make(
     legal = list(dict.fromkeys(candidates))
     if name == "exhaustive":
         return InOrder(legal)
-    wanted = [config for config in legal if config not in vetoed]
     first: Strategy
     if name == "random":
-        first = InOrder(_shuffled(wanted, seed))
+        first = InOrder(_shuffled(legal, seed))
     elif name == "tpe":
-        first = Tpe(wanted, seed)
+        first = Tpe(legal, seed)
     elif name == "walk":
-        first = Walk(wanted, seed)
+        first = Walk(legal, seed)
     elif name == "gp":
-        first = Model(wanted, seed=seed, walk=False)
+        first = Model(legal, seed=seed, walk=False)
     else:
-        taught = portfolio(wanted, lessons, SEEDS)
-        first = Model(wanted, seeds=[*seeds, *taught], lessons=lessons, seed=seed, walk=True)
-    return Chain([first, InOrder(_shuffled([config for config in legal if config in vetoed], seed))])
+        taught = portfolio([config for config in legal if config not in vetoed], lessons, SEEDS)
+        first = Model(legal, seeds=[*seeds, *taught], lessons=lessons, seed=seed, walk=True)
+    return VetoedLast(first, InOrder(_shuffled(legal, seed)), vetoed)
 
 
 def ordered(
@@ -117,26 +121,37 @@ class InOrder(Strategy):
     def __init__(self, order: Sequence[KernelConfig]) -> None:
         self._order = list(dict.fromkeys(order))
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
         """The first that was not tried."""
-        done = {trial.config for trial in tried}
+        done = {trial.config for trial in tried}.union(avoid)
         return next((config for config in self._order if config not in done), None)
 
 
-class Chain(Strategy):
-    """One strategy after another."""
+class VetoedLast(Strategy):
+    """A strategy that is held to what nobody advises against; when that is all tried, the rest follows.
 
-    def __init__(self, parts: Sequence[Strategy]) -> None:
-        self._parts = parts
+    Args:
+        first: chooses among what is not vetoed.
+        rest: the order of what is.
+        vetoed: what is put off from the start.
+    """
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
-        """The first part's proposal that is one."""
-        return next((found for part in self._parts if (found := part.propose(tried)) is not None), None)
+    def __init__(self, first: Strategy, rest: Strategy, vetoed: Collection[KernelConfig]) -> None:
+        self._first, self._rest, self._vetoed = first, rest, set(vetoed)
+
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
+        """The strategy's choice, else the next of the vetoed."""
+        return self._first.propose(tried, self._vetoed.union(avoid)) or self._rest.propose(tried, avoid)
+
+    def defer(self, config: KernelConfig) -> bool:
+        """Veto a configuration from now on."""
+        known = config in self._vetoed
+        self._vetoed.add(config)
+        return not known
 
     def finalists(self, tried: Sequence[Tried], count: int) -> list[KernelConfig]:
-        """The first part's, filled up by readings."""
-        found = [*self._parts[0].finalists(tried, count), *super().finalists(tried, count)]
-        return list(dict.fromkeys(found))[:count]
+        """The strategy's own."""
+        return self._first.finalists(tried, count)
 
 
 class Walk(Strategy):
@@ -145,9 +160,9 @@ class Walk(Strategy):
     def __init__(self, candidates: Sequence[KernelConfig], seed: int) -> None:
         self._candidates, self._seed = list(candidates), seed
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
         """An untried neighbour of the best so far, else any untried configuration."""
-        done = {trial.config for trial in tried}
+        done = {trial.config for trial in tried}.union(avoid)
         left = [config for config in _shuffled(self._candidates, self._seed) if config not in done]
         timed = [trial for trial in tried if trial.value is not None]
         if not left or not timed:
@@ -164,12 +179,12 @@ class Tpe(Strategy):
     def __init__(self, candidates: Sequence[KernelConfig], seed: int) -> None:
         self._candidates, self._seed = list(candidates), seed
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
         """TPE's choice given the trials, or a random untried one when it finds none."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        done = {trial.config for trial in tried}
+        done = {trial.config for trial in tried}.union(avoid)
         left = [config for config in self._candidates if config not in done]
         if not left:
             return None
@@ -217,16 +232,19 @@ class Model(Strategy):
         first = [config for config in dict.fromkeys(seeds) if config in self._index]
         self._first = InOrder(first or self._spread(seed))
 
-    def propose(self, tried: Sequence[Tried]) -> KernelConfig | None:
+    def propose(self, tried: Sequence[Tried], avoid: Collection[KernelConfig] = ()) -> KernelConfig | None:
         """The next seed, else the model's choice."""
         seen = [trial for trial in tried if trial.config in self._index]
-        if len({trial.config for trial in seen}) == len(self._candidates):
+        barred = {
+            self._index[config] for config in (*(trial.config for trial in seen), *avoid) if config in self._index
+        }
+        if len(barred) == len(self._candidates):
             return None
         timed = [trial for trial in seen if trial.value is not None]
-        following = self._first.propose(tried)
+        following = self._first.propose(tried, avoid)
         if following is not None or not timed:
-            return following or InOrder(self._candidates).propose(tried)
-        return self._candidates[self._choose(seen)]
+            return following or InOrder(self._candidates).propose(tried, avoid)
+        return self._candidates[self._choose(seen, sorted(barred))]
 
     def finalists(self, tried: Sequence[Tried], count: int) -> list[KernelConfig]:
         """The least expected times: a reading that is low by luck is pulled back to what its neighbours say."""
@@ -237,10 +255,10 @@ class Model(Strategy):
         _, mean, _ = self._predict(seen)
         return sorted(ran, key=lambda config: mean[self._index[config]])[:count]
 
-    def _choose(self, seen: Sequence[Tried]) -> int:
+    def _choose(self, seen: Sequence[Tried], barred: Sequence[int]) -> int:
         index, mean, std = self._predict(seen)
         gain = expected_improvement(mean, std, float(mean[index].min()))
-        gain[index] = -1.0
+        gain[barred] = -1.0
         if self._walk and len(seen) % _WALK_EVERY == _WALK_EVERY - 1:
             incumbent = self._candidates[index[int(mean[index].argmin())]]
             near = [i for i, c in enumerate(self._candidates) if gain[i] >= 0.0 and distance(incumbent, c) == 1]

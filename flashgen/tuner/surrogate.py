@@ -74,43 +74,56 @@ class Surrogate:
         """
         index = np.asarray(seen)
         scales, noise, variance = self._fit(index, values)
-        cross = self._kernel(self._squares[:, index], scales)
+        cross = _kernel(self._squares[:, index], scales)
         factor = np.linalg.cholesky(cross[index] + noise * np.eye(len(index)))
         weights = np.linalg.solve(factor.T, np.linalg.solve(factor, values))
         explained = np.linalg.solve(factor, cross.T)
         spread = np.sqrt(np.maximum(1e-12, variance * (1.0 - (explained**2).sum(0))))
         return cross @ weights, spread
 
-    @staticmethod
-    def _kernel(squares: Array, scales: Array) -> Array:
-        r = _SQRT5 * np.sqrt((squares / scales**2).sum(-1))
-        return np.asarray((1.0 + r + r * r / 3.0) * np.exp(-r))
-
     def _fit(self, index: NDArray[np.intp], values: Array) -> tuple[Array, float, float]:
-        """Length scales, noise and signal variance: the most probable ones, by coordinate descent in factors of two."""
-        squares = self._squares[np.ix_(index, index)]
-        best: tuple[float, float, Array, float] | None = None
-        for noise in _NOISES:
-            scales = self._scales.copy()
-            loss, variance = self._loss(squares, values, scales, noise)
-            for _ in range(2):
-                for knob in range(len(scales)):
-                    for step in (0.5, 2.0):
-                        tried = scales.copy()
-                        tried[knob] = min(_SCALES[1], max(_SCALES[0], tried[knob] * step))
-                        candidate, v = self._loss(squares, values, tried, noise)
-                        if candidate < loss - 1e-9:
-                            loss, variance, scales = candidate, v, tried
-            if best is None or loss < best[0]:
-                best = (loss, variance, scales, noise)
-        _, variance, self._scales, noise = best  # type: ignore[misc]  # there are noises to try
-        return self._scales, noise, variance
+        """Length scales, noise and signal variance: the most probable ones, by coordinate descent in factors of two.
 
-    def _loss(self, squares: Array, values: Array, scales: Array, noise: float) -> tuple[float, float]:
-        """Negative log posterior of the length scales, the signal variance profiled out (with a weak prior of 1)."""
-        n = len(values)
-        factor = np.linalg.cholesky(self._kernel(squares, scales) + noise * np.eye(n))
-        whitened = np.linalg.solve(factor, values)
-        variance = float(whitened @ whitened + 0.5) / (n + 1.0)
-        prior = 0.25 * float((np.log(scales) ** 2).sum())  # log-normal round 1, the whole range of a knob
-        return 0.5 * n * math.log(variance) + float(np.log(np.diag(factor)).sum()) + prior, variance
+        Every noise descends on its own, all side by side: matrices this small cost calls, not arithmetic.
+        """
+        squares = self._squares[np.ix_(index, index)]
+        noises = np.array(_NOISES)
+        scales = np.tile(self._scales, (len(noises), 1))
+        losses, variances = _losses(squares, values, scales, noises)
+        for _ in range(2):
+            for knob in range(scales.shape[1]):
+                steps = np.concatenate([scales, scales])
+                steps[:, knob] = np.clip(steps[:, knob] * np.repeat((0.5, 2.0), len(noises)), *_SCALES)
+                found = _losses(squares, values, steps, np.tile(noises, 2))
+                for half in np.split(np.arange(len(steps)), 2):
+                    better = found[0][half] < losses - 1e-9
+                    losses[better], variances[better] = found[0][half][better], found[1][half][better]
+                    scales[better] = steps[half][better]
+        best = int(losses.argmin())
+        self._scales = scales[best]
+        return self._scales, float(noises[best]), float(variances[best])
+
+
+def _kernel(squares: Array, scales: Array) -> Array:
+    """Correlations from squared distances per knob, (..., knobs); one set of scales gives (...), several give (sets, ...)."""
+    r = _SQRT5 * np.sqrt(np.moveaxis(squares @ (scales.T**-2), -1, 0) if scales.ndim == 2 else squares @ scales**-2)
+    return np.asarray((1.0 + r + r * r / 3.0) * np.exp(-r))
+
+
+def _losses(squares: Array, values: Array, scales: Array, noises: Array) -> tuple[Array, Array]:
+    """Negative log posterior of sets of length scales and noises, the signal variance profiled out (with a weak prior of 1).
+
+    Returns:
+        Losses and signal variances, one a set.
+    """
+    n = len(values)
+    # The values are the matrix's last row: one factorisation also solves for them. The corner is large enough to stay positive.
+    whole = np.empty((len(noises), n + 1, n + 1))
+    whole[:, :n, :n] = _kernel(squares, scales) + noises[:, None, None] * np.eye(n)
+    whole[:, n, :n] = whole[:, :n, n] = values
+    whole[:, n, n] = 1.0 + values @ values / noises
+    factor = np.linalg.cholesky(whole)
+    variances = ((factor[:, n, :n] ** 2).sum(-1) + 0.5) / (n + 1.0)
+    priors = 0.25 * (np.log(scales) ** 2).sum(-1)  # log-normal round 1, the whole range of a knob
+    logs = np.log(np.diagonal(factor[:, :n, :n], axis1=1, axis2=2)).sum(-1)
+    return 0.5 * n * np.log(variances) + logs + priors, variances

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import flashgen
-from flashgen import accuracy, interpret, settings
+from flashgen import gradients, interpret, settings
 from flashgen.accuracy import AccuracyReport
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError
@@ -40,9 +40,9 @@ def of(source: KernelSource, config: KernelConfig) -> AccuracyReport | BuildErro
         data = json.loads(path.read_text())
         return AccuracyReport(**{field.name: data[field.name] for field in fields(AccuracyReport)})
     knobs: dict[str, Any] = dict(config)
-    launch: Any = partial(interpret.launch, source, **knobs)
+    launch: Any = partial(interpret.launch_of(source), source, **knobs)
     try:
-        report = accuracy.check_launch(launch, source.spec)
+        report = gradients.check_launch(launch, source.spec)
     except BuildError as error:
         return error
     _write(path, asdict(report))

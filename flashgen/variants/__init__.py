@@ -5,14 +5,23 @@ from __future__ import annotations
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import AttentionSpec
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.gluon_bwd_sm90 import GluonBackwardSm90
 from flashgen.variants.gluon_fwd_sm90 import GluonForwardSm90
-from flashgen.variants.torch_blocked import TorchBlocked
+from flashgen.variants.torch_blocked import TorchBlocked, TorchBlockedBackward
+from flashgen.variants.triton_bwd import TritonBackward
 from flashgen.variants.triton_fwd import TritonForward
 
 __all__ = ["REGISTRY", "Knob", "KnownGood", "MeasuredTile", "ResourceFacts", "Variant", "by_name", "candidates"]
 
-# Fastest first: dispatch takes the first that supports the problem.
-REGISTRY: tuple[Variant, ...] = (GluonForwardSm90(), TritonForward(), TorchBlocked())
+# Fastest first within an operation: dispatch takes the first that supports the problem.
+REGISTRY: tuple[Variant, ...] = (
+    GluonForwardSm90(),
+    TritonForward(),
+    TorchBlocked(),
+    GluonBackwardSm90(),
+    TritonBackward(),
+    TorchBlockedBackward(),
+)
 
 
 def by_name(name: str) -> Variant:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.errors import InvalidProblemError
@@ -28,11 +28,19 @@ class ResourceFacts(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """One tunable: its name, the values the space enumerates, and what it means."""
+    """One tunable.
+
+    Attributes:
+        name: as the launch takes it.
+        values: that the space enumerates.
+        meaning: in words.
+        compiled: whether each value is a binary of its own; else it is an argument of the launch.
+    """
 
     name: str
     values: tuple[Tunable, ...]
     meaning: str
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,16 @@ class MeasuredTile:
     causal: bool
     source: str
     own: bool = False
+
+
+def head_dims(spec: AttentionSpec) -> dict[str, Tunable]:
+    """The compile-time head dims that every kernel takes."""
+    return {
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_D": spec.block_head_dim,
+        "BLOCK_DV": spec.block_head_dim_v,
+    }
 
 
 class Variant:
@@ -114,9 +132,39 @@ class Variant:
         """Blocks of the TMA descriptors that the kernel takes, by parameter; none where it takes pointers."""
         return {}
 
+    def fp32_boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        """The same of descriptors of fp32 numbers in plain order, which no product reads."""
+        return {}
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that a launch asks for: of the program, or of its first partition."""
+        return int(config.num_warps)
+
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Warps that issue products."""
+        return self.num_warps(spec, config)
+
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
+
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
+        """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop.
+
+        A pointer that is None in the usual call is one of them.
+        """
+        return {self.op: {**head_dims(spec), **config}}
+
+    def launch_options(self, problem: Problem) -> dict[str, Any]:
+        """What `launch` takes of a call besides the scale, the offset and the tunables."""
+        return {}
+
+    def unordered(self, problem: Problem) -> tuple[str, ...]:
+        """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch.
+
+        None where `problem.deterministic` is asked for: a variant that cannot order its sums `refuses` it.
+        """
+        return ()
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
         """Winners measured elsewhere for the same family of architecture, dtype width and padded head dim."""

@@ -62,7 +62,12 @@ class GluonForwardSm90(Variant):
         Knob(name="STAGES", values=(2, 3, 4), meaning="key and value blocks in flight"),
         Knob(name="CONSUMER_REGS", values=(160, 240), meaning="registers of a consumer's thread"),
         Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a producer's thread"),
-        Knob(name="SECTION", values=(4, 16), meaning="heads worked on at a time, so that their keys stay in L2"),
+        Knob(
+            name="SECTION",
+            values=(4, 16),
+            meaning="heads worked on at a time, so that their keys stay in L2",
+            compiled=False,
+        ),
         Knob(
             name="OWN_STAGING",
             values=(False, True),
@@ -107,6 +112,12 @@ class GluonForwardSm90(Variant):
         register nothing wrote (`sass.undefined_registers`), the defect of `AttentionSpec.block_head_dim_v`.
         """
         return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        return _WG_THREADS // 32  # of the first partition: one warpgroup
+
+    def multiplying_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        return int(config.BLOCK_M) // _WG_ROWS * (_WG_THREADS // 32)
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         rows, keys = (1, 1, _WG_ROWS), (1, 1, int(config.BLOCK_N))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from flashgen.config import KernelConfig
-from flashgen.spec import AttentionSpec
+from flashgen.spec import AttentionSpec, Op
 from flashgen.target import Target
 from flashgen.variants.base import ResourceFacts, Variant
 
@@ -14,7 +16,7 @@ class TorchBlocked(Variant):
     """`flashgen/torch_blocked.py`; no tunables, no template."""
 
     name = "torch_blocked"
-    op = "attention_fwd"
+    op: ClassVar[Op] = "attention_fwd"
     backend = "torch"
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
@@ -30,3 +32,10 @@ class TorchBlocked(Variant):
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
         return self.config()
+
+
+class TorchBlockedBackward(TorchBlocked):
+    """The backward of the same loops; it also differentiates what a generated kernel ran forward."""
+
+    name = "torch_blocked_bwd"
+    op = "attention_bwd"

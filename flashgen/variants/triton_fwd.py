@@ -9,13 +9,14 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import triton_fwd_tiles
 from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.features import FEATURES, Signature, signature
 
 _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
 _STAGES = (1, 8)
 
-# Features the template does not know yet, in the words of the spec's flags.
-_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+# What the template knows, in the words of the spec's flags.
+_COVERED_FLAGS = frozenset({"causal", "has_lse", *FEATURES})
 
 
 class TritonForward(Variant):
@@ -43,6 +44,10 @@ class TritonForward(Variant):
                 f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
             )
         return None
+
+    def signature(self, spec: AttentionSpec) -> Signature:
+        """The arguments that a spec's options add to the kernel, for the template."""
+        return signature(spec)
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
@@ -95,6 +100,10 @@ class TritonForward(Variant):
             rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         if target.smem_bytes <= triton_fwd_tiles.SMALL_SMEM_BYTES:
             rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
+        if spec.hides_anywhere or spec.dropout:
+            rows = (*triton_fwd_tiles.BESIDE_SCORES[key[1:]], *rows)
+            if key[0] in ("sm_80", "sm_120"):
+                rows = (*triton_fwd_tiles.BESIDE_SCORES_MMA.get(key[1:], ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in dict(rows).items())
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:

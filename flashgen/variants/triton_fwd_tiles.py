@@ -82,6 +82,26 @@ SMALL_SMEM: dict[Key, tuple[tuple[Tile, str], ...]] = {
     ("sm_80", True, 256): (((32, 64, 4, 2), _FLEX_120),),
 }
 
+# Go before everything where an option keeps values beside every score (a bias, a mask, dropout's bits): with the tiles above such kernels
+# spill in the main loop or need more shared memory than there is. Not measured: the largest that compiles without, for sm_80, sm_90 and
+# sm_100, under Triton 3.6 and 3.9 (tests/compile_goldens.py).
+_COMPILED = "the largest tile that compiles without spills with this option; not measured"
+BESIDE_SCORES: dict[tuple[bool, int], tuple[tuple[Tile, str], ...]] = {
+    (True, 64): (((128, 32, 8, 2), _COMPILED),),
+    (True, 128): (((128, 32, 8, 2), _COMPILED),),
+    (True, 256): (((64, 32, 8, 2), _COMPILED), ((32, 32, 4, 2), _COMPILED)),
+    (False, 32): (((32, 16, 4, 2), _COMPILED),),  # and so on: fp32 products already fill the registers
+    (False, 64): (((32, 16, 4, 2), _COMPILED),),
+    (False, 128): (((32, 16, 4, 2), _COMPILED),),
+    (False, 256): (((32, 16, 4, 2), _COMPILED),),
+}
+
+# The same where products are mma of one warp (sm_80 and its kind): the tile above spills beside a bias and a mask at once.
+BESIDE_SCORES_MMA: dict[tuple[bool, int], tuple[tuple[Tile, str], ...]] = {
+    (True, 64): (((64, 32, 8, 2), _COMPILED),),
+    (True, 128): (((64, 32, 8, 2), _COMPILED),),
+}
+
 MEASURED_SOURCE = (
     "best of 54 tiles of a plain kernel measured on one H200 (benchmarks/data/h200_triton_attention_fwd.jsonl)"
 )

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ class Case:
 
 
 def draw(seed: int) -> Case:
-    """One random case; every fourth is plain enough for any kernel."""
+    """One random case; every fourth is for the portable kernel: plain, or with what it covers of every option in turn."""
     r = random.Random(seed)
 
     def sometimes(value: Any, default: Any, p: float = 0.35) -> Any:
@@ -182,7 +182,8 @@ def draw(seed: int) -> Case:
         widest = max(head_dim, common["head_dim_v"])
         if dtype == "fp32" and widest > 64:  # larger tiles are not legal: fp32 operands live in registers
             small["tile"] = (min(common["tile"][0], 32), min(common["tile"][1], 32 if widest <= 128 else 16))
-        return Case(backend="triton", **(common | small))
+        case = Case(backend="triton", **(common | small))
+        return replace(case, grad=True) if seed % 8 == 3 else _with_options(case, r)
     bounded = common["values"] == "normal"  # a squared or capped score of thousands is no longer a fair question
     mods = sorted(SCORE_MODS) if bounded else ["relative", "table"]
     return Case(
@@ -200,6 +201,24 @@ def draw(seed: int) -> Case:
         dropout_p=sometimes(r.choice((0.1, 0.5, 0.97)), 0.0),
         grad=r.random() < 0.7,
     )
+
+
+def _with_options(case: Case, r: random.Random) -> Case:
+    """A plain case of the portable kernel with a few of the options that it covers, forward only."""
+    bounded = case.values == "normal"
+    draws: dict[str, Any] = {
+        "window": r.choice(((3, -1), (4, 9), (-1, 2), (0, 0), (20, 0), (33, 17))),
+        "softcap": r.choice((0.5, 2.0, 30.0)) if bounded else 0.0,
+        "alibi": r.choice(("h", "bh")),
+        "sinks": True,
+        "bias": r.choice(BROADCASTS),
+        "attn_mask": r.choice(BROADCASTS),
+        "dropout_p": r.choice((0.1, 0.5, 0.97)),
+        "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
+    }
+    chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
+    packed = {"layout": "bshd", "batch": 1} if "lengths" in chosen else {}
+    return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **packed)
 
 
 @dataclass(slots=True, kw_only=True)

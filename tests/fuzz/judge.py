@@ -16,10 +16,12 @@ from torch import Tensor
 
 import flashgen
 from flashgen import accuracy, dispatch, ops
+from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.reference import Call, Result, exact, same_precision
 from flashgen.torch_blocked import blocked
+from flashgen.variants.triton_bwd import TritonBackward
 
 BLOCK_MASK_TILE = (16, 8)
 # A unit of one run may be small by luck; see `same_precision`.
@@ -110,7 +112,7 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
     keywords = options(case, t) | {"backend": case.backend}
     if case.backend == "triton":
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
-    with _settings(t, tile):
+    with _settings(t, tile, case):
         if case.lengths:
             ends, used = _offsets(case)
             got = flashgen.varlen_attention(
@@ -133,8 +135,12 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
 
 
 @contextlib.contextmanager
-def _settings(t: Tensors, tile: tuple[int, int] | None) -> Iterator[None]:
-    """Outputs begin as NaN, dropout draws the case's seed, and the torch backend walks in the given blocks."""
+def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[None]:
+    """Outputs begin as NaN, dropout draws the case's seed, and the torch backend walks in the given blocks.
+
+    A portable backward, whose configuration no argument names, takes the case's tile with twice the keys, since the interpreter
+    is slow; for dq with rows and keys exchanged.
+    """
     allocate = ops._allocate
 
     def poisoned(*args: Any) -> tuple[Tensor, Tensor]:
@@ -145,6 +151,12 @@ def _settings(t: Tensors, tile: tuple[int, int] | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "_allocate", poisoned))
         stack.enter_context(mock.patch.object(ops, "draw_philox", lambda q, p, generator: seed if p else None))
+        if case.backend == "triton" and case.grad:
+            rows, keys = case.tile[0], min(64, 2 * case.tile[1])
+            config = KernelConfig(
+                variant="triton_bwd", BLOCK_M=rows, BLOCK_N=keys, BLOCK_M_DQ=keys, BLOCK_N_DQ=rows, num_warps=4, num_stages=1
+            )  # fmt: skip
+            stack.enter_context(mock.patch.object(TritonBackward, "default", lambda self, spec, target: config))
         if tile is not None:
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_Q", tile[0]))
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_K", tile[1]))

@@ -22,7 +22,29 @@ KEYS = (
     "attention_fwd-fp16-d80-causal-lse",  # a padded even head dim
     "attention_fwd-bf16-d1",  # the least
     "attention_fwd-bf16-d256-causal-lse",  # the largest
+    "attention_fwd-bf16-d128-causal-window-lse",  # a range with two ends
+    "attention_fwd-fp16-d64-window-sinks",  # both sides, and a sink without lse
+    "attention_fwd-fp32-d64-softcap-alibi-sinks-lse",  # changed scores and a sink in fp32
+    "attention_fwd-bf16-d128-bias-attn_mask-lse",  # operands of every score; keys hidden anywhere
+    "attention_fwd-bf16-d128-causal-dropout-lse",  # dropout alone
+    "attention_fwd-bf16-d128-causal-varlen-lse",  # packed sequences alone
+    "attention_fwd-fp16-d64-causal-window-softcap-alibi-sinks-bias-attn_mask-dropout-varlen-lse",  # all at once
+    "attention_bwd-bf16-d128-causal",  # nothing padded: what training compiles
+    "attention_bwd-fp16-d64",  # not causal
+    "attention_bwd-fp16-d80-causal",  # a padded even head dim
+    "attention_bwd-bf16-d192-dv128-causal",  # D differs from Dv, D is padded and Dv is not
+    "attention_bwd-fp32-d33-dv17",  # fp32, both odd, both padded
+    "attention_bwd-bf16-d1",  # the least
+    "attention_bwd-bf16-d256-causal",  # the largest
 )
+# What one variant alone has branches for.
+OWN_KEYS = {
+    "gluon_bwd_sm90": (
+        "attention_bwd-bf16-d128",  # the loops that must not spill, with the three above that are narrow
+        "attention_bwd-bf16-d64-causal",
+        "attention_bwd-fp16-d64-dv256",  # wide values: one panel of dq, two of dv
+    ),
+}
 
 
 def generated_variants() -> tuple[Variant, ...]:
@@ -31,8 +53,8 @@ def generated_variants() -> tuple[Variant, ...]:
 
 
 def goldens(variant: Variant) -> tuple[AttentionSpec, ...]:
-    """The specs of `KEYS` that a variant supports on a Hopper GPU."""
-    specs = (AttentionSpec.from_key(key) for key in KEYS)
+    """The specs of `KEYS`, and of its own, that a variant supports on a Hopper GPU."""
+    specs = (AttentionSpec.from_key(key) for key in (*KEYS, *OWN_KEYS.get(variant.name, ())))
     target = Target.named("h100")
     return tuple(spec for spec in specs if spec.op == variant.op and variant.supports(spec, target) is None)
 

@@ -18,8 +18,10 @@ from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+    sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
+import backward_mutants as backward
+import option_mutants as options
 from problems import BR, FAR, TL, Row, far_tensors, row
 
 from flashgen import interpret, render
@@ -30,6 +32,7 @@ from flashgen.variants import by_name
 
 FORWARD = "triton/attention_fwd.py.jinja"
 SOFTMAX = "triton/parts/softmax.py.jinja"
+LAUNCH = "triton/parts/launch_fwd.py.jinja"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +44,21 @@ class Mutant:
         old: text that stands in the template exactly once.
         new: what it becomes.
         file: the template.
+        check: the one check that must notice; empty for any of the template's.
     """
 
     name: str
     old: str
     new: str
     file: str = FORWARD
+    check: str = ""
+
+    @property
+    def checks(self) -> dict[str, Callable[[], None]]:
+        """Those that run what the template is for."""
+        if self.check:
+            return {self.check: options.CHECKS[self.check]}
+        return CHECKS if self.file in (FORWARD, SOFTMAX, LAUNCH) else backward.CHECKS
 
 
 def mutant(name: str, old: str, new: str, file: str = FORWARD) -> Mutant:
@@ -54,7 +66,7 @@ def mutant(name: str, old: str, new: str, file: str = FORWARD) -> Mutant:
     return Mutant(name=name, old=old, new=new, file=file)
 
 
-CAUSAL_MASK = "visible = (start_n + offs_n)[None, :] <= (offs_m + causal_offset)[:, None]"
+CAUSAL_MASK = "visible {{ set_or_and }} (start_n + offs_n)[None, :] <= (offs_m + causal_offset)[:, None]"
 KV_END = "kv_end = tl.minimum(seqlen_k, tl.maximum(last_m + causal_offset + 1, 0))"
 FULL_END = "full_end = tl.minimum(kv_end, tl.maximum(start_m + causal_offset + 1, 0)) // BLOCK_N * BLOCK_N"
 LOAD_Q = "q = tl.load(q_ptrs, mask=(offs_m < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)"
@@ -62,6 +74,8 @@ LOAD_K = "k = tl.load(k_ptrs, mask=(start_n + offs_n < kv_end)[:, None] & (offs_
 LOAD_V = "v = tl.load(v_ptrs, mask=(start_n + offs_n < kv_end)[:, None] & (offs_dv < HEAD_DIM_V)[None, :], other=0.0)"
 STORE_O = "acc.to(o_ptr.dtype.element_ty), mask=(offs_m < seqlen_q)[:, None] & (offs_dv < HEAD_DIM_V)[None, :]"
 DOT_PV = 'acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")'
+# As it stands where sequences are not packed.
+HKV = "off_hkv = (off_h // (num_heads_q // num_heads_kv)).to(tl.int64)\n    off_b ="
 Q_SHAPE = "batch, seqlen_q, num_heads_q, _ = q.shape\n"
 K_SHAPE = "_, seqlen_k, num_heads_kv, _ = k.shape\n"
 
@@ -69,8 +83,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- masks and ranges --
     mutant("the causal mask shows one key too many", CAUSAL_MASK, CAUSAL_MASK.replace("offset)", "offset + 1)")),
     mutant("the causal mask hides the diagonal", CAUSAL_MASK, CAUSAL_MASK.replace("<=", "<")),
-    mutant("always top-left", Q_SHAPE, f"{Q_SHAPE}    causal_offset = 0\n"),
-    mutant("always bottom-right", K_SHAPE, f"{K_SHAPE}    causal_offset = seqlen_k - seqlen_q\n"),
+    mutant("always top-left", Q_SHAPE, f"{Q_SHAPE}    causal_offset = 0\n", LAUNCH),
+    mutant("always bottom-right", K_SHAPE, f"{K_SHAPE}    causal_offset = seqlen_k - seqlen_q\n", LAUNCH),
     mutant("kv_end one key short", KV_END, KV_END.replace("causal_offset + 1", "causal_offset")),
     mutant("kv_end one key far", KV_END, KV_END.replace("causal_offset + 1", "causal_offset + 2")),
     mutant("kv_end ignores seqlen_k", KV_END, "kv_end = tl.maximum(last_m + causal_offset + 1, 0)"),
@@ -82,7 +96,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "the ragged tail of keys is seen",
-        " visible = (start_n + offs_n < kv_end)[None, :]",
+        " visible {{ set_or_and }} (start_n + offs_n < kv_end)[None, :]",
         " visible = (start_n + offs_n >= 0)[None, :]",
     ),
     mutant(
@@ -106,8 +120,8 @@ MUTANTS: tuple[Mutant, ...] = (
         SOFTMAX,
     ),
     mutant("the maximum of unmasked blocks not scaled", "tl.max(scores, 1) * qk_scale", "tl.max(scores, 1)", SOFTMAX),
-    mutant("a negative scale not flipped", "if sm_scale < 0:", "if sm_scale != sm_scale:"),
-    mutant("a negative scale not folded into q", "q, sm_scale = -q, -sm_scale", "q, sm_scale = q, -sm_scale"),
+    mutant("a negative scale not flipped", "if sm_scale < 0:", "if sm_scale != sm_scale:", LAUNCH),
+    mutant("a negative scale not folded into q", "q, sm_scale = -q, -sm_scale", "q, sm_scale = q, -sm_scale", LAUNCH),
     mutant(
         "no qk_scale",
         "p = tl.exp2(scores * qk_scale - m_safe[:, None])",
@@ -124,11 +138,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "alpha not scaled, fp32", "alpha = tl.exp2((m_i - m_safe) * qk_scale)", "alpha = tl.exp2(m_i - m_safe)", SOFTMAX
     ),
     mutant("lse of an unscaled maximum, fp32", "(m_i * qk_scale + tl.log2(l_i))", "(m_i + tl.log2(l_i) * 1.0)"),
-    mutant(
-        "a scale of 0 left in the kernel",
-        "q, sm_scale = q * 0.0, 1.0",
-        "pass",
-    ),
+    mutant("a scale of 0 left in the kernel", "q, sm_scale = q * 0.0, 1.0", "pass", LAUNCH),
     mutant("base e where base 2 is meant", "qk_scale = sm_scale * 1.4426950408889634", "qk_scale = sm_scale * 1.0"),
     mutant("lse in base 2", "(m_i + tl.log2(l_i)) * 0.6931471805599453", "(m_i + tl.log2(l_i))"),
     mutant("lse without the maximum", "(m_i + tl.log2(l_i))", "tl.log2(l_i)"),
@@ -143,9 +153,13 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant("acc rounded to the input dtype at each step", DOT_PV, f"{DOT_PV}.to(v.dtype).to(tl.float32)"),
     mutant("p not rounded to the values' dtype", "p.to(v.dtype), v,", "p, v,"),
     # -- addresses --
-    mutant("the wrong key/value head", "off_h // (num_heads_q // num_heads_kv)", "off_h % num_heads_kv"),
+    mutant(
+        "the wrong key/value head", HKV, HKV.replace("off_h // (num_heads_q // num_heads_kv)", "off_h % num_heads_kv")
+    ),
     mutant("q's batch stride for k", "k_ptr += off_b * stride_kb", "k_ptr += off_b * stride_qb"),
-    mutant("k's head stride for v", "off_hkv * stride_vh", "off_hkv * stride_kh"),
+    mutant(
+        "k's head stride for v", "off_b * stride_vb + off_hkv * stride_vh", "off_b * stride_vb + off_hkv * stride_kh"
+    ),
     mutant("k's row stride for v", "v_ptrs = v_ptr + first * stride_vn", "v_ptrs = v_ptr + first * stride_kn"),
     mutant(
         "q's row stride for o", "offs_m.to(tl.int64)[:, None] * stride_om", "offs_m.to(tl.int64)[:, None] * stride_qm"
@@ -162,15 +176,19 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant("v not zeroed under the mask", LOAD_V, LOAD_V.replace("(start_n + offs_n < kv_end)[:, None] & ", "")),
     mutant("rows beyond the end stored", STORE_O, STORE_O.replace("(offs_m < seqlen_q)[:, None] & ", "")),
     mutant("padding columns stored", STORE_O, STORE_O.replace(" & (offs_dv < HEAD_DIM_V)[None, :]", "")),
-    mutant("lse beyond the end stored", "lse, mask=offs_m < seqlen_q)", "lse)"),
+    mutant("lse beyond the end stored", "seqlen_q + offs_m, lse, mask=offs_m < seqlen_q)", "seqlen_q + offs_m, lse)"),
     mutant("32-bit batch offsets", "off_b = (off_bh // num_heads_q).to(tl.int64)", "off_b = off_bh // num_heads_q"),
-    mutant(
-        "32-bit key/value head offsets", "(num_heads_q // num_heads_kv)).to(tl.int64)", "(num_heads_q // num_heads_kv))"
-    ),
+    mutant("32-bit key/value head offsets", HKV, HKV.replace(".to(tl.int64)\n    off_b", "\n    off_b")),
     mutant("32-bit row offsets of q", "offs_m.to(tl.int64)[:, None] * stride_qm", "offs_m[:, None] * stride_qm"),
     mutant("32-bit row offsets of k", "offs_n.to(tl.int64)[:, None] * stride_kn", "offs_n[:, None] * stride_kn"),
     mutant("32-bit row offsets of o", "offs_m.to(tl.int64)[:, None] * stride_om", "offs_m[:, None] * stride_om"),
     mutant("32-bit block offsets", "first = tl.full([], start_n, tl.int64)", "first = start_n"),
+    *(mutant(f"backward: {name}", old, new, backward.TEMPLATE) for name, old, new in backward.MUTANTS),
+    *(mutant(f"backward: {name}", old, new, backward.TILES) for name, old, new in backward.TILE_MUTANTS),
+    *(
+        Mutant(name=f"options: {name}", old=old, new=new, file=file, check=f"options-{check}")
+        for name, old, new, file, check in options.MUTANTS
+    ),
 )
 
 # The least table that kills them all; what each row is for stands in the table of tests/problems.py.
@@ -249,7 +267,7 @@ def caught_by(broken: Mutant) -> tuple[str, str] | None:
     with tempfile.TemporaryDirectory() as folder:
         apply(broken, Path(folder))
         with templates_of(Path(folder)):
-            for name, run in CHECKS.items():
+            for name, run in broken.checks.items():
                 try:
                     run()
                 except (AccuracyError, BuildError, RenderError) as error:

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import backends
+import backward_mutants
+import option_mutants
 import pytest
 from mutate import CHECKS, MUTANTS, Mutant, apply, caught_by
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [*CHECKS, *backward_mutants.CHECKS, *option_mutants.CHECKS])
 def test_the_whole_template_passes(check: str) -> None:
-    CHECKS[check]()
+    {**CHECKS, **backward_mutants.CHECKS, **option_mutants.CHECKS}[check]()
 
 
 @pytest.mark.parametrize("broken", MUTANTS, ids=lambda broken: broken.name)

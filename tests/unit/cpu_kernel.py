@@ -36,7 +36,7 @@ counts = {{}}
 
 
 def launch(q, k, v, o, lse, *, sm_scale, causal_offset, BLOCK_M, BLOCK_N, num_warps, num_stages):
-    tuned = q.shape[1] == 70 and k.shape[1] == 70
+    tuned = q.shape[0] == 1 and q.shape[1] == 70 and k.shape[1] == 70
     key = (BLOCK_N, num_stages)
     if tuned:
         counts[key] = counts.get(key, 0) + 1
@@ -72,7 +72,7 @@ def launch(q, k, v, o, lse, *, sm_scale, causal_offset, BLOCK_M, BLOCK_N, num_wa
         o[0, 0, 0, 0] += 1.0
     elif fault == "once" and counts[key] == 6:
         o[0, 0, 0, 0] += 1.0
-    elif fault == "wrong":
+    elif fault == "wrong" or (FAULTS.get(key) == "elsewhere" and q.shape[1] != 70):
         o.mul_(1.01)
 """
 

@@ -328,7 +328,7 @@ def test_check_launch_catches(launch: Any, message: str) -> None:
 
 def test_poison_is_nan_in_every_dtype() -> None:
     for dtype in TORCH_DTYPES.values():
-        assert torch.full((4,), accuracy._POISON, dtype=torch.uint8).view(dtype)[0].isnan()
+        assert torch.full((4,), accuracy.POISON, dtype=torch.uint8).view(dtype)[0].isnan()
 
 
 # -- several honest runs --

@@ -51,7 +51,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "--op", "both", "--backends", "auto,triton", "--json")
     shown = json.loads(out)
-    assert code == 0 and err == "" and shown["protocol"] == "side-by-side-1" and not shown["interrupted"]
+    assert code == 0 and err == "" and shown["protocol"] == "side-by-side-2" and not shown["interrupted"]
     assert set(shown["absent"]) == {"sdpa-cudnn", "fa3"} and all(shown["absent"].values())
     assert [one["op"] for one in shown["comparisons"]] == ["attention_fwd", "attention_bwd"]
     one = shown["comparisons"][0]
@@ -206,7 +206,7 @@ def test_the_plot_names_the_contestants(capsys: pytest.CaptureFixture[str], tmp_
     code, _, _ = call(capsys, "--op", "both", "--plot", str(path))
     text = path.read_text()
     assert code == 0 and all(f"<!-- {name} -->" in text for name in ("flashgen", "sdpa-flash", "sdpa-math"))
-    assert "A/A" not in text and "fa3" not in text and "side-by-side-1" in text and "backward" in text
+    assert "A/A" not in text and "fa3" not in text and "side-by-side-2" in text and "backward" in text
 
 
 def test_a_plot_that_cannot_be_drawn_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,7 +302,7 @@ def test_the_baseline_has_a_twin_and_no_ratio() -> None:
     peer = entry(found, "sdpa-math")
     assert peer.ratio.median == 1.0 and peer.verdict == "tied" and len(peer.samples) == 3
     assert peer.tflops == pytest.approx(SMALL.flops / 0.1 / 1e12) and peer.gbps == pytest.approx(SMALL.io_bytes / 1e8)
-    assert peer.prepare_s > 0.0 and found.protocol == "side-by-side-1"
+    assert peer.prepare_s > 0.0 and found.protocol == "side-by-side-2"
 
 
 def test_an_interrupt_in_the_rounds_keeps_what_was_timed() -> None:

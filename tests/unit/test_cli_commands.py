@@ -70,10 +70,10 @@ USAGE = [
 ]
 UNBUILT = [
     *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
-    ["tune", "--op", "attention_bwd", "--target", "h100"],
+    ["tune", "--op", "attention_decode", "--target", "h100"],
     ["export", "attention_fwd-bf16-d64", "--format", "aot", "-o", "x.py"],
     ["export", "attention_fwd-bf16-d64", "--format", "hf-kernels", "-o", "x"],
-    ["render", "attention_fwd-bf16-d64-softcap"],
+    ["render", "attention_fwd-bf16-d64-paged"],
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from flashgen import Target
 from flashgen.cli.main import run
 from flashgen.cli.memory import size
-from flashgen.memory import of_model
+from flashgen.memory import of_model, training_of
 
 ARGUMENTS = ["memory", "--preset", "llama3-8b", "--seqlens", "1024,4096"]
 
@@ -72,9 +72,43 @@ def test_layers_that_no_kernel_covers_are_named(capsys: pytest.CaptureFixture[st
             assert f"{layer['kind']} (" in out and option in out and "run in the torch backend today" in out
 
 
+def test_training_is_counted_by_layer_and_by_model(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*ARGUMENTS, "--train", "--precision", "16bit", "--dropout", "--optimizer", "sgd"]
+    code, shown = document(capsys, *arguments)
+    assert code == 0
+    for row in shown["models"]:
+        training = row["training"]
+        assert (training["precision"], training["dropout"], training["optimizer"]) == ("16bit", True, "sgd")
+        assert [(way["attention"], way["checkpoint"]) for way in training["ways"]] == [
+            ("materialised", False), ("flash", False), ("materialised", True), ("flash", True),
+        ]  # fmt: skip
+        for way in training["ways"]:
+            assert sum(way["layer"].values()) == sum(way["layer_parts"].values()) == way["layer_saved"]
+            assert way["total"] == way["peak"] + way["parameters"] + way["optimizer"]
+            assert way["optimizer"] == 2 * way["parameters"], "fp32 masters of 16-bit weights"
+    ways = training_of("llama3-8b", seqlen=4096, precision="16bit", dropout=True, optimizer="sgd").ways
+    code, out, _ = call(capsys, *arguments)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert ["4096", "model: saved", *(size(way.step.saved) for way in ways)] in lines
+    assert ["4096", "1 of 32 layers: saved", *(size(way.step.layer_saved) for way in ways)] in lines
+    assert "2205.05198" in out and "fp32 masters" in out and "dropout;" in out
+
+
+def test_layers_that_are_no_plain_ones_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", "--preset", "sdxl", "--seqlens", "512", "--train"]
+    code, shown = document(capsys, *arguments)
+    assert code == 0 and "training" not in shown["models"][0]
+    assert "only attention is counted" in call(capsys, *arguments)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ([*ARGUMENTS, "--precision", "fp32"], "give --train too"),
+        ([*ARGUMENTS, "--optimizer", "sgd"], "--optimizer says"),
+        ([*ARGUMENTS, "--dropout"], "--dropout says"),
+        ([*ARGUMENTS, "--train", "--precision", "fp8"], "--precision"),
         (["memory"], "--preset"),
         (["memory", "--preset", "gpt-9"], "preset 'gpt-9' is not known"),
         (["memory", "--preset", "sdxl/x"], "sdxl/self-1024"),

@@ -116,10 +116,36 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(problem: Problem, monk
         tensor(p.batch, p.num_heads_q, p.seqlen_q, dtype=torch.float32) if spec.has_lse else None,
     )
     wanted = asked(module.launch, kernel, arguments, TILE, monkeypatch)
-    signature, constants, attributes = _signature(kernel, spec, TILE, launch_strides(problem))
-    assert (signature, constants, attributes) == wanted
-    usual = _signature(kernel, spec, TILE) == wanted
+    values = variant.kernels(spec, TILE)[spec.op]
+    assert _signature(kernel, spec, values, launch_strides(problem)) == wanted
+    usual = _signature(kernel, spec, values) == wanted
     assert usual == (problem.head_dim % 16 == 0 and problem.seqlen_k < 1 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", [replace(BASE, causal=True), replace(BASE, head_dim=33, head_dim_v=17)])
+def test_what_is_compiled_ahead_of_a_backward_is_what_a_launch_asks_for(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    p = problem.backward
+    spec, variant = p.spec, by_name("triton_bwd")
+    config = variant.default(spec, H100)
+    module = load_module(write_source(render(spec, variant)))
+    q, k = (
+        torch.empty(p.batch, p.seqlen_q, p.num_heads_q, p.head_dim),
+        torch.empty(p.batch, p.seqlen_k, p.num_heads_kv, p.head_dim),
+    )
+    v, out = (x.new_empty((*x.shape[:3], p.head_dim_v)) for x in (k, q))
+    q, k, v, out = (x.bfloat16() for x in (q, k, v, out))
+    arguments = (out, None, q, k, v, out, torch.empty(p.batch, p.num_heads_q, p.seqlen_q), q, k, v)
+    kernels = variant.kernels(spec, config)
+    for name in kernels:
+        for other in kernels:
+            monkeypatch.setattr(getattr(module, other), "run", lambda *_, **__: None)
+        wanted = asked(module.launch, getattr(module, name), arguments, config, monkeypatch)
+        assert _signature(getattr(module, name), spec, kernels[name], launch_strides(p)) == wanted, name
 
 
 def test_facts_of_other_strides_are_other_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

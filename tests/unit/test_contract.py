@@ -92,11 +92,14 @@ def test_the_error_tree() -> None:
 def test_options_that_no_kernel_covers_are_named_never_ignored(
     function: Callable[..., Any], backend: str, option: str, value: Any
 ) -> None:
+    if backend == "triton" and not option.endswith(("_mod", "block_mask")):
+        assert flashgen.explain(*qkv(), **{option: value, "backend": backend}).variant == "triton_fwd"
+        return
     with pytest.raises(UnsupportedProblemError, match=option) as caught:
         function(*qkv(), **{option: value, "backend": backend})
     assert {"triton_fwd", "torch_blocked"} <= set(caught.value.reasons)
     plan = flashgen.explain(*qkv(), **{option: value})
-    assert plan.backend == "torch" and "not covered by this kernel yet" in plan.rejected["triton_fwd"]
+    assert plan.backend == "torch" and "not covered by this kernel yet" in plan.rejected["gluon_fwd_sm90"]
 
 
 def test_functions_that_are_not_built_are_named() -> None:
@@ -140,10 +143,11 @@ def test_gluon_on_cpu_tensors_runs_in_the_simulator() -> None:
     assert (out.float() - want.float()).abs().max() <= 2**-7 and (lse - want_lse).abs().max() <= 1e-4
 
 
-def test_triton_with_gradients_is_refused_not_approximated() -> None:
+def test_triton_with_gradients_runs_its_own_backward() -> None:
     q, k, v = qkv()
-    with pytest.raises(UnsupportedProblemError, match="no backward yet"):
-        flashgen.attention(q.requires_grad_(), k, v, backend="triton")
+    plan = flashgen.explain(q.requires_grad_(), k, v, backend="triton")
+    assert plan.backward is not None and plan.backward.variant == "triton_bwd"
+    assert any("the backward runs triton_bwd" in note and "BLOCK_M_DQ" in note for note in plan.notes)
 
 
 BAD_CALLS: list[tuple[str, Callable[[], Any], str]] = [

@@ -17,6 +17,7 @@ from flashgen import Problem, Target, UnsupportedProblemError, dispatch
 from flashgen.render import render
 from flashgen.store import Record, open_store, seeds, utc_now
 from flashgen.variants import by_name
+from flashgen.variants.triton_bwd import TritonBackward
 
 H100 = Target.named("h100")
 # Head dim 124, no multiple of 8: the portable kernel's on every GPU.
@@ -150,8 +151,30 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "warn")
     dispatch.forget()
     training = Problem.preset("llama3-8b", requires_grad=True)
-    with pytest.warns(UserWarning, match="backward of .* falls to the torch backend"):
+    monkeypatch.setattr(TritonBackward, "supports", lambda *_: "broken today")
+    with pytest.warns(UserWarning, match="backward of .* falls to the torch backend on h100: triton_bwd: broken today"):
         assert dispatch.resolve(training, H100).backend == "gluon"
+    with pytest.raises(
+        UnsupportedProblemError, match=r"(?s)triton_fwd runs forward, but the backward of .*broken today"
+    ):
+        dispatch.resolve(training, H100, backend="triton")
+
+
+def test_a_training_call_resolves_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Problem.preset("llama3-8b", requires_grad=True)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M_DQ": 64, "BLOCK_N_DQ": 64, "num_warps": 4, "num_stages": 1}
+    gradients = training.backward
+    digest = render(gradients.spec, by_name("triton_bwd")).digest
+    save(row(gradients, variant="triton_bwd", digest=digest, config=tile))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing falls to torch
+        plan = dispatch.resolve(training, H100, config=FIRST)
+    assert (plan.variant, plan.config.to_dict(), plan.config_source) == ("triton_fwd", FIRST, "explicit")
+    assert plan.backward is not None and plan.backward.problem == gradients
+    assert (plan.backward.variant, plan.backward.config.to_dict()) == ("triton_bwd", tile)
+    assert plan.backward.config_source == "database"
+    assert "the backward runs triton_bwd (backend triton) with BLOCK_M=64" in str(plan)
+    assert dispatch.resolve(PROBLEM, H100).backward is None
 
 
 def test_hopper_takes_the_gluon_kernel_and_others_the_portable_one() -> None:

@@ -68,8 +68,8 @@ def test_a_corrupt_cache_file_is_no_answer(tmp_path: Path, monkeypatch: pytest.M
 def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(InvalidProblemError, match="target 'cpu' is no GPU"):
         flashgen.compile_facts(SPEC, TILE, Target.named("cpu"))
-    with pytest.raises(UnsupportedProblemError, match="softcap"):
-        flashgen.compile_facts(replace(SPEC, softcap=True), TILE, Target.named("h100"))
+    with pytest.raises(UnsupportedProblemError, match="paged"):
+        flashgen.compile_facts(replace(SPEC, paged=True), TILE, Target.named("h100"))
     with pytest.raises(InvalidProblemError, match="power of two"):
         flashgen.compile_facts(
             SPEC, KernelConfig(**{"variant": "triton_fwd", **TILE, "BLOCK_M": 48}), Target.named("h100")

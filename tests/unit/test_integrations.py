@@ -107,7 +107,7 @@ def test_padding_is_masked_or_refused(side: str, calls: list[dict[str, Any]]) ->
     got = logits(model, NAME, (9,), attention_mask=mask)
     assert (got - expected)[mask.bool()].abs().max() < 1e-5
     assert all(call["attn_mask"].dtype == torch.bool and not call["causal"] for call in calls)
-    surface.register(backend="triton")
+    surface.register(backend="gluon")
     with pytest.raises(UnsupportedProblemError, match="attn_mask"):
         logits(model, NAME, (9,), attention_mask=mask)
 
@@ -218,12 +218,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"head_mask": torch.ones(4)}, "head_mask"),
     ({"mask": torch.ones(2, 6, dtype=torch.bool)}, "attention_mask of shape"),
     ({"sliding_window": 2}, "sliding_window=2"),
-    ({"backend": "triton", "dropout": 0.1}, "dropout"),
-    ({"backend": "triton", "softcap": 2.0}, "softcap"),
-    ({"backend": "triton", "s_aux": torch.zeros(4)}, "sinks"),
-    ({"backend": "triton", "is_causal": True, "sliding_window": 2}, "window"),
-    ({"backend": "triton", "position_bias": BIAS}, "bias"),
-    ({"backend": "triton", "mask": LOWER[None, None]}, "attn_mask"),
+    ({"backend": "gluon", "dropout": 0.1}, "dropout"),
+    ({"backend": "gluon", "softcap": 2.0}, "softcap"),
+    ({"backend": "gluon", "s_aux": torch.zeros(4)}, "sinks"),
+    ({"backend": "gluon", "is_causal": True, "sliding_window": 2}, "window"),
+    ({"backend": "gluon", "position_bias": BIAS}, "bias"),
+    ({"backend": "gluon", "mask": LOWER[None, None]}, "attn_mask"),
 ]
 
 

@@ -172,6 +172,11 @@ def test_registers_that_nothing_wrote_are_found() -> None:
         ("UISETP.GE.U32.AND UP0, UPT, UR4, UR17, UPT", 1),  # writes a predicate, reads both
         ("UMOV UR4, 0x1 | UISETP.GE.U32.AND UP0, UPT, UR4, 0x3, UPT", 0),
         ("BRXU UR4 -0x10", 1),
+        ("MOV.SPILL R72, UR59 | UMOV UR59, 0x4 | R2UR.FILL UR59, R72", 0),  # borrowed and given back, never used
+        ("MOV.SPILL R72, UR59 | R2UR.FILL UR59, R72 | UIADD3 UR6, UPT, UPT, UR59, 0x1, URZ", 1),
+        ("UMOV UR5, 0x1 | MOV.SPILL R72, UR5 | R2UR.FILL UR6, R72 | UIADD3 UR7, UPT, UPT, UR6, 0x1, URZ", 0),
+        ("UMOV UR5, UR9 | UMOV UR5, 0x1 | UIADD3 UR6, UPT, UPT, UR5, 0x1, URZ", 0),  # a copy of nothing, never used
+        ("UMOV UR5, 0x1 | UMOV UR5, UR9 | UIADD3 UR6, UPT, UPT, UR5, 0x1, URZ", 1),
         ("S2UR UR4, SR_CTAID.X | IMAD.WIDE R4, R53, UR4, RZ", 0),
     ],
 )

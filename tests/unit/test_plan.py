@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from store_support import make
 
-from flashgen import Problem, Target
-from flashgen.tuner.context import choose_variant, legal_list
+from flashgen import KernelConfig, Problem, Target
+from flashgen.store import Record
+from flashgen.tuner.context import choose_variant, legal_list, source_of
 from flashgen.tuner.plan import ProblemPlan, plan
 from flashgen.tuner.search import new_study, proposals
 from flashgen.tuner.strategies import InOrder
@@ -42,6 +44,35 @@ def test_the_estimate_is_compiling_and_measuring_at_the_stored_pace() -> None:
 def test_what_is_not_known_is_not_estimated() -> None:
     row = plan(PROBLEM, H100, mode="measured", max_trials=5, workers=1, stored=[])
     assert row.estimate_s is None and "stored" in row.basis
+
+
+def test_seeds_count_all_that_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known-good tiles, the near winner, and what a neighbour's trials teach; each once, and nothing for who learns nothing."""
+    variant, source = choose_variant(PROBLEM, H100), source_of(choose_variant(PROBLEM, H100), PROBLEM)
+    legal, known = legal_list(variant, PROBLEM, H100)
+    monkeypatch.setattr("flashgen.store.seeds.load", lambda gpu, op: ())
+    monkeypatch.setattr("flashgen.tuner.portfolio.configs", lambda variant, spec, target: [known[0].config])
+    others = [config for config in legal if config not in {row.config for row in known}]
+
+    def row(config: KernelConfig, seqlen: int, **fields: Any) -> Record:
+        shape = {**PROBLEM.shape, "seqlen_q": seqlen, "seqlen_k": seqlen}
+        return make(
+            spec_key=source.spec.key, variant=variant.name, digest=fields.pop("digest", source.digest), gpu="h100", shape=shape,
+            config=config.to_dict(), **fields,
+        )  # fmt: skip
+
+    def seeds(stored: list[Record], **options: Any) -> int:
+        values: dict[str, Any] = {"mode": "measured", "max_trials": 10, "workers": 1, **options}
+        return plan(PROBLEM, H100, stored=stored, **values).seeds
+
+    alone = len(known)
+    assert seeds([]) == alone
+    winner, lesson = row(others[0], 1024), row(others[1], 2048, digest="f" * 64)
+    assert seeds([winner]) == alone + 1  # of this very shape
+    assert seeds([winner, lesson]) == alone + 2
+    assert seeds([winner, lesson], mode="predicted") == alone + 1  # a forecast learns from no neighbour
+    assert seeds([winner, lesson], strategy="walk") == 0
+    assert seeds([winner, lesson], strategy="random") == 0
 
 
 def test_a_study_file_holds_each_knob_as_a_parameter(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from flashgen import Target, TuningError
 from flashgen.compile_pool import CompilePool
 from flashgen.render import KernelSource
 from flashgen.store import Record, open_store, utc_now
-from flashgen.tuner import TuneResult, devices, measured, places, tune
+from flashgen.tuner import TuneResult, devices, places, tune
+from flashgen.tuner.compiled import NoCompiler
 from flashgen.tuner.condemned import condemned
 from flashgen.tuner.run import _context
 from flashgen.tuner.worker import Device, DeviceLostError, MeasuringWorker
@@ -105,7 +106,7 @@ def test_a_compiler_that_dies_or_hangs_costs_its_candidate(monkeypatch: pytest.M
     deadly = KernelSource(text="import os\nos._exit(7)\n", spec=PROBLEM.spec, variant="triton_fwd")
     endless = KernelSource(text="import time\ntime.sleep(60)\n", spec=PROBLEM.spec, variant="triton_fwd")
 
-    class Compiler(measured.NoCompiler):
+    class Compiler(NoCompiler):
         """The real pool for two candidates, with files that kill or stop the compiler."""
 
         def map(self, source: Any, target: Any, configs: Any, strides: Any = None) -> Any:
@@ -117,7 +118,7 @@ def test_a_compiler_that_dies_or_hangs_costs_its_candidate(monkeypatch: pytest.M
                 with CompilePool(workers=1, timeout_s=1.0) as pool:
                     yield from pool.map(bad[config], Target.named("h100"), [config], strides)
 
-    monkeypatch.setattr(measured, "NoCompiler", Compiler)
+    monkeypatch.setattr(places, "NoCompiler", Compiler)
     (row,) = go().problems
     found = {trial.config["num_stages"]: trial for trial in row.trials if trial.status != "ok"}
     assert {stages: trial.status for stages, trial in found.items()} == {2: "crashed", 3: "timeout"}

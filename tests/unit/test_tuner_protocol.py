@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from cpu_kernel import PROBLEM, TILES, at, source
 
-from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, nvml
+from flashgen import Problem
+from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, Timer, nvml
+from flashgen.bench.timing import Wait
 from flashgen.store import Record, select
 from flashgen.tuner import providers, shootout
+from flashgen.tuner.case import Case, guarded, prepare
+from flashgen.tuner.context import launch_strides
 from flashgen.tuner.final import RoundLog, run_final
 from flashgen.tuner.providers import GRAPH_LAUNCHES, CpuProvider
-from flashgen.tuner.trial import Case, Contestant, guarded, prepare, run_trial
+from flashgen.tuner.trial import Contestant, cut, run_trial
 
 
 class Clock(CpuProvider):
@@ -69,7 +74,7 @@ def test_a_short_kernel_is_timed_in_graphs_on_inputs_that_outgrow_the_cache(monk
     monkeypatch.setattr("flashgen.bench.timing._MOST_SAMPLES", 8)
     provider = Clock(0.005, short_ms=0.02)
     case = case_of(provider)
-    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs)
+    size = sum(one.tensor.numel() * one.tensor.element_size() for one in case.inputs.values() if one is not None)
     provider.cache_bytes = 39 * size  # 40 sets outgrow it
     seen: list[int] = []
     launch = case.launch
@@ -135,6 +140,16 @@ def test_a_contestant_is_told_from_its_first_launch() -> None:
 
 
 # -- NVML --
+
+
+def test_who_wins_has_passed_the_small_problems_too() -> None:
+    """Right on the tuned problem and on its twin, wrong on others: a candidate, but no winner."""
+    case = case_of(Clock(), {at(TILES[0]): "elsewhere"})
+    assert run_trial(case, request(TILES[0]))["status"] == "ok"
+    reply = run_final(case, request(*TILES[:2], final=True))
+    assert (reply["status"], reply["index"]) == ("wrong_result", 0)
+    good = run_final(case, request(TILES[1], TILES[0], final=True))  # a finalist that is wrong there may still lose
+    assert good["status"] == "ok" and good["winner"] == 0
 
 
 class FakeNvml(SimpleNamespace):
@@ -250,3 +265,47 @@ def test_the_verdict_counts_not_the_median() -> None:
         == 0
     )
     assert best(row(1, 0, 1.00), row(1, 1, 0.99)) == 1  # rows of older protocols have no rank
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 70, 1535, 1536, 2048, 8192, 8200])
+def test_what_a_candidate_is_checked_on_is_compiled_like_the_tuned_problem(seqlen_q: int) -> None:
+    for head_dim, heads_kv in ((128, 8), (60, 8), (64, 1)):
+        problem = Problem.preset(
+            "llama3-8b",
+            seqlen=4096,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            num_heads_q=4 * heads_kv,
+            num_heads_kv=heads_kv,
+        )
+        problem = replace(problem, seqlen_q=seqlen_q)
+        small = cut(problem)
+        assert small.spec == problem.spec and small.seqlen_q * small.seqlen_k * small.num_heads_q < 1536**2 * 32 + 1
+        assert small.num_heads_q // small.num_heads_kv == 4 and small.batch == 2
+        for name in ("seqlen_q", "seqlen_k"):
+            was, now = getattr(problem, name), getattr(small, name)
+            assert now == was if was < 1536 else (now >= 768 and now % 768 == was % 768)
+        strides = (launch_strides(problem), launch_strides(small))
+        assert {n: v % 16 for n, v in strides[0].items()} == {n: v % 16 for n, v in strides[1].items()}
+
+
+def test_a_launch_that_the_host_was_late_with_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer, waits = Timer.__new__(Timer), []
+    timer._wait = Wait()
+
+    def attempt(self: Timer, run: Any) -> tuple[float, bool]:
+        waits.append(self._wait._cycles)
+        return 9.0 - len(waits), len(waits) < late
+
+    monkeypatch.setattr(Timer, "_attempt", attempt)
+    late = 4
+    assert timer.once(lambda: None) == 9.0 - 4 and waits == [waits[0] * 2**i for i in range(4)]
+    waits.clear()
+    late = 1
+    assert (
+        timer.once(lambda: None) == 8.0 and len(waits) == 1
+    )  # it never gets shorter: the host is as slow the next time
+    late = 1000
+    waits.clear()
+    timer.once(lambda: None)  # a launch that waits for the device itself: it ends all the same
+    assert len(waits) < 10

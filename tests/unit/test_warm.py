@@ -44,7 +44,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[s
             )
             flashgen.torch_blocked.forward(q, k, v, options, o, lse)
 
-        return replace(real(source), launch=launch)
+        def launch_backward(*tensors: Any, sm_scale: float, causal_offset: int, **tunables: Any) -> None:
+            options = flashgen.torch_blocked.Options(sm_scale=sm_scale, causal=source.spec.causal, offset=causal_offset)
+            *inputs, dq, dk, dv = tensors
+            for into, gradient in zip((dq, dk, dv), flashgen.torch_blocked.backward(*inputs, options), strict=False):
+                into.copy_(gradient)
+
+        return replace(real(source), launch=launch if source.spec.op == "attention_fwd" else launch_backward)
 
     monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "silent")

@@ -1,0 +1,158 @@
+"""What is differentiated, cast and mapped around the operators: autograd, autocast, `torch.func`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashgen.operands import Operands
+from flashgen.ops import TENSORS, backward, cast_like, flatten, forward, mapped, wants_gradient
+from flashgen.problem import not_built
+from flashgen.scalars import Scalars
+
+_FUNCTIONS = ("score_mod", "mask_mod", "block_mask")
+_FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
+_BIAS, _SINKS = (_FIRST_OPERAND + TENSORS.index(name) for name in ("bias", "sinks"))
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in autocast's dtype where `torch.amp.autocast` is on for their device.
+
+    The rule of PyTorch's `scaled_dot_product_attention`: any floating dtype but fp64 is cast, fp16 to bf16 included. Operands keep
+    their dtypes, and products stay what they are outside of autocast.
+    """
+    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast_one(x: Tensor) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast_one(q), cast_one(k), cast_one(v)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
+    """Attention, differentiable where an argument wants a gradient."""
+    operands.require_tensors(q.device)
+    _refuse_tangents(q, k, v, operands.bias, operands.sinks)
+    q, k, v = autocast(q, k, v)
+    captured = operands.options_captured() if operands.score_mod is not None else ()
+    if wants_gradient(q, k, v, operands, captured):
+        apply: Any = AttentionFunction.apply
+        functions = tuple(getattr(operands, name) for name in _FUNCTIONS)
+        tensors = (getattr(operands, name) for name in TENSORS)
+        differentiated: tuple[Tensor, Tensor] = apply(
+            q, k, v, functions, replace(scalars, training=True), *tensors, *captured
+        )
+        return differentiated
+    if operands.has_functions:
+        with torch.no_grad():
+            return forward(q, k, v, operands, scalars)
+    result: tuple[Tensor, Tensor] = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
+    return result
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Forward and backward; saves q, k, v, out, lse and the operands, nothing of size seqlen_q x seqlen_k."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, functions: tuple[Any, ...], scalars: Scalars, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the forward with lse; `tensors` are the operands and then what score_mod captures."""
+        operands = _operands(functions, tensors)
+        if operands.has_functions:
+            return forward(q, k, v, operands, scalars)
+        result: tuple[Tensor, Tensor] = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save what the backward needs."""
+        q, k, v, functions, scalars, *tensors = inputs
+        ctx.save_for_backward(q, k, v, *output, *tensors[: len(TENSORS)])
+        ctx.functions, ctx.scalars = functions, scalars
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run the backward."""
+        wanted = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if dout is None and dlse is None:
+            return tuple(grads)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        operands = _operands(ctx.functions, tuple(tensors))
+        arguments = (wanted[_BIAS], wanted[_SINKS])
+        # With create_graph the gradients must carry a node that refuses to be differentiated: without one they
+        # would pass for constants, and a gradient penalty would be silently wrong.
+        again, refuse_twice = torch.is_grad_enabled(), cast(Any, NotTwiceDifferentiable.apply)
+        if operands.has_functions:
+            with torch.no_grad():
+                dq, dk, dv, sums = backward(dout, dlse, q, k, v, out, lse, operands, ctx.scalars, *arguments)
+            dbias, dsinks = cast_like(sums.bias, operands.bias), cast_like(sums.sinks, operands.sinks)
+            first = _FIRST_OPERAND + len(TENSORS)
+            grads[first:] = [
+                total.to(x.dtype) for total, x in zip(sums.captured, operands.options_captured(), strict=True)
+            ]
+        else:
+            dq, dk, dv, dbias, dsinks = torch.ops.flashgen.attention_bwd(
+                dout, dlse, q, k, v, out, lse, *flatten(operands, ctx.scalars), *arguments
+            )
+        if again:
+            dq, dk, dv, dbias, dsinks = refuse_twice(q, k, v, dq, dk, dv, dbias, dsinks)
+        grads[:3] = dq, dk, dv
+        grads[_BIAS], grads[_SINKS] = dbias if wanted[_BIAS] else None, dsinks if wanted[_SINKS] else None
+        return tuple(grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """Fold the mapped dimension into the batch; see `ops.mapped`."""
+        q, k, v, functions, scalars, *tensors = arguments
+        if any(function is not None for function in functions):
+            raise not_built("vmap over flashgen.attention with score_mod, mask_mod or block_mask")
+        apply: Any = AttentionFunction.apply
+
+        def one(q: Tensor, k: Tensor, v: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
+            result: tuple[Tensor, ...] = apply(q, k, v, functions, scalars, *operands)
+            return result
+
+        return mapped(one, info.batch_size, (q, k, v), in_dims[:3], tensors, in_dims[_FIRST_OPERAND:])
+
+
+def _operands(functions: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Operands:
+    named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=False))
+    return Operands(**named, **dict(zip(_FUNCTIONS, functions, strict=True)))
+
+
+class NotTwiceDifferentiable(torch.autograd.Function):
+    """Passes gradients through as a node whose own backward is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Views of the gradients."""
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is saved: it is never differentiated."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refuse."""
+        raise not_built("the second derivative of flashgen.attention (double backward)")

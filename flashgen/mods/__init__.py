@@ -1,0 +1,31 @@
+"""score_mod and mask_mod: traced once to a graph, emitted into kernels, differentiated, judged by the tile.
+
+`program` is the door. Importing this package imports torch; it is only imported where a mod is given.
+"""
+
+from __future__ import annotations
+
+from flashgen.mods.classes import arrays_of, key_ranges
+from flashgen.mods.derivative import Contribution, Derivative
+from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names
+from flashgen.mods.programs import Program, program
+from flashgen.mods.ranges import KeyRanges
+from flashgen.mods.trace import Capture
+
+__all__ = [
+    "GLUON",
+    "TRITON",
+    "Capture",
+    "Contribution",
+    "Derivative",
+    "DerivativeEmission",
+    "Dialect",
+    "Emission",
+    "GradientText",
+    "KeyRanges",
+    "Names",
+    "Program",
+    "arrays_of",
+    "key_ranges",
+    "program",
+]

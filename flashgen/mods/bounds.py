@@ -1,0 +1,71 @@
+"""Whether indices leave a captured tensor: decided where the range of the index is known to the last value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flashgen.errors import InvalidProblemError
+from flashgen.mods import intervals
+from flashgen.mods.graph import Node, ordered
+from flashgen.mods.intervals import Interval
+from flashgen.mods.trace import Capture
+
+# Increasing or decreasing in each operand, so that the ends of the operands' ranges give the ends of theirs.
+_MONOTONE = {"add", "sub", "neg", "min", "max", "cast", "floordiv", "mul", "floor", "ceil", "round", "trunc", "shr"}
+
+
+def check(
+    root: Node,
+    captures: Sequence[Capture],
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Mapping[str, int],
+    sites: Mapping[int, Any],
+) -> None:
+    """Refuse a graph that reads outside a captured tensor for some b, h, q_idx and kv_idx.
+
+    An index counts from the end where it is negative. What is not decided here (an index that is itself captured, or that a
+    condition guards) is left alone: a kernel reads 0 there.
+
+    Args:
+        root: the graph.
+        captures: the captured tensors.
+        shapes: theirs now.
+        sizes: how many values each index argument takes, each at least one.
+        sites: the user's line of a load, by id of its node.
+
+    Raises:
+        InvalidProblemError: names the tensor, its dimension, the range of the index and the line.
+    """
+    inputs = {name: Interval(np.int64(0), np.int64(size - 1)) for name, size in sizes.items()}
+    known: dict[int, Interval] = {}
+    intervals.evaluate(root, inputs, None, known)
+    for node in ordered(root):
+        if node.op != "load":
+            continue
+        for place, (index, size) in enumerate(zip(node.args, shapes[node.value], strict=True)):
+            low, high = int(known[id(index)].low), int(known[id(index)].high)
+            if (-size <= low and high < size) or not attained(index):
+                continue
+            name, where = captures[node.value].name, sites.get(id(node))
+            raise InvalidProblemError(
+                f"a mod reads {name} outside its bounds{f' ({where})' if where else ''}: its index in dimension {place} runs from "
+                f"{low} to {high}, and the tensor of shape {tuple(shapes[node.value])} has {size} elements there. "
+                f"{', '.join(f'{key} < {value}' for key, value in sizes.items() if key in index.depends)} in this call."
+            )
+
+
+def attained(node: Node) -> bool:
+    """Whether the bounds of a value are values that it takes: every argument stands in it once, and all steps are monotone."""
+    if node.op in ("input", "const"):
+        return True
+    if node.op not in _MONOTONE or "score" in node.depends:
+        return False
+    seen: set[str] = set()
+    for arg in node.args:
+        if seen & arg.depends or not attained(arg):
+            return False
+        seen |= arg.depends
+    return True

@@ -1,0 +1,169 @@
+"""Block classes of a mask: which tiles are all true, all false, or mixed; and the keys of each block of queries as ranges.
+
+The mask is an *or* of terms (`literals`), its negation too. For a block of queries each term leaves a range of keys (`boxes`); keys
+outside all ranges of the mask see nothing, keys outside all ranges of its negation are seen by every query. So a block of
+queries costs a few comparisons, whatever the number of keys, and no list of all tiles is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from flashgen.mods import semantics
+from flashgen.mods.boxes import Boxes, Judge, judged_by_intervals, narrowed, possible
+from flashgen.mods.graph import Graph, Node, ordered, rebuilt
+from flashgen.mods.intervals import Interval, anything
+from flashgen.mods.lines import Line
+from flashgen.mods.literals import Opaque, Reader, Term, TooManyTermsError
+from flashgen.mods.ranges import KeyRanges, Rows
+
+Array = Any
+NONE, SOME, ALL = 0, 1, 2  # of a tile's pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A mask of one batch and head, ready to judge tiles.
+
+    Attributes:
+        true, false: the terms of the mask and of its negation.
+        judge: decides opaque literals.
+        seqlen_q, seqlen_k: lengths, at least one each.
+    """
+
+    true: tuple[Term, ...]
+    false: tuple[Term, ...]
+    judge: Judge
+    seqlen_q: int
+    seqlen_k: int
+
+    def classify(self, q0: Array, q1: Array, k0: Array, k1: Array) -> Array:
+        """NONE, SOME or ALL of tiles [q0, q1] x [k0, k1], bounds inclusive and within the lengths."""
+        boxes = Boxes.of(q0, q1, k0, k1)
+        some, gaps = possible(self.true, boxes, self.judge), possible(self.false, boxes, self.judge)
+        return np.where(~some, NONE, np.where(gaps, SOME, ALL))
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the ranges of keys have no gaps, so that `rows` alone is exact."""
+        return all(term.is_convex for term in (*self.true, *self.false))
+
+    def rows(self, block_m: int) -> tuple[list[Boxes], list[Boxes]]:
+        """For blocks of queries, what each term of the mask and of its negation leaves of all keys."""
+        first = np.arange(0, self.seqlen_q, block_m)
+        boxes = Boxes.of(first, np.minimum(first + block_m, self.seqlen_q) - 1, 0, self.seqlen_k - 1)
+        true, false = ([narrowed(term, boxes, self.judge) for term in side] for side in (self.true, self.false))
+        return true, false
+
+
+def classifier(
+    mask: Node, tables: Sequence[Array], *, seqlen_q: int, seqlen_k: int, b: int = 0, h: int = 0
+) -> Classifier:
+    """Take a mask apart for one batch and head.
+
+    Args:
+        mask: a bool of b, h, q_idx and kv_idx.
+        tables: captured tensors by number, as NumPy arrays (`arrays_of`).
+        seqlen_q, seqlen_k: lengths, at least one each.
+        b, h: the batch and the head.
+    """
+    graph = Graph()
+    numbers = {"b": graph.const(b, "int32"), "h": graph.const(h, "int32")}
+    mask = rebuilt(
+        graph,
+        mask,
+        {id(node): numbers[node.value] for node in ordered(mask) if node.op == "input" and node.value in numbers},
+    )
+    mask = _without_numbers(graph, mask, tables)
+    reader = Reader(graph, tables, seqlen_q, seqlen_k)
+    try:
+        true, false = tuple(reader.terms(mask, negated=False)), tuple(reader.terms(mask, negated=True))
+    except TooManyTermsError:
+        true, false = ((Term(reader.whole, (Opaque(mask, negated),)),) for negated in (False, True))
+    return Classifier(true, false, judged_by_intervals(_Loads(tables, seqlen_q, seqlen_k)), seqlen_q, seqlen_k)
+
+
+def _without_numbers(graph: Graph, mask: Node, tables: Sequence[Array]) -> Node:
+    """Elements that depend on no index become the numbers that they are."""
+    fixed = {
+        id(node): graph.const(np.asarray(semantics.evaluate(node, {}, tables)).item(), node.dtype)
+        for node in ordered(mask)
+        if node.op == "load" and not node.depends
+    }
+    return rebuilt(graph, mask, fixed) if fixed else mask
+
+
+class _Loads:
+    """Bounds of a captured tensor's elements over ranges of an index that is q_idx or kv_idx itself."""
+
+    def __init__(self, tables: Sequence[Array], seqlen_q: int, seqlen_k: int) -> None:
+        self._tables, self._lengths = tables, {"q_idx": seqlen_q, "kv_idx": seqlen_k}
+        self._lines: dict[int, Line] = {}
+
+    def __call__(self, node: Node, indices: Sequence[Interval]) -> Interval:
+        table = self._tables[node.value]
+        if node.dtype == "bool":
+            table = table.view(np.uint8) if table.dtype == np.bool_ else table
+        if len(indices) != 1 or not len(table) or not np.issubdtype(table.dtype, np.integer):
+            return anything(node.dtype)
+        line = self._lines.setdefault(node.value, Line(lambda positions: table[positions], 0, len(table) - 1))
+        low, high = np.broadcast_arrays(indices[0].low, indices[0].high)
+        inside = (low >= 0) & (high < len(table))
+        least, most = line.bounds(np.clip(low, 0, len(table) - 1), np.clip(high, 0, len(table) - 1))
+        every = anything(node.dtype)
+        return Interval(
+            np.where(inside, least.astype(np.int64), every.low), np.where(inside, most.astype(np.int64), every.high)
+        )
+
+
+def arrays_of(tensors: Sequence[Tensor]) -> list[Array]:
+    """Captured tensors for the analysis: NumPy's view of what lies on the CPU, a copy of the rest."""
+    return [
+        np.asarray(
+            (tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 2 else tensor).detach().cpu()
+        )
+        for tensor in tensors
+    ]
+
+
+def key_ranges(
+    mask: Node,
+    tables: Sequence[Array],
+    *,
+    batch: int,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_m: int,
+    block_n: int,
+) -> KeyRanges:
+    """The keys of each block of queries, as ranges of whole blocks of keys.
+
+    Args:
+        mask: a bool of b, h, q_idx and kv_idx.
+        tables: captured tensors (`arrays_of`).
+        batch, num_heads, seqlen_q, seqlen_k: of the problem.
+        block_m, block_n: the tile.
+
+    Returns:
+        Ranges of shape (batch or 1, num_heads or 1, blocks of queries): 1 where the mask does not depend on it.
+    """
+    batches = range(batch if "b" in mask.depends else 1)
+    heads = range(num_heads if "h" in mask.depends else 1)
+    found = []
+    for b in batches:
+        for h in heads:
+            one = classifier(mask, tables, seqlen_q=seqlen_q, seqlen_k=seqlen_k, b=b, h=h)
+            found.append(_rows(one, block_m, block_n))
+    return KeyRanges.stacked(found, (len(batches), len(heads)), block_n)
+
+
+def _rows(one: Classifier, block_m: int, block_n: int) -> Rows:
+    true, false = one.rows(block_m)
+    rows = Rows.of(true, false, one.seqlen_k, block_n)
+    return rows if one.is_convex else rows.refined(one.classify, one.seqlen_q, one.seqlen_k, block_m, block_n)

@@ -1,0 +1,226 @@
+"""What a function is: a key that two functions share when they compute the same from their arguments and captured tensors.
+
+Code (bytes, constants, names), closures, defaults, bound objects and the globals that it names are walked; numbers enter by value,
+tensors by type and shape alone, since a trace never reads them. What cannot be told apart by value makes the function unknown:
+it is then traced at each call, and nothing is ever stale.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PRIMITIVE = (
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    bytes,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    range,
+    slice,
+)
+# Their functions do what their version says.
+_FIXED = {"torch", "math", "numpy", "operator", "functools", "itertools", "builtins", "typing", "types", "collections"}
+
+
+@dataclass(slots=True)
+class Fingerprint:
+    """A function, taken apart.
+
+    Attributes:
+        key: digest; None where something has no value to compare by.
+        tensors: what it captures, in the order of the walk, each once.
+        names: what the user calls them.
+    """
+
+    key: str | None
+    tensors: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+def fingerprint(functions: Iterable[Callable[..., Any] | None], *context: Any) -> Fingerprint:
+    """Take functions apart, together: they share captured tensors.
+
+    Args:
+        functions: mods, or None.
+        context: values that enter the key.
+    """
+    walk = _Walk()
+    for function in (*functions, *context):
+        walk.visit(function, "captured")
+    key = None if walk.unknown else hashlib.sha256("\x1f".join(walk.parts).encode()).hexdigest()
+    return Fingerprint(key, walk.tensors, walk.names)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self.unknown = False
+        self._numbers: dict[int, int] = {}  # id of what was seen -> its number: cycles and shared objects
+        self._held: list[Any] = []  # so that no id is given twice
+
+    def visit(self, value: Any, name: str) -> None:
+        if isinstance(value, _PRIMITIVE):
+            self.parts.append(f"{type(value).__name__}:{value!r}")
+            return
+        known = self._numbers.get(id(value))
+        if known is not None:
+            self.parts.append(f"seen:{known}")
+            return
+        self._numbers[id(value)] = len(self._numbers)
+        self._held.append(value)
+        self._composed(value, name)
+
+    def _composed(self, value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            self._tensor(value, name)
+        elif isinstance(value, types.CodeType):
+            self._code(value)
+        elif isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType):
+            self.parts.append("method")
+            self.visit(value.__func__, name)
+            self.visit(value.__self__, name)
+        elif isinstance(value, functools.partial):
+            self.parts.append("partial")
+            for part in (value.func, *value.args):
+                self.visit(part, name)
+            self._mapping(value.keywords)
+        elif isinstance(value, (tuple, list)):
+            self.parts.append(f"{type(value).__name__}{len(value)}")
+            for place, part in enumerate(value):
+                self.visit(part, f"{name}_{place}")
+        elif isinstance(value, (set, frozenset)):
+            self.parts.append(f"set{len(value)}")
+            self._all_primitive(value)
+        elif isinstance(value, dict):
+            self._mapping(value)
+        elif isinstance(value, enum.Enum):
+            self.parts.append(f"{type(value).__qualname__}.{value.name}")
+            self.visit(value.value, name)
+        elif isinstance(value, type) or _fixed(value):
+            self.parts.append(f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}")
+            # A class of the user's may hold anything: its name alone does not say what it is.
+            self.unknown |= not _fixed(value) and value not in (int, float, bool)
+        elif isinstance(value, types.ModuleType):
+            self.parts.append(f"module:{value.__name__}")
+        else:
+            self._object(value)
+
+    def _tensor(self, value: Tensor, name: str) -> None:
+        self.tensors.append(value)
+        self.names.append(name)
+        place = value.device if value.dim() else "scalar"
+        self.parts.append(f"tensor:{value.dtype}:{tuple(value.shape)}:{place}:{value.requires_grad}")
+
+    def _all_primitive(self, values: Iterable[Any]) -> None:
+        self.unknown |= not all(isinstance(one, _PRIMITIVE) for one in values)
+        self.parts.extend(sorted(map(repr, values)))
+
+    def _mapping(self, value: dict[Any, Any]) -> None:
+        self.parts.append(f"dict{len(value)}")
+        for key, one in value.items():
+            self.visit(key, "key")
+            self.visit(one, str(key))
+
+    def _object(self, value: Any) -> None:
+        """An instance: its class's code and its attributes."""
+        kind = type(value)
+        attributes = getattr(value, "__dict__", None)
+        if attributes is None or kind.__module__.partition(".")[0] in ("numpy", "builtins"):
+            self.unknown = True
+            return
+        self.parts.append(f"object:{kind.__module__}.{kind.__qualname__}")
+        for base in kind.__mro__:
+            if base.__module__.partition(".")[0] in _FIXED:
+                continue
+            for attribute, one in vars(base).items():
+                if isinstance(one, types.FunctionType):
+                    self.visit(one, attribute)
+                elif isinstance(one, (property, staticmethod, classmethod)):
+                    inner = one.fget if isinstance(one, property) else one.__func__
+                    self.visit(inner, attribute)
+                elif isinstance(one, (*_PRIMITIVE, Tensor)) and not attribute.startswith("__"):
+                    self.visit(one, attribute)
+        module = isinstance(value, torch.nn.Module)
+        for attribute, one in attributes.items():
+            if module and attribute.startswith("_") and attribute not in ("_parameters", "_buffers", "_modules"):
+                continue  # hooks and flags
+            self.parts.append(attribute)
+            self.visit(one, attribute)
+
+    def _function(self, value: types.FunctionType) -> None:
+        library = (value.__module__ or "").partition(".")[0] in _FIXED
+        self.parts.append(f"{value.__module__}.{value.__qualname__}" if library else "function")
+        if not library:
+            self.visit(value.__code__, "code")
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                contents = cell.cell_contents
+            except ValueError:  # not filled yet
+                self.parts.append("empty")
+                continue
+            self.visit(contents, name)
+        for default in value.__defaults__ or ():
+            self.visit(default, "default")
+        self._mapping(value.__kwdefaults__ or {})
+        if not library:
+            self._globals(value.__code__, value.__globals__)
+
+    def _globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        """What the code and the functions inside it may look up, by the names they use."""
+        names = _all_names(code)
+        for name in names:
+            if name not in space:
+                continue
+            found = space[name]
+            self.parts.append(name)
+            if isinstance(found, types.ModuleType) and not _fixed(found):
+                # Its attributes are as changeable as globals: those of a name that the code uses.
+                self.parts.append(found.__name__)
+                for attribute in names:
+                    if hasattr(found, attribute):
+                        self.parts.append(attribute)
+                        self.visit(getattr(found, attribute), attribute)
+            else:
+                self.visit(found, name)
+
+    def _code(self, value: types.CodeType) -> None:
+        self.parts.append(
+            f"code:{value.co_code.hex()}:{value.co_names}:{value.co_varnames[: value.co_argcount]}:{value.co_flags}"
+            f":{value.co_freevars}:{value.co_exceptiontable.hex() if sys.version_info >= (3, 11) else ''}"
+        )
+        for constant in value.co_consts:
+            if isinstance(constant, frozenset):
+                self._all_primitive(constant)
+            else:
+                self.visit(constant, "constant")
+
+
+def _all_names(code: types.CodeType) -> tuple[str, ...]:
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _all_names(one)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _fixed(value: Any) -> bool:
+    """Whether something belongs to a library that does what its version says."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    builtin = isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
+    return builtin or (isinstance(name, str) and name.partition(".")[0] in _FIXED)

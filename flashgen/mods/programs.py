@@ -1,0 +1,236 @@
+"""`Program`: a call's score_mod and masks as one traced graph, and what a template asks of it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgen.errors import InvalidProblemError
+from flashgen.mods import bounds, emit
+from flashgen.mods.derivative import Derivative, derive
+from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Names
+from flashgen.mods.fingerprint import fingerprint
+from flashgen.mods.graph import Graph, Node, ordered
+from flashgen.mods.trace import Capture, Captures, Site, trace
+
+Mod = Callable[..., Any]
+_KEPT = 512  # traces; each is some kilobytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What score_mod and the masks of a call compute; equal for functions of equal meaning.
+
+    Attributes:
+        score: the new score, fp32; None without a score_mod.
+        mask: whether a key may be attended to, all masks ANDed; None without one.
+        captures: captured tensors, by the number that loads name.
+        sources: per capture, which tensor of the functions' walk it is; -1 where the program holds it.
+        title: what the user calls the functions, for a comment.
+        sites: the user's line of each load, by id of its node.
+        graph: makes nodes that are shared with these.
+    """
+
+    score: Node | None
+    mask: Node | None
+    captures: tuple[Capture, ...]
+    sources: tuple[int, ...]
+    title: str
+    sites: Mapping[int, Site]
+    graph: Graph
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hex digits of all that a rendered kernel takes from it; sizes of captured tensors are not among that."""
+        roots = [root for root in (self.score, self.mask) if root is not None]
+        numbers: dict[int, int] = {}
+        lines = [f"{self.score is not None}:{self.mask is not None}"]
+        for node in ordered(*roots):
+            numbers[id(node)] = len(numbers)
+            lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
+        lines += [str(numbers[id(root)]) for root in roots]
+        lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The kernel's parameters for captured tensors: of each its pointer, strides and sizes."""
+        return tuple(name for row in self.captures for name in emit.parameters(row))
+
+    def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What to pass for `parameters`."""
+        return [value for tensor in tensors for value in (tensor, *tensor.stride(), *tensor.shape)]
+
+    def emit_score(self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None) -> Emission:
+        """The statements of score_mod; the result in fp32.
+
+        Args:
+            dialect: the language.
+            names: what the arguments are called.
+            like: an expression of the result's shape, usually the score's name.
+
+        Raises:
+            ValueError: there is no score_mod.
+        """
+        return self._emit(self.score, "score_mod", dialect, names, like, "")
+
+    def emit_mask(self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None) -> Emission:
+        """The statements of the masks; the result is a bool of the smallest shape unless `like` gives one.
+
+        Raises:
+            ValueError: there is no mask.
+        """
+        return self._emit(self.mask, "mask_mod", dialect, names, like, "")
+
+    @cached_property
+    def derivative(self) -> Derivative:
+        """The gradients of score_mod.
+
+        Raises:
+            ValueError: there is no score_mod.
+        """
+        if self.score is None:
+            raise ValueError("this program has no score_mod")
+        return derive(self.graph, self.score, self.captures)
+
+    def emit_derivative(
+        self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None
+    ) -> DerivativeEmission:
+        """The statements of score_mod's derivative: of the raw score, and what captured tensors get.
+
+        Args:
+            dialect: the language.
+            names: what the arguments are called; `score` is the raw score, `grad` the gradient of the new one.
+            like: an expression of the results' shape.
+
+        Raises:
+            ValueError: there is no score_mod.
+        """
+        return emit.emit_derivative(
+            self.derivative, self.captures, dialect=dialect, names=names, like=like, prefix="d_"
+        )
+
+    def _emit(
+        self, root: Node | None, kind: str, dialect: Dialect, names: Names | None, like: str | None, prefix: str
+    ) -> Emission:
+        if root is None:
+            raise ValueError(f"this program has no {kind}")
+        return emit.emit([root], self.captures, dialect=dialect, names=names, like=like, prefix=prefix)
+
+    def check_bounds(
+        self, tensors: Sequence[Tensor], *, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int
+    ) -> None:
+        """Refuse indices that surely leave a captured tensor.
+
+        Raises:
+            InvalidProblemError: names the tensor, the index's range and the user's line.
+        """
+        sizes = {"b": batch, "h": num_heads, "q_idx": seqlen_q, "kv_idx": seqlen_k}
+        if 0 in sizes.values():
+            return
+        for root in (self.score, self.mask):
+            if root is not None:
+                bounds.check(root, self.captures, [tuple(tensor.shape) for tensor in tensors], sizes, self.sites)
+
+
+_cache: OrderedDict[str, Program] = OrderedDict()
+_lock = threading.Lock()
+
+
+def program(
+    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device
+) -> tuple[Program, tuple[Tensor, ...]]:
+    """The program of a call and the tensors that it captures now.
+
+    Traces are kept by the functions' content: a new lambda of the same meaning finds the old trace, a changed constant does not.
+
+    Args:
+        score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), or None.
+        mask_mods: mask_mod(b, h, q_idx, kv_idx) by the name that a message is to use, e.g. `block_mask.mask_mod`.
+        device: of q.
+
+    Returns:
+        (program, tensors): the tensors in the order of `Program.captures`, on the device.
+
+    Raises:
+        UnsupportedProblemError: an operation that kernels do not have; names it and the user's line.
+        InvalidProblemError: see `trace`.
+    """
+    functions = (score_mod, *mask_mods.values())
+    found = fingerprint(functions, *mask_mods, str(device))
+    if found.key is not None:
+        with _lock:
+            known = _cache.get(found.key)
+            if known is not None:
+                _cache.move_to_end(found.key)
+        if known is not None:
+            return known, _bound(known, found.tensors, device)
+    made = _traced(score_mod, mask_mods, device, found.tensors, found.names)
+    # A capture that the walk did not meet could not be bound anew: such a trace serves this call alone.
+    if found.key is not None and all(row.tensor is None or row.constant for row in made.captures):
+        with _lock:
+            _cache[found.key] = made
+            while len(_cache) > _KEPT:
+                _cache.popitem(last=False)
+    return made, _bound(made, found.tensors, device)
+
+
+def _traced(
+    score_mod: Mod | None,
+    mask_mods: Mapping[str, Mod],
+    device: torch.device,
+    tensors: Sequence[Tensor],
+    names: Sequence[str],
+) -> Program:
+    graph, sites = Graph(), dict[int, Site]()
+    captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
+    score = trace(score_mod, "score_mod", graph, captures, sites) if score_mod is not None else None
+    mask: Node | None = None
+    for name, mod in mask_mods.items():
+        found = trace(mod, name, graph, captures, sites)
+        mask = found if mask is None else graph.make("and", mask, found)
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    return Program(
+        score=score,
+        mask=mask,
+        captures=tuple(captures.rows),
+        sources=tuple(places.get(id(tensor), -1) for tensor in captures.tensors),
+        title=", ".join(
+            f"{kind.rpartition('.')[2]} {_name(mod)}"
+            for kind, mod in (("score_mod", score_mod), *mask_mods.items())
+            if mod is not None
+        ),
+        sites=sites,
+        graph=graph,
+    )
+
+
+def _bound(made: Program, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    bound = []
+    for row, source in zip(made.captures, made.sources, strict=True):
+        tensor = tensors[source] if source >= 0 else row.tensor
+        if tensor is None:
+            raise InvalidProblemError(f"the tensor {row.name} that a mod captures is gone.")
+        bound.append(tensor.to(device))
+    return tuple(bound)
+
+
+def _name(function: Any) -> str:
+    while hasattr(function, "func"):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return str(name).rpartition("<locals>.")[2]
+
+
+def forget() -> None:
+    """Drop every kept trace."""
+    with _lock:
+        _cache.clear()

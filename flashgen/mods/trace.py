@@ -1,0 +1,363 @@
+"""Trace: a user's function runs once, on stand-ins for its arguments, and what it does becomes a graph.
+
+The stand-ins are tensors without memory. A function mode sees the calls that PyTorch would answer in Python (indexing, reading a
+value), a dispatch mode the operators that everything else comes down to, whatever a function is called in Python.
+Captured tensors are only named, never read, so one trace serves every content.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
+from flashgen.mods import arrays, aten
+from flashgen.mods.arrays import Array
+from flashgen.mods.graph import INDICES, Graph, Node
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+_SUPPORTED = (
+    "Supported: arithmetic, comparisons, logic, bit operations, shifts, integer // and %, where, min/max/clamp, abs, sign, "
+    "floor/ceil/round, exp/log/log2/exp2/sqrt/rsqrt/pow, tanh/sigmoid/sin/cos/erf, casts, and captured tensors indexed by "
+    "integers. backend='torch' runs any function."
+)
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__complex__"}
+_READS |= {"__contains__", "data_ptr"}
+_CREATORS = {"full", "zeros", "ones", "scalar_tensor", "arange", "eye", "linspace", "lift_fresh"}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A line of the user's source."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """A tensor that a function reads.
+
+    Attributes:
+        name: what the user calls it, made a valid and unique name.
+        dtype: of its elements.
+        shape: when it was traced.
+        requires_grad: whether gradients are wanted.
+        tensor: itself, where a later call could not find it again in the function; then the trace is not kept.
+        constant: whether the function makes it anew from numbers in its own code.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    requires_grad: bool
+    tensor: Tensor | None = None
+    constant: bool = False
+
+
+class Captures:
+    """The captured tensors of one or several functions, numbered in the order in which they are met.
+
+    Args:
+        names: id of a tensor -> what the user calls it.
+        device: where tensors of one dimension or more must lie.
+    """
+
+    def __init__(self, names: dict[int, str], device: torch.device) -> None:
+        self._names, self._device = names, device
+        self._numbers: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.rows: list[Capture] = []
+
+    def number(self, tensor: Tensor, *, constant: bool = False) -> int:
+        """The number of a tensor.
+
+        Raises:
+            InvalidProblemError: it is on another device, or of a type that no kernel has.
+        """
+        known = self._numbers.get(id(tensor))
+        if known is not None:
+            return known
+        name = self._names.get(id(tensor))
+        shown = name or "a tensor"
+        if tensor.dtype not in aten.DTYPES:
+            raise InvalidProblemError(
+                f"{shown} that it captures is {tensor.dtype}: a kernel has no such type. Cast it."
+            )
+        if tensor.device != self._device and not (tensor.dim() == 0 and tensor.device.type == "cpu") and not constant:
+            raise InvalidProblemError(
+                f"{shown} that it captures is on {tensor.device}, q is on {self._device}: they must be on one device. Move it."
+            )
+        taken = {row.name for row in self.rows}
+        base = _identifier(name or ("constant" if constant else "captured"))
+        unique = next(one for n in itertools.count(1) if (one := base if n == 1 else f"{base}_{n}") not in taken)
+        self._numbers[id(tensor)] = len(self.rows)
+        self.tensors.append(tensor)
+        self.rows.append(
+            Capture(
+                name=unique,
+                dtype=aten.DTYPES[tensor.dtype],
+                shape=tuple(tensor.shape),
+                requires_grad=tensor.requires_grad,
+                tensor=tensor if constant or name is None else None,
+                constant=constant,
+            )
+        )
+        return self._numbers[id(tensor)]
+
+
+def _identifier(name: str) -> str:
+    """A user's name in the form that kernels use: lower case, ASCII, none of a kernel's own words."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name.rpartition(".")[2]).strip("_")
+    kept = kept.lower() or "captured"
+    return f"mod_{kept}" if kept[0].isdigit() or kept in _TAKEN or len(kept) == 1 else kept
+
+
+# Stems of parameters that kernels have themselves: q_ptr, stride_qb, bias_ptr, ...
+_TAKEN = {"do", "dq", "dk", "dv", "lse", "bias", "mask", "sinks", "alibi", "alibi_slopes", "attn_mask", "delta", "acc"}
+_TAKEN |= {"dsinks", "dbias", "philox", "seed", "out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "ranges", "score"}
+
+
+def trace(
+    function: Callable[..., Any], kind: str, graph: Graph, captures: Captures, sites: dict[int, Site] | None = None
+) -> Node:
+    """Run a mod once and keep what it computes.
+
+    Args:
+        function: FlexAttention's score_mod(score, b, h, q_idx, kv_idx) or mask_mod(b, h, q_idx, kv_idx).
+        kind: `score_mod`, or the mask's name as the user knows it, e.g. `block_mask.mask_mod`.
+        graph: makes the nodes.
+        captures: collects captured tensors.
+        sites: filled with the line of each load, by id of its node.
+
+    Returns:
+        The result's node: fp32 of a score_mod, bool of a mask_mod.
+
+    Raises:
+        UnsupportedProblemError: an operation that kernels do not have; names it and the user's line.
+        InvalidProblemError: the function raises, depends on a value in Python (`if q_idx > 3`), writes into what it
+            captures, or returns something else than one number (score_mod) or one bool (mask_mod).
+    """
+    scores = kind.rpartition(".")[2] == "score_mod"
+    inputs = [graph.input(name) for name in (("score", *INDICES) if scores else INDICES)]
+    tracer = _Tracer(kind, graph, captures, sites if sites is not None else {})
+    arguments = [tracer.stand_in(arrays.of_node(node)) for node in inputs]
+    with torch.no_grad(), tracer.dispatch, tracer:
+        try:
+            result = function(*arguments)
+        except FlashgenError:
+            raise
+        except Exception as error:
+            where = _site_of(error)
+            raise InvalidProblemError(
+                f"{kind} raises {type(error).__name__}: {error}{f' ({where})' if where else ''}. It is called once with 0-d "
+                f"tensors ({', '.join(str(node) for node in inputs)}), indices int32."
+            ) from error
+        return _result(tracer, result, function)
+
+
+def _result(tracer: _Tracer, result: Any, function: Callable[..., Any]) -> Node:
+    kind, graph = tracer.kind, tracer.graph
+    scores = kind.rpartition(".")[2] == "score_mod"
+    code = getattr(function, "__code__", None)
+    where = f" ({Site(code.co_filename, code.co_firstlineno)})" if code is not None else ""
+    if not isinstance(result, Tensor):
+        raise InvalidProblemError(
+            f"{kind}{where} returns a {type(result).__name__}: it must return a torch.Tensor, one value per score."
+        )
+    array = tracer.array(result)
+    if array.shape != ():
+        raise InvalidProblemError(
+            f"{kind}{where} returns shape {array.shape} for 0-d arguments: it must return one value per score, shape (). "
+            "Index what it captures with b, h, q_idx, kv_idx."
+        )
+    if scores and array.dtype == "bool":
+        raise InvalidProblemError(
+            f"{kind}{where} returns torch.bool: it must return the new scores, numbers that fp32 can hold. A condition belongs "
+            "into `mask_mod`."
+        )
+    if not scores and array.dtype != "bool":
+        raise InvalidProblemError(
+            f"{kind}{where} returns torch.{array.dtype}: it must return torch.bool, True = may attend. Numbers to add belong "
+            "into `score_mod` or `bias`."
+        )
+    return graph.cast(array.node, "float32" if scores else "bool")
+
+
+class _StandIn(Tensor):
+    """A tensor without memory that carries a lazy array."""
+
+    array: Array
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, array: Array, device: torch.device) -> _StandIn:
+        made = Tensor._make_wrapper_subclass(cls, array.shape, dtype=aten.TORCH[array.dtype], device=device)
+        made.array = array
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise InvalidProblemError(
+            f"{func} is called on a stand-in after the mod was traced: it must not keep its arguments."
+        )
+
+
+class _Tracer(TorchFunctionMode):
+    """What PyTorch asks while the function runs."""
+
+    def __init__(self, kind: str, graph: Graph, captures: Captures, sites: dict[int, Site]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind, self.graph, self.captures, self.sites = kind, graph, captures, sites
+        self.device = captures._device
+        self.dispatch = _Dispatch(self)
+        self._made: dict[int, tuple[Tensor, Array]] = {}  # tensors that the function made; held, since ids are reused
+
+    def stand_in(self, array: Array) -> _StandIn:
+        # A single value becomes its node at once: on the user's line, and only once however often it is used.
+        return _StandIn(array if array.shape else arrays.of_node(array.node, varies=array.varies), self.device)
+
+    def array(self, tensor: Tensor) -> Array:
+        """What a tensor is to the graph: a stand-in's array, a number the function made, or a captured tensor."""
+        if isinstance(tensor, _StandIn):
+            return tensor.array
+        known = self._made.get(id(tensor))
+        if known is not None:
+            return known[1]
+        try:
+            number = self.captures.number(tensor)
+        except InvalidProblemError as error:
+            raise InvalidProblemError(f"{self.kind} ({self.here()}): {error}") from None
+        return self._read(number)
+
+    def made(self, tensor: Tensor) -> Tensor:
+        """Note a tensor that the function made from numbers."""
+        dtype = aten.DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise self.unsupported(f"a tensor of {tensor.dtype}")
+        if tensor.dim() == 0:
+            array = arrays.filled(self.graph, (), tensor.item(), dtype)
+        else:
+            array = self._read(self.captures.number(tensor.to(self.device), constant=True))
+        self._made[id(tensor)] = (tensor, array)
+        return tensor
+
+    def _read(self, number: int) -> Array:
+        row = self.captures.rows[number]
+        base = arrays.captured(self.graph, number, row.shape, row.dtype)
+
+        def element(index: arrays.Index) -> Node:
+            node = base.element(index)
+            self.sites.setdefault(id(node), self.here())
+            return node
+
+        return Array(base.shape, base.dtype, element, base.varies)
+
+    def here(self) -> Site:
+        """The user's line that is running."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+            frame = frame.f_back
+        return Site(frame.f_code.co_filename, frame.f_lineno) if frame else Site("?", 0)
+
+    def unsupported(self, what: str) -> UnsupportedProblemError:
+        return UnsupportedProblemError(
+            f"{self.kind} uses {what} at {self.here()}, which generated kernels do not have. {_SUPPORTED}"
+        )
+
+    def depends_on_value(self, what: str) -> InvalidProblemError:
+        return InvalidProblemError(
+            f"{self.kind} reads the value of a tensor in Python ({what}) at {self.here()}: it is traced once for all "
+            "scores, so it cannot branch on data. Use torch.where for `if`, & | ~ for and/or/not, // for int()."
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if func is Tensor.__getitem__:
+            return self._getitem(*args)
+        if name == "__setitem__":
+            raise self.unsupported("an assignment to elements of a tensor")
+        if name in _READS and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
+            raise self.depends_on_value("`if`, `and`, `or`, `not`" if name == "__bool__" else name.strip("_") + "()")
+        return func(*args, **(kwargs or {}))
+
+    def _getitem(self, tensor: Tensor, index: Any) -> Tensor:
+        array = self.array(tensor)
+        parts = index if isinstance(index, tuple) else (index,)
+        try:
+            seen = tuple(self.array(part) if isinstance(part, Tensor) else part for part in parts)
+            return self.stand_in(arrays.indexed(self.graph, array, seen))
+        except TypeError as error:
+            raise self.unsupported(str(error)) from None
+
+
+class _Dispatch(TorchDispatchMode):
+    """The operators that the function comes down to."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tracer = tracer
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch would wrap the method below in torch._dynamo.disable, whose import takes seconds.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        tracer, kwargs = self._tracer, kwargs or {}
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        name = func._schema.name.partition("::")[2]
+        if name in _CREATORS and (not tensors or name == "lift_fresh"):
+            return tracer.made(func(*args, **kwargs))
+        if not tensors:
+            raise tracer.unsupported(str(func))
+        if name == "_local_scalar_dense":
+            made = tracer._made.get(id(tensors[0]))
+            if made is not None:
+                return func(*args, **kwargs)
+            raise tracer.depends_on_value("item()")
+        in_place = name.endswith("_") and not name.startswith("__")
+        if in_place and not isinstance(args[0], _StandIn):
+            raise InvalidProblemError(
+                f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
+            )
+        seen = [tracer.array(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        named = {key: tracer.array(arg) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+        try:
+            result = aten.translate(tracer.graph, func, seen, named)
+        except aten.NotInTableError as error:
+            raise tracer.unsupported(f"{func} {error}".rstrip()) from None
+        in_place = name.endswith("_") and not name.startswith("__")
+        if not in_place:
+            return tracer.stand_in(result)
+        target = args[0]
+        if not isinstance(target, _StandIn):
+            raise InvalidProblemError(
+                f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
+            )
+        target.array = result
+        return target
+
+
+def _site_of(error: BaseException) -> Site | None:
+    """The user's line that raised."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        if not step.tb_frame.f_code.co_filename.startswith((*_NOT_THE_USERS, "<")):
+            found = Site(step.tb_frame.f_code.co_filename, step.tb_lineno)
+        step = step.tb_next
+    return found

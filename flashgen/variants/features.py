@@ -1,0 +1,116 @@
+"""What each option of `attention()` adds to a portable kernel: arguments of `launch`, of the kernel, and of its inner loop.
+
+Templates write these lists out and hold the statements; nothing else in a template enumerates options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flashgen.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """One option, by names.
+
+    Attributes:
+        launch: keyword arguments of the rendered `launch`.
+        pointers, scalars, strides: parameters of the kernel -> what `launch` passes.
+        inner: what the inner loop takes beside q, k and v: parameters or variables of the kernel.
+    """
+
+    launch: tuple[str, ...]
+    pointers: Mapping[str, str] = field(default_factory=dict)
+    scalars: Mapping[str, str] = field(default_factory=dict)
+    strides: Mapping[str, str] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+
+
+def _matrix(name: str) -> Feature:
+    """An operand of (batch, num_heads_q, seqlen_q, seqlen_k), broadcast by strides of 0."""
+    strides = {f"stride_{name}_{letter}": f"{name}.stride({dim})" for dim, letter in enumerate("bhmn")}
+    inner = (f"{name}_ptr", f"stride_{name}_m", f"stride_{name}_n", "seqlen_q")
+    return Feature(launch=(name,), pointers={f"{name}_ptr": name}, strides=strides, inner=inner)
+
+
+# In the order in which they stand in signatures.
+FEATURES: Mapping[str, Feature] = {
+    "varlen": Feature(
+        launch=("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k", "bottom_right"),
+        pointers={name + "_ptr": name for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")},
+        scalars={"bottom_right": "int(bottom_right)"},
+    ),
+    "window": Feature(
+        launch=("window_left", "window_right"),
+        scalars={"window_left": "window_left", "window_right": "window_right"},
+        inner=("kv_start", "window_left", "window_right"),
+    ),
+    "softcap": Feature(launch=("softcap",), scalars={"softcap": "softcap"}, inner=("softcap",)),
+    "has_alibi": Feature(
+        launch=("alibi_slopes",),
+        pointers={"alibi_slopes_ptr": "alibi_slopes"},
+        strides={"stride_alibi_b": "alibi_slopes.stride(0)", "stride_alibi_h": "alibi_slopes.stride(1)"},
+        inner=("slope", "seqlen_q", "seqlen_k"),
+    ),
+    "has_bias": _matrix("bias"),
+    "has_attn_mask": _matrix("attn_mask"),
+    "dropout": Feature(
+        launch=("philox", "dropout_p"),
+        pointers={"philox_ptr": "philox"},
+        scalars={"dropout_threshold": "dropout_threshold", "dropout_scale": "dropout_scale"},
+        inner=("philox_ptr", "off_bh", "start_m", "dropout_threshold"),
+    ),
+    "has_sinks": Feature(
+        launch=("sinks",), pointers={"sinks_ptr": "sinks"}, strides={"stride_sinks": "sinks.stride(0)"}
+    ),
+}
+
+# What compiling without a launch cannot see: numbers that are floats (Triton never specialises on their values), elements of
+# pointers that are not of the spec's dtype, and strides that are 1 in a contiguous operand.
+FLOATS = ("sm_scale", "softcap", "dropout_scale")
+ELEMENTS: Mapping[str, str] = {
+    "cu_seqlens_q_ptr": "i32",
+    "cu_seqlens_k_ptr": "i32",
+    "seqused_k_ptr": "i32",
+    "alibi_slopes_ptr": "fp32",
+    "attn_mask_ptr": "i1",
+    "philox_ptr": "i64",
+}
+UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The names that one spec's options add, each once."""
+
+    launch: tuple[str, ...]
+    pointers: Mapping[str, str]
+    scalars: Mapping[str, str]
+    strides: Mapping[str, str]
+    inner: tuple[str, ...]
+
+    @property
+    def unspecialised(self) -> tuple[str, ...]:
+        """Integers that change from call to call: a kernel compiled for one value would be compiled again for the next."""
+        return tuple(name for name in self.scalars if name not in FLOATS)
+
+
+def signature(spec: AttentionSpec) -> Signature:
+    """What the options of a spec add."""
+    used = [feature for flag, feature in FEATURES.items() if flag in spec.flags]
+
+    def merged(name: str) -> dict[str, str]:
+        return {key: value for feature in used for key, value in getattr(feature, name).items()}
+
+    inner = dict.fromkeys(name for feature in used for name in feature.inner)
+    if spec.modifies_scores:
+        inner = {"sm_scale": None, **inner}
+    return Signature(
+        launch=tuple(name for feature in used for name in feature.launch),
+        pointers=merged("pointers"),
+        scalars=merged("scalars"),
+        strides=merged("strides"),
+        inner=tuple(inner),
+    )

@@ -1,0 +1,248 @@
+"""The Hopper backward in Gluon: one pass over the rows for each block of keys, dq added to memory by TMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashgen.config import KernelConfig, Tunable
+from flashgen.problem import Problem
+from flashgen.spec import AttentionSpec, padded_head_dim
+from flashgen.target import Target
+from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+
+_COVERED_FLAGS = frozenset({"causal"})
+_NARROW = 128  # columns, padded, up to which p and ds stay in registers
+_BLOCK_M = (64, 128)
+_BLOCK_N = (64, 128)
+_STAGES = {"STAGES": (1, 4), "DS_STAGES": (1, 2), "DQ_STAGES": (1, 2)}
+_REGISTERS = (24, 64)  # of the producer and the writer; setmaxnreg takes steps of 8
+_MAX_REGISTERS = 255  # of a thread
+_ARGUMENT_BYTES = 512
+
+_H200 = "measured on one H200, interleaved, bf16, S 2048 and 8192, full and causal (benchmarks/results/h200_backward_tiles.csv)"
+_FITS = "never timed: compiled, fits, and of these knobs spills least"
+
+# (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
+# padded head dim and whether causal. The first of each has no spill in its loops, masked or not, with Triton 3.6 and 3.9.
+_Knobs = tuple[int, int, int, int, int, int, bool, bool, bool]
+_PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
+    (64, False): (
+        ((128, 128, 2, 1, 1, 24, False, False, True), _H200),
+        ((128, 128, 2, 1, 2, 24, False, False, True), _H200),
+        ((128, 128, 2, 2, 2, 24, True, False, True), _H200),
+    ),
+    (64, True): (
+        ((128, 128, 2, 1, 2, 24, False, False, True), _H200),
+        ((128, 128, 2, 2, 1, 24, False, False, True), _H200),
+    ),
+    (128, False): (
+        ((64, 128, 2, 1, 2, 24, False, False, True), _H200),
+        ((64, 128, 2, 2, 1, 24, True, False, True), _H200),
+        ((64, 128, 2, 2, 1, 24, True, True, True), _H200),
+    ),
+    (128, True): (
+        ((64, 128, 2, 1, 2, 24, False, False, True), _H200),
+        ((64, 128, 2, 2, 2, 24, True, True, True), _H200),
+        ((64, 128, 2, 2, 1, 24, True, True, True), _H200),
+    ),
+    (256, False): (
+        ((64, 64, 2, 1, 1, 24, False, True, True), _FITS),
+        ((64, 64, 1, 1, 1, 24, False, True, True), _FITS),
+    ),
+    (256, True): (
+        ((64, 64, 2, 1, 1, 24, False, True, False), _FITS),
+        ((64, 64, 2, 1, 1, 24, False, True, True), _FITS),
+        ((64, 64, 1, 1, 1, 24, False, True, True), _FITS),
+    ),
+}
+# Beyond head dim 128 one tile fits, and p and ds leave no choice of order.
+_WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
+
+
+class GluonBackwardSm90(Variant):
+    """`templates/gluon/attention_bwd_sm90.py.jinja`."""
+
+    name = "gluon_bwd_sm90"
+    op = "attention_bwd"
+    backend = "gluon"
+    template = "gluon/attention_bwd_sm90.py.jinja"
+    modelled = False  # overlap of partitions is no sum of instruction counts
+    knobs = (
+        Knob(name="BLOCK_M", values=(64, 128), meaning="query rows of one step"),
+        Knob(name="BLOCK_N", values=(64, 128), meaning="keys of a thread block: 16 for each consumer warp"),
+        Knob(name="STAGES", values=(2, 3), meaning="blocks of rows in flight"),
+        Knob(name="DS_STAGES", values=(1, 2), meaning="buffers of ds"),
+        Knob(name="DQ_STAGES", values=(1, 2), meaning="buffers of staged dq"),
+        Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a thread of the producer and of the writer"),
+        Knob(
+            name="SCORES_AHEAD",
+            values=(False, True),
+            meaning="the scores of the next step are multiplied while this one ends",
+        ),
+        Knob(name="DV_FIRST", values=(False, True), meaning="dv is multiplied while ds is computed, not after it"),
+        Knob(name="PEELED", values=(False, True), meaning="blocks that need a mask have a loop of their own"),
+    )
+
+    def supports(self, spec: AttentionSpec, target: Target) -> str | None:
+        if spec.op != self.op:
+            return f"computes {self.op}, not {spec.op}"
+        missing = [flag for flag in spec.flags if flag not in _COVERED_FLAGS]
+        if missing:
+            return f"{', '.join(missing)}: not covered by this kernel yet"
+        if target.backend != "cpu" and target.arch != "sm_90":
+            return f"is written for Hopper (sm_90); {target.name} is {target.arch}"
+        if spec.itemsize != 2:
+            return f"takes fp16 and bf16 (wgmma multiplies fp32 in reduced precision only), not {spec.dtype}"
+        for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+            if value % 8:
+                return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
+        return None
+
+    def refuses(self, problem: Problem) -> str | None:
+        if problem.unaligned:
+            return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
+        return None
+
+    def block_d(self, spec: AttentionSpec) -> int:
+        """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""
+        return max(64, padded_head_dim(spec.head_dim))
+
+    def block_dv(self, spec: AttentionSpec) -> int:
+        """Columns of a value or output tile."""
+        return max(64, padded_head_dim(spec.head_dim_v))
+
+    def is_wide(self, spec: AttentionSpec) -> bool:
+        """Whether accumulators of a block of 128 keys do not fit into registers: p and ds then pass through shared memory."""
+        return max(self.block_d(spec), self.block_dv(spec)) > _NARROW
+
+    def panels(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """(first column, columns) of the products over a wide tile: powers of two, as blocks must be."""
+        width = max(64, padded_head_dim(head_dim))
+        return ((0, width),) if width <= _NARROW else ((0, _NARROW), (_NARROW, 64 if head_dim <= 192 else _NARROW))
+
+    def dq_panels(self, spec: AttentionSpec) -> int:
+        """Parts of equal width in which dq is computed, staged and added."""
+        return 2 if self.block_d(spec) > _NARROW else 1
+
+    def dq_columns(self, spec: AttentionSpec) -> int:
+        """Columns of such a part."""
+        return self.block_d(spec) // self.dq_panels(spec)
+
+    def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Consumer warps: 16 keys each, and two warpgroups for 64 keys where tiles are wide."""
+        return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
+
+    def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        rows, keys = (1, 1, int(config.BLOCK_M)), (1, 1, int(config.BLOCK_N))
+        width, width_v = self.block_d(spec), self.block_dv(spec)
+        return {
+            "q_desc": (*rows, width),
+            "k_desc": (*keys, width),
+            "v_desc": (*keys, width_v),
+            "do_desc": (*rows, width_v),
+            "dk_desc": (*keys, width),
+            "dv_desc": (*keys, width_v),
+        }
+
+    def fp32_boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
+        rows = int(config.BLOCK_M)
+        return {
+            "dq_desc": (1, rows * self.dq_columns(spec) // 256, 256),
+            "lse_desc": (1, rows),
+            "delta_desc": (1, rows),
+        }
+
+    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
+        return {**widths, "MASKED": spec.causal, "DETERMINISTIC": False}
+
+    def launch_options(self, problem: Problem) -> dict[str, Any]:
+        return {"deterministic": problem.deterministic}
+
+    def unordered(self, problem: Problem) -> tuple[str, ...]:
+        return () if problem.deterministic else ("dq",)
+
+    def illegal(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
+    ) -> str | None:
+        for name in ("SCORES_AHEAD", "DV_FIRST", "PEELED"):
+            if not isinstance(config[name], bool):
+                return f"{name}={config[name]!r} must be True or False"
+        for name, allowed in (("BLOCK_M", _BLOCK_M), ("BLOCK_N", _BLOCK_N)):
+            if config[name] not in allowed or not _is_int(config[name]):
+                return f"{name}={config[name]!r} must be one of {', '.join(map(str, allowed))}"
+        for name, (low, high) in _STAGES.items():
+            if not _is_int(config[name]) or not low <= int(config[name]) <= high:
+                return f"{name}={config[name]!r} must be from {low} to {high}"
+        if config.SCORES_AHEAD and config.STAGES < 2:
+            return "SCORES_AHEAD reads the rows of the next step while this one's are in use: STAGES must be 2 at least"
+        return (
+            self._illegal_where_wide(spec, config)
+            or self._illegal_registers(spec, target, config)
+            or self._illegal_memory(spec, target, config, facts)
+        )
+
+    def _illegal_where_wide(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
+        """Beyond head dim 128 the kernel has one tile, and knobs of the other one stand at one value."""
+        if not self.is_wide(spec):
+            return None
+        for name, only in _WIDE_ONLY.items():
+            if config[name] != only:
+                return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}"
+        return None
+
+    def _illegal_registers(self, spec: AttentionSpec, target: Target, config: KernelConfig) -> str | None:
+        low, high = _REGISTERS
+        value: Any = config.PRODUCER_REGS
+        if not _is_int(value) or not low <= value <= high or value % 8:
+            return f"PRODUCER_REGS={value!r} must be a multiple of 8 from {low} to {high}"
+        # dk, dv, scores, dp and dq in fp32; p and ds in 16 bit once each; what addresses and rows took when compiled.
+        rows, keys, width = config.BLOCK_M, config.BLOCK_N, self.block_d(spec)
+        numbers = keys * (width + self.block_dv(spec)) + 2 * rows * keys + rows * width
+        if self.is_wide(spec):
+            numbers = keys * (self._columns(spec.head_dim) + self._columns(spec.head_dim_v) + 2 * rows)
+            numbers += rows * self.dq_columns(spec)
+        needed = numbers // (32 * self.num_warps(spec, config)) + 30
+        if needed > _MAX_REGISTERS:
+            return f"gradients and scores of a step need about {needed} registers a thread, which has {_MAX_REGISTERS}"
+        return None
+
+    def _illegal_memory(
+        self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None
+    ) -> str | None:
+        if facts is not None and facts.undefined_registers:
+            return f"ptxas miscompiled it: {facts.undefined_registers} instructions read registers that nothing wrote"
+        needed = facts.smem_bytes if facts is not None else self.smem_bytes(spec, config)
+        if needed > target.smem_bytes:
+            return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes} a block"
+        return None
+
+    def smem_bytes(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """Shared memory of a thread block: tiles, barriers, and at most 512 bytes of arguments that partitions are handed."""
+        rows, keys, width = config.BLOCK_M, config.BLOCK_N, self.block_d(spec)
+        gradients = 1 if self.is_wide(spec) else config.STAGES  # buffers of dout and delta
+        half = (config.STAGES * rows + keys) * width + (gradients * rows + keys) * self.block_dv(spec)
+        half += (2 if self.is_wide(spec) else config.DS_STAGES) * rows * keys  # p and ds, or stages of ds
+        full = config.DQ_STAGES * rows * self.dq_columns(spec) + (config.STAGES + gradients) * rows
+        barriers = 2 + 2 * config.STAGES + gradients + 2 * config.DQ_STAGES
+        return int(half * spec.itemsize + 4 * full + 8 * barriers + _ARGUMENT_BYTES)
+
+    def _columns(self, head_dim: int) -> int:
+        return sum(width for _, width in self.panels(head_dim))
+
+    def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
+        for known in self.known_good(spec, target):
+            if self.illegal(spec, target, known.config) is None:
+                return known.config
+        return self._of((64, 64, 2, 1, 1, 24, False, False, True))
+
+    def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+        rows = _PORTFOLIO[max(self.block_d(spec), self.block_dv(spec)), spec.causal]
+        return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
+
+    def _of(self, values: _Knobs) -> KernelConfig:
+        return self.config(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))
+
+
+def _is_int(value: Tunable) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,125 @@
+"""Reverse mode on the graph against torch.autograd in fp64, and the emitted derivative in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mods_running import CPU, derivative_in_triton
+from torch import Tensor
+
+from flashgen import mods
+from flashgen.mods import semantics
+
+HEADS = torch.linspace(0.25, 1.0, 4, dtype=torch.float64).requires_grad_()
+TABLE = torch.linspace(-1.0, 1.0, 128, dtype=torch.float64).view(4, 32).requires_grad_()
+SCALAR = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+FIXED = torch.linspace(-1.0, 1.0, 16, dtype=torch.float64)
+
+CASES: dict[str, Callable[..., Any]] = {
+    "identity": lambda s, b, h, q, k: s,
+    "independent": lambda s, b, h, q, k: (q - k).float(),
+    "arithmetic": lambda s, b, h, q, k: 3 * s - s * q + (s - k) * s,
+    "quotient": lambda s, b, h, q, k: (s + 1) / (s * s + 2) + 1 / (s**2 + 1),
+    "powers": lambda s, b, h, q, k: s**3 + (s.abs() + 0.1) ** 2.5 + (s.abs() + 0.1) ** (s * 0.1) + s**0,
+    "negative power": lambda s, b, h, q, k: (s - 10.0) ** -2.0,
+    "absolute": lambda s, b, h, q, k: (s - 0.5).abs(),
+    "where": lambda s, b, h, q, k: torch.where(q >= k, s * 2, s * s),
+    "hidden": lambda s, b, h, q, k: torch.where(q >= k, s, -torch.inf),
+    "clamp": lambda s, b, h, q, k: s.clamp(-1.0, 0.5) + s.clamp_min(0.5) + s.clamp(max=0.5),
+    "clamp to tensors": lambda s, b, h, q, k: torch.clamp(s, s * 0.5 - 1, s * 0.25 + 1),
+    "relu": lambda s, b, h, q, k: torch.relu(s) + torch.relu(s - 0.5),
+    "maximum": lambda s, b, h, q, k: torch.maximum(s, s * s) + torch.minimum(s, s.new_tensor(0.5)),
+    "fmax": lambda s, b, h, q, k: torch.fmax(s, s * s) + torch.fmin(s, s.new_tensor(0.5)),
+    "exponentials": lambda s, b, h, q, k: torch.exp(s) + torch.exp2(s * 0.5),
+    "logarithms": lambda s, b, h, q, k: torch.log(s.abs() + 0.1) + torch.log2(s * s + 0.1),
+    "roots": lambda s, b, h, q, k: torch.sqrt(s * s + 0.1) + torch.rsqrt(s * s + 0.1) + (s * s + 0.1) ** 0.5,
+    "tanh": lambda s, b, h, q, k: 20 * torch.tanh(s / 20) + torch.tanh(s),
+    "sigmoid": lambda s, b, h, q, k: torch.sigmoid(s * 2),
+    "trigonometry": lambda s, b, h, q, k: torch.sin(s) * torch.cos(s * 2),
+    "erf": lambda s, b, h, q, k: torch.erf(s),
+    "rounding": lambda s, b, h, q, k: s * torch.floor(s * 3) + torch.ceil(s) + torch.round(s) + torch.sign(s) + s.trunc(),
+    "to integers and back": lambda s, b, h, q, k: s * (s * 3).to(torch.int32),
+    "a table": lambda s, b, h, q, k: s * HEADS[h] + HEADS[h] ** 2,
+    "a table by distance": lambda s, b, h, q, k: s + TABLE[h, q - k + 16] * s,
+    "negative indices": lambda s, b, h, q, k: s + TABLE[-1 - h, k - 16].exp(),
+    "a table twice": lambda s, b, h, q, k: s * TABLE[h, q] + TABLE[h, k],
+    "a 0-d tensor": lambda s, b, h, q, k: torch.tanh(s * SCALAR) * SCALAR,
+    "a fixed table": lambda s, b, h, q, k: s * FIXED[q] + HEADS[h],
+    "computed before it is indexed": lambda s, b, h, q, k: s * (HEADS * 2).exp()[h],
+}  # fmt: skip
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    """Scores with ties and kinks (0, 0.5, 1), and gradients."""
+    generator = torch.Generator().manual_seed(5)
+    score, grad = torch.randn(2, 16, 16, generator=generator, dtype=torch.float64)
+    score[0, :6] = torch.tensor([0.0, 0.5, 1.0, -1.0, 2.0, -0.5])
+    return score.float().double(), grad.float().double()
+
+
+def by_autograd(function: Callable[..., Any], score: Tensor, grad: Tensor, h: int) -> tuple[Tensor, dict[int, Tensor]]:
+    s = score.clone().requires_grad_()
+    i, j = torch.arange(16, dtype=torch.int32)[:, None], torch.arange(16, dtype=torch.int32)[None]
+    new = function(s, torch.tensor([[0]]), torch.tensor([[h]]), i, j)
+    leaves = [s, HEADS, TABLE, SCALAR]
+    if not new.requires_grad:
+        return torch.zeros_like(score), {}
+    found = torch.autograd.grad(new, leaves, grad.expand(new.shape), allow_unused=True)
+    tables = {id(leaf): g for leaf, g in zip(leaves[1:], found[1:], strict=True) if g is not None}
+    return torch.zeros_like(score) if found[0] is None else found[0], tables
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_autograds(name: str) -> None:
+    score, grad = inputs()
+    program, tensors = mods.program(CASES[name], {}, CPU)
+    tables = [np.asarray(tensor.detach()) for tensor in tensors]
+    index = np.arange(16, dtype=np.int32)
+    arguments = {"b": np.int32(0), "h": np.int32(2), "q_idx": index[:, None], "kv_idx": index[None]}
+    arguments |= {"score": score.numpy().astype(np.float32), "grad": grad.numpy().astype(np.float32)}
+    expected, expected_tables = by_autograd(CASES[name], score, grad, 2)
+
+    found = semantics.evaluate(program.derivative.score, arguments, tables)
+    np.testing.assert_allclose(np.broadcast_to(found, (16, 16)), expected.numpy(), rtol=2e-5, atol=2e-5)
+
+    sums = {id(tensor): np.zeros(tensor.shape) for tensor in tensors if tensor.requires_grad}
+    for one in program.derivative.contributions:
+        value = np.broadcast_to(semantics.evaluate(one.value, arguments, tables), (16, 16))
+        places = [np.broadcast_to(semantics.evaluate(i, arguments, tables), (16, 16)) for i in one.indices]
+        total = sums[id(tensors[one.capture])]
+        if places:
+            np.add.at(total, tuple(places), value)
+        else:
+            total += value.sum()
+    assert set(sums) == set(expected_tables)
+    for key, total in sums.items():
+        np.testing.assert_allclose(total, expected_tables[key].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_contribution_says_what_it_is_summed_over() -> None:
+    program, _ = mods.program(lambda s, b, h, q, k: s * TABLE[h, q] + HEADS[h] * SCALAR, {}, CPU)
+    found = {program.captures[c.capture].name: c.summed_over for c in program.derivative.contributions}
+    assert found == {
+        "table": {"b", "kv_idx"},
+        "heads": {"b", "q_idx", "kv_idx"},
+        "scalar": {"b", "h", "q_idx", "kv_idx"},
+    }
+
+
+def test_tensors_that_want_no_gradient_get_none() -> None:
+    program, _ = mods.program(lambda s, b, h, q, k: s * FIXED[q], {}, CPU)
+    assert program.derivative.contributions == ()
+
+
+@pytest.mark.parametrize("name", ["tanh", "where", "powers", "maximum", "a table by distance", "negative indices"])
+def test_the_emitted_derivative_is_the_graphs(name: str) -> None:
+    score, grad = inputs()
+    found, tables = derivative_in_triton(CASES[name], score.float(), grad.float(), 2)
+    expected, expected_tables = by_autograd(CASES[name], score, grad, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+    for key, total in tables.items():
+        torch.testing.assert_close(total.double(), expected_tables[key], rtol=1e-4, atol=1e-4)
