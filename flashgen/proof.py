@@ -87,7 +87,7 @@ def prove(target: Target, *, lse: bool = False, workers: int | None = None) -> l
         BuildError: the compiler refused one.
     """
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as threads:
-        return list(threads.map(lambda one: _prove(*one, target), proven(target, lse=lse)))
+        return list(threads.map(lambda one: _prove(one[0], one[1], target), proven(target, lse=lse)))
 
 
 def _prove(variant: Variant, spec: AttentionSpec, target: Target) -> Proof:

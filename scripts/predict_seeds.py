@@ -4,7 +4,7 @@
 
 Measured rows stay, and where one stands nothing is predicted. Old predicted rows of the chosen targets and variants go: run it again after a
 template changed. A variant that the cost model cannot rank gets a row as well for every shape that was measured on another GPU of the same
-architecture: there the winner is known and the forecast is that it wins here too. Only what the policy chooses among is compiled
+architecture: there the winner is known, and the forecast is that it wins here too. Else only what the policy chooses among is compiled
 (`flashgen.tuner.policy`), once for each architecture, and every winner's result is checked in the interpreter or the simulator. Nothing goes
 into your tuning database.
 """
@@ -21,11 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashgen import Problem, Target
+from flashgen.config import KernelConfig
+from flashgen.costmodel import MODEL
 from flashgen.errors import TuningError
 from flashgen.presets import PRESETS
 from flashgen.render import render
 from flashgen.spec import AttentionSpec
-from flashgen.store import Record, seeds
+from flashgen.store import Record, seeds, utc_now
 from flashgen.target import TARGETS
 from flashgen.tuner import tune
 from flashgen.variants import REGISTRY, Variant, candidates
@@ -44,26 +46,49 @@ def tunable(problem: Problem, target: Target) -> list[Variant]:
 
 
 def covered(target: Target, variant: Variant) -> list[Problem]:
-    """What a variant gets rows for on a target."""
-    found = problems() if variant.modelled else [*problems(), *elsewhere(target, variant)]
-    return [problem for problem in dict.fromkeys(found) if variant in tunable(problem, target)]
+    """Every kind of layers that a variant computes on a target."""
+    return [problem for problem in problems() if variant in tunable(problem, target)]
 
 
-def elsewhere(target: Target, variant: Variant) -> list[Problem]:
-    """The problems that another GPU of the same architecture has measured rows of."""
-    rows = [
-        (gpu, row)
-        for gpu in seeds.gpus()
-        if gpu != target.name and gpu in TARGETS and TARGETS[gpu].arch == target.arch
-        for row in seeds.load(gpu, variant.op)
-    ]
-    found = []
-    for _, row in rows:
-        if row.status == "ok" and row.variant == variant.name:
+def transferred(target: Target, variant: Variant) -> list[Record]:
+    """The winners that another GPU of the same architecture measured, as predictions: the very same machine code, not ranked by any model.
+
+    Only of a variant whose configurations the cost model cannot rank; a problem that was measured here is left out.
+    """
+    if variant.modelled:
+        return []
+    here = {
+        (row.spec_key, tuple(row.shape.values())) for row in seeds.load(target.name, variant.op) if _today(row, variant)
+    }
+    found: dict[tuple[str, tuple[int, ...]], Record] = {}
+    for gpu in seeds.gpus():
+        if gpu == target.name or gpu not in TARGETS or TARGETS[gpu].arch != target.arch:
+            continue
+        for row in seeds.load(gpu, variant.op):
+            key = (row.spec_key, tuple(row.shape.values()))
             spec = AttentionSpec.from_key(row.spec_key)
-            sizes = {"dtype": spec.dtype, "head_dim": spec.head_dim, "head_dim_v": spec.head_dim_v, **row.shape}
-            found.append(Problem(**sizes, causal=spec.causal, return_lse=spec.has_lse))
-    return [problem for problem in found if problem.spec.op == variant.op]
+            config = KernelConfig(variant=row.variant, **row.config)
+            if (
+                key in here
+                or key in found
+                or not _today(row, variant)
+                or variant.illegal(spec, target, config) is not None
+            ):
+                continue
+            mask = "causal" if spec.causal else "full"
+            message = f"chosen by measured table: winner of this kernel on {gpu} (tuning_db/seeds), S {row.shape['seqlen_k']}, {mask}"
+            found[key] = replace(
+                row, gpu=target.name, status="predicted", latency_ms=None, latency_p10_ms=None, latency_p90_ms=None, facts=None,
+                target={"gpu": target.gpu, "num_sms": target.num_sms, "smem_bytes": target.smem_bytes}, bound_by="not modelled",
+                model=MODEL, message=message, protocol="transferred-1", created=utc_now(), rank=1,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def _today(row: Record, variant: Variant) -> bool:
+    """Whether a row is a measurement of today's text of a variant."""
+    spec = AttentionSpec.from_key(row.spec_key)
+    return (row.status, row.variant) == ("ok", variant.name) and row.digest == render(spec, variant).digest
 
 
 def measured(problem: Problem, target: Target, variant: Variant) -> bool:
@@ -77,9 +102,12 @@ def measured(problem: Problem, target: Target, variant: Variant) -> bool:
 
 def predict(target: Target, variant: Variant, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
     """The predicted winners of one variant on one target, and what has none."""
+    known = transferred(target, variant)
+    have = {(row.spec_key, tuple(row.shape.values())) for row in known}
     todo = [problem for problem in covered(target, variant) if not measured(problem, target, variant)]
+    todo = [problem for problem in todo if (problem.spec.key, tuple(problem.shape.values())) not in have]
     if not todo:
-        return [], []
+        return [_unranked(row) for row in known], []
     try:
         result = tune(
             todo, target=target, mode="predicted", max_trials=1, workers=workers, database=database, progress=False,
@@ -88,7 +116,7 @@ def predict(target: Target, variant: Variant, workers: int | None, database: str
     except TuningError as error:
         return [], [f"{target.name}, {variant.name}: {error}"]
     # The compiler's facts can be had again with `flashgen.compile_facts`; the files stay readable without them.
-    rows = [replace(row.winner, facts=None) for row in result.problems if row.winner is not None]
+    rows = [*known, *(replace(row.winner, facts=None) for row in result.problems if row.winner is not None)]
     missing = [f"{target.name}, {row.problem}: {row.message}" for row in result.problems if row.winner is None]
     return [_unranked(row) if not variant.modelled else row for row in rows], missing
 

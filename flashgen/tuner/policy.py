@@ -111,7 +111,9 @@ def shortlist(configs: Sequence[KernelConfig]) -> list[KernelConfig]:
     return [
         config
         for config in configs
-        if config.num_stages <= 3 and config.get("BLOCK_M", 0) == _ROWS_PER_WARP * config.num_warps
+        if "num_stages" in config
+        and config.num_stages <= 3
+        and config.get("BLOCK_M", 0) == _ROWS_PER_WARP * config.num_warps
     ]
 
 

@@ -25,7 +25,7 @@ SEED = 1
 def study(name: str) -> bool:
     """Study one subject; prints a line a schedule; returns whether all is well."""
     forward_study = forward.study_of(name) if name in forward.SPECS else None
-    found = forward_study.mutants if forward_study else mutants(subjects.text_of(name))
+    found = forward.considered(name) if forward_study else mutants(subjects.text_of(name))
     reviewed = forward.REVIEWED.get(name, {})
 
     def verdict(text: str, schedule: Schedule) -> str | None:

@@ -65,7 +65,7 @@ def changed(**knobs: Any) -> KernelConfig:
         ({"STAGES": "2"}, "STAGES='2' must be from 1"),
         ({"SECTION": 0}, "SECTION=0 must be from 1"),
         ({"LAZY_SUM": 1}, "LAZY_SUM=1 must be True or False"),
-        ({"TAKE_TURNS": None}, "TAKE_TURNS=None must be True or False"),
+        ({"TAKE_TURNS": 0}, "TAKE_TURNS=0 must be True or False"),
         ({"CONSUMER_REGS": 236}, "CONSUMER_REGS=236 must be a multiple of 8"),
         ({"PRODUCER_REGS": 16}, "PRODUCER_REGS=16 must be a multiple of 8 from 24"),
         ({"CONSUMER_REGS": 248}, "need more than the 504 registers"),
