@@ -23,13 +23,14 @@ from pathlib import Path
 from flashgen import Problem, Target
 from flashgen.config import KernelConfig
 from flashgen.costmodel import MODEL
-from flashgen.errors import TuningError
+from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.presets import PRESETS
 from flashgen.render import render
 from flashgen.spec import AttentionSpec
 from flashgen.store import Record, seeds, utc_now
 from flashgen.target import TARGETS
 from flashgen.tuner import tune
+from flashgen.tuner.context import choose_variant
 from flashgen.variants import REGISTRY, Variant, candidates
 
 
@@ -43,7 +44,13 @@ def problems() -> list[Problem]:
 
 def tunable(problem: Problem, target: Target) -> list[Variant]:
     """The generated variants that compute a problem on a target: each gets a row, since a call may ask for any backend."""
-    return [v for v in candidates(problem.spec) if v.template is not None and v.supports(problem.spec, target) is None]
+    found = []
+    for variant in candidates(problem.spec):
+        try:
+            found.append(choose_variant(problem, target, variant.name))
+        except UnsupportedProblemError:
+            continue
+    return found
 
 
 def covered(target: Target, variant: Variant) -> list[Problem]:
