@@ -45,6 +45,7 @@ ROWS = (
     ("dispatch",),
     ("memory",),
     ("probe", "scalars"),
+    ("block_ranges",),
     ("operands",),
     ("ops",),
     ("autograd",),
