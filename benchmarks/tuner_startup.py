@@ -1,4 +1,4 @@
-"""How long a tuning run takes to begin: until `--plan` has answered, and until the first candidate has been measured.
+"""What a tuning run costs besides compiling and measuring: until `--plan` has answered, until the first candidate is measured, and per trial.
 
     python benchmarks/tuner_startup.py [--repeat 5]
 
@@ -28,6 +28,27 @@ from flashgen.tuner import tune
 use(pytest.MonkeyPatch(), TILES[:1])
 tune(PROBLEM, target=CPU, mode="measured", provider="cpu", on_event=lambda event: event.phase == "measuring" and print("first", flush=True))
 """
+LOOP = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/unit")!r}]
+from test_tuner_run import H100, PROBLEM, STAND_IN, Bench, timed
+import flashgen.store.seeds
+from flashgen.store import open_store
+from flashgen.tuner import TuneResult, measured
+from flashgen.tuner.run import _context
+flashgen.store.seeds.load = lambda gpu, op: ()
+result = TuneResult(problems=[], session="s", mode="measured", target="h100", database="")
+with open_store(write=True) as store:
+    for trials in (5, int(sys.argv[1])):  # the first run imports what there is to import
+        context = _context(
+            PROBLEM, H100, "measured", store, lambda event: None, result, max_trials=trials, workers=1, strategy="auto",
+            resume=False, expired=lambda: False,
+        )
+        start = time.process_time()
+        measured.run(context, Bench(timed), STAND_IN)
+        spent = time.process_time() - start
+print(round(60 * trials / spent))
+"""
 
 
 def seconds(command: list[str], folder: str, *, until: str) -> float:
@@ -56,6 +77,11 @@ def main() -> None:
         for name, command, until in (("--plan", PLAN, ""), ("first trial", [sys.executable, "-c", RUN], "first")):
             spans = [seconds(command, folder, until=until) for _ in range(repeat)]
             print(f"{name:12} least {min(spans):.2f} s, median {statistics.median(spans):.2f} s")
+        for trials in (20, 60):
+            command = [sys.executable, "-c", LOOP, str(trials)]
+            environment = {**os.environ, "FLASHGEN_CACHE_DIR": folder, "FLASHGEN_DB": f"{folder}/{trials}.sqlite3"}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+            print(f"{trials} trials    {done.stdout.strip()} trials a minute of one core's time")
 
 
 if __name__ == "__main__":

@@ -219,11 +219,13 @@ def _backward(problem: Problem, target: Target, forward: Variant, backend: str, 
     An explicit `config` is the forward's; the backward takes its own, as if nothing were given.
 
     Raises:
-        UnsupportedProblemError: the backend that was asked for has no backward for this call.
+        UnsupportedProblemError: the backend that was asked for has no backward for this call, or FLASHGEN_ON_MISS asks for it.
     """
     try:
         return _resolve(problem.backward, target, backend, None, replace(env, on_fallback="silent"))
     except UnsupportedProblemError as error:
+        if not error.reasons:  # nothing is tuned, and FLASHGEN_ON_MISS makes that an error
+            raise
         raise UnsupportedProblemError(
             f"{forward.name} runs forward, but the backward of {problem} has no variant on {target.name} with backend={backend!r}: "
             "use backend='auto' or torch.no_grad():",

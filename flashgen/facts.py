@@ -261,7 +261,9 @@ def _compile(
                 knobs.nvidia.dump_ptxas_log = True
                 knobs.compilation.always_compile = True
                 if gluon:
-                    ast_source = facts_gluon.ast_source(kernel, source.spec, config)
+                    ast_source = facts_gluon.ast_source(
+                        kernel, source.spec, config, constants_have_attributes=_constants_have_attributes(kernel)
+                    )
                 else:
                     ast_source = ASTSource(kernel, *_signature(kernel, source.spec, values, strides))
                 compiled = triton.compile(

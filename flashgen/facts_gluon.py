@@ -9,13 +9,14 @@ from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name
 
 
-def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
+def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, constants_have_attributes: bool) -> Any:
     """What `triton.compile` takes: the kernel as an aligned call with whole blocks specialises it.
 
     Args:
         kernel: the jit function of a rendered Gluon file.
         spec: what it computes.
         config: the knobs; its variant knows the boxes of the descriptors and the other constants.
+        constants_have_attributes: whether a launch gives constants empty attributes, which are part of Triton's key.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -32,17 +33,19 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig) -> Any:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
-        elif name in boxes:
+        elif name in boxes:  # spelled as a launch spells it, to the last blank: the text is part of Triton's key
             box = list(boxes[name])
             layout = gl.NVMMASharedLayout.get_default_for(box, element)
-            signature[name] = f"tensordesc<{spec.dtype}[{','.join(map(str, box))}],{layout!r}>"
+            signature[name] = f"tensordesc<{spec.dtype}{box},{layout!r}>"
         elif name in fp32_boxes:
             box = list(fp32_boxes[name])
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
-            signature[name] = f"tensordesc<fp32[{','.join(map(str, box))}],{layout!r}>"
+            signature[name] = f"tensordesc<fp32{box},{layout!r}>"
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
-    return GluonASTSource(kernel, signature, constants, attributes)
+    if constants_have_attributes:
+        attributes |= {path: [] for path in constants}
+    return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))

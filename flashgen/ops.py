@@ -371,7 +371,19 @@ def flatten(operands: Operands, scalars: Scalars) -> tuple[Any, ...]:
 def wants_gradient(q: Tensor, k: Tensor, v: Tensor, operands: Operands, captured: tuple[Tensor, ...]) -> bool:
     """Whether autograd will ask for a backward."""
     leaves = (q, k, v, operands.bias, operands.sinks, *captured)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return torch.is_grad_enabled() and any(x is not None and _requires_grad(x) for x in leaves)
+
+
+def _requires_grad(x: Tensor) -> bool:
+    """Of a tensor or of what `torch.func` wrapped: inside vmap a batched tensor hides that its values are recorded outside."""
+    functorch: Any = torch._C._functorch
+    if (
+        torch.compiler.is_compiling()
+    ):  # it cannot look inside: such a graph is broken or refused, never without gradients
+        return x.requires_grad or bool(functorch.is_batchedtensor(x))
+    while not x.requires_grad and functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def draw_philox(q: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:

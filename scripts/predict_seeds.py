@@ -29,10 +29,11 @@ from flashgen.tuner.context import choose_variant
 
 
 def problems() -> list[Problem]:
-    """Every kind of layers of every preset, each once."""
+    """Every kind of layers of every preset, each once, and the gradients of each."""
     found = [Problem.preset(name, layer=layers.kind) for name, model in PRESETS.items() for layers in model.layers]
     # The softmax scale changes neither kernel nor tile, so that one row serves.
-    return list(dict.fromkeys(replace(problem, softmax_scale=None) for problem in found))
+    plain = dict.fromkeys(replace(problem, softmax_scale=None) for problem in found)
+    return [*plain, *(problem.backward for problem in plain)]
 
 
 def covered(target: Target) -> list[Problem]:

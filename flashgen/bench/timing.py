@@ -57,8 +57,9 @@ class Wait:
 
     def lengthen(self) -> bool:
         """Wait twice as long from now on; False where that would be absurd."""
+        longer = self._cycles < _MOST_WAIT_CYCLES
         self._cycles = min(2 * self._cycles, _MOST_WAIT_CYCLES)
-        return self._cycles < _MOST_WAIT_CYCLES
+        return longer
 
 
 class Timer:

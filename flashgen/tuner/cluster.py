@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,6 +58,9 @@ class Station:
         context.save = lambda rows: inbox.put(("rows", [row.to_json() for row in rows]))
         context.report = lambda event: inbox.put(("event", event))
         context.expired = over.is_set
+        if left_s is not None:
+            end = time.monotonic() + left_s  # by this host's clock
+            context.left_s = lambda: end - time.monotonic()
 
         def work() -> None:
             try:
@@ -126,6 +130,7 @@ class RayPlace:
             context.result.excluded = value.excluded
             context.result.message = value.message
             context.result.winner = value.winner
+            context.result.cut_short = value.cut_short
 
     def revive(self) -> bool:
         """A new actor, wherever the cluster has a free GPU."""

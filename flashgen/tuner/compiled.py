@@ -99,12 +99,13 @@ class Compiled:
         for config in todo:
             self._advise(config)
 
-    def affordable(self, configs: Sequence[KernelConfig], trial_s: float) -> bool:
+    def affordable(self, configs: Sequence[KernelConfig], trial_s: float, kept_s: float) -> bool:
         """Whether compiling and measuring all of them is expected to fit into the time that is left.
 
         Args:
             configs: what is left of the list.
             trial_s: seconds that measuring a candidate takes.
+            kept_s: seconds of what is left that are not for this.
         """
         left = self._context.left_s()
         if left is None:
@@ -117,7 +118,7 @@ class Compiled:
             if binary not in self._results and cached(source, target, c, self._strides) is None
         ]  # fmt: skip
         compile_s = len(fresh) * median(seconds) / processes(self._context.workers) if seconds else 0.0
-        return compile_s + len(configs) * trial_s <= left
+        return compile_s + len(configs) * trial_s + kept_s <= left
 
     def _binary(self, config: KernelConfig) -> _Binary:
         """What is compiled in: configurations that differ elsewhere run the same code."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import optuna
 
 FINALISTS = 3
+FINAL_SHARE = 0.25  # of the time that is left when a problem begins: kept for the final rounds, and to check the winner
 PROBES = 4  # trials after which it is known what compiling and measuring the whole list would take
 
 
@@ -60,20 +61,26 @@ def run(context: Context, bench: Bench, compiler: Compiler, *, study_storage: st
     compiled = Compiled(context, compiler)
     undecided = limit >= len(context.order)  # whether all are compiled at once
     paces: list[float] = []
+    kept_s = FINAL_SHARE * (context.left_s() or 0.0)
     number = 0
     for trial, config in proposals(study, context.order):
-        if context.expired() or number + len(context.earlier) >= limit:
+        if number + len(context.earlier) >= limit:
+            break
+        left_s = context.left_s()
+        if context.expired() or (left_s is not None and left_s < kept_s):
+            context.result.cut_short = True
             break
         was_vetoed = config in compiled.vetoed
-        if undecided and (context.left_s() is None or len(paces) == PROBES):
+        if undecided and (left_s is None or len(paces) == PROBES):
             undecided = False
             known = (compiled, context.earlier, context.condemned)
             rest = [one for one in context.order if not any(one in place for place in known)]
-            if compiled.affordable(rest, median(paces) if paces else 0.0):
+            if compiled.affordable(rest, median(paces) if paces else 0.0, kept_s):
                 compiled.add(rest)
         compiled.add([config])
         if config not in compiled:
-            break  # the time is up
+            context.result.cut_short = True
+            break
         if config in compiled.vetoed and not was_vetoed:
             trial.set_user_attr("vetoed", compiled.vetoed[config])
             study.tell(trial, state=_state("PRUNED"))  # its turn comes when nothing else is left

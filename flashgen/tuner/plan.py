@@ -13,8 +13,9 @@ from flashgen.facts import cached
 from flashgen.problem import Problem
 from flashgen.store import Record, seeds
 from flashgen.target import Target
+from flashgen.tuner import policy
 from flashgen.tuner.compiled import processes
-from flashgen.tuner.context import choose_variant, legal_list, source_of
+from flashgen.tuner.context import choose_variant, launch_strides, legal_list, source_of
 from flashgen.tuner.openings import openings
 
 
@@ -23,7 +24,7 @@ class ProblemPlan:
     """One problem.
 
     Attributes:
-        legal: configurations that the predicate admits before compiling.
+        legal: configurations that the predicate admits before compiling, and that the mode would look at.
         seeds: of these, how many the strategy tries first for what is known: near winners, the portfolio, known-good tiles,
             and what other problems taught.
         trials: how many are tried at most.
@@ -66,13 +67,17 @@ def plan(
     variant = choose_variant(problem, target)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
+    table = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
+    considered = policy.considered(variant, problem.spec, target, table, known)
+    legal = policy.searched(variant, legal, considered, mode)
     own = [
         row for row in stored if (row.spec_key, row.digest, row.gpu) == (source.spec.key, source.digest, target.name)
     ]
     taught = [row for row in stored if (row.op, row.variant) == (source.spec.op, variant.name)]
     first = openings(problem, variant, target, mode=mode, known=known, own=own, taught=taught)
-    trials = min(len(legal), max(max_trials or len(legal), len(known) if mode == "predicted" else 1))
-    compiled = sum(cached(source, target, config) is not None for config in legal)
+    trials = min(len(legal), max(max_trials or len(legal), len(considered) if mode == "predicted" else 1))
+    strides = launch_strides(problem) if mode == "measured" else None
+    compiled = sum(cached(source, target, config, strides) is not None for config in legal)
     estimate, basis = _estimate(legal, variant.name, target, mode, trials, compiled, workers, stored)
     return ProblemPlan(
         problem=problem, variant=variant.name, legal=len(legal), seeds=len(first.of(strategy, legal, mode)), trials=trials, cached=compiled,

@@ -100,6 +100,15 @@ def considered(
     return [config for config in dict.fromkeys([*tiles, *deeper]) if variant.illegal(spec, target, config) is None]
 
 
+def searched(
+    variant: Variant, legal: Sequence[KernelConfig], considered: Sequence[KernelConfig], mode: str
+) -> list[KernelConfig]:
+    """What a run compiles at most: of a kernel that the model cannot rank nothing but what is considered would be chosen unmeasured."""
+    if mode == "predicted" and not variant.modelled:
+        return list(considered)
+    return list(dict.fromkeys([*legal, *considered]))
+
+
 def shortlist(configs: Sequence[KernelConfig]) -> list[KernelConfig]:
     """Where no known tile fits: those with 16 query rows a warp, one row of the tensor core's tile for each."""
     return [

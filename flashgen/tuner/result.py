@@ -23,6 +23,7 @@ class ProblemResult:
         trials: a record per finished configuration, reused ones included.
         winner: the best record that passed the accuracy check, or None.
         message: why there is no winner, or a remark.
+        cut_short: the run's time was over before all was tried that was to be.
     """
 
     problem: Problem
@@ -34,6 +35,7 @@ class ProblemResult:
     trials: list[Record] = field(default_factory=list)
     winner: Record | None = None
     message: str = ""
+    cut_short: bool = False
 
     def counts(self) -> dict[str, int]:
         """Trials by status."""
@@ -93,7 +95,7 @@ class TuneResult:
         database: where the trials were stored.
         elapsed_s: seconds.
         interrupted: Ctrl-C ended the run; what was finished is stored.
-        timed_out: its time was over when it ended; what was not tried by then is left, and what won is a winner all the same.
+        timed_out: its time was over before all was tried that was to be; what won is a winner all the same.
     """
 
     problems: list[ProblemResult]

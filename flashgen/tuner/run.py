@@ -135,7 +135,7 @@ def tune(
                 for problem in todo:
                     if not expired():
                         _predict(begin(problem), study)
-            result.timed_out = expired()
+            result.timed_out = expired() or any(row.cut_short for row in result.problems)
         except KeyboardInterrupt:
             result.interrupted = True
         except DeviceLostError as error:
@@ -256,9 +256,7 @@ def _context(
     legal, known = legal_list(variant, problem, target)
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
     considered = policy.considered(variant, problem.spec, target, measured_tiles, known)
-    # Of what the model cannot rank nothing else would be chosen: it is not compiled.
-    ranked = variant.modelled or mode != "predicted"
-    legal = list(dict.fromkeys([*legal, *considered])) if ranked else considered
+    legal = policy.searched(variant, legal, considered, mode)
     stored = store.trials(spec_key=source.spec.key, digest=source.digest, gpu=target.name)
     taught = store.trials(op=source.spec.op, variant=variant.name) if mode == "measured" else ()
     first = openings(problem, variant, target, mode=mode, known=known, own=stored, taught=taught)
@@ -268,8 +266,7 @@ def _context(
     order = strategies.ordered(legal, first.listed, strategy)
     if max_trials is not None and mode == "predicted":
         # What the policy chooses among is compiled however short the list is cut.
-        always = policy.considered(variant, problem.spec, target, measured_tiles, known)
-        order = list(dict.fromkeys([*always, *order]))[: max(max_trials, len(always))]
+        order = list(dict.fromkeys([*considered, *order]))[: max(max_trials, len(considered))]
     return Context(
         problem=problem,
         target=target,

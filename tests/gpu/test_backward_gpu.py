@@ -12,9 +12,11 @@ from problems import FAR, TABLE, Row, far_gradients, row
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
+from flashgen.accuracy import TORCH_DTYPES, check
 from flashgen.build import build
 from flashgen.config import KernelConfig
 from flashgen.gradients import GradientBuffers, check_launch, make_gradient_buffers
+from flashgen.reference import gradients_low_precision, gradients_oracle
 from flashgen.render import render
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
@@ -74,11 +76,24 @@ def test_the_default_configuration(key: str) -> None:
 @pytest.mark.parametrize("causal", [None, "bottom-right"])
 def test_the_default_configuration_at_2048(dtype: str, head_dim: int, causal: Any) -> None:
     """Long enough for a pipeline to fill."""
-    case = row("", dtype, head_dim, 2048, 2048, causal=causal, heads=(2, 1))
-    buffers = make_gradient_buffers(case.problem, seed=2, device="cuda", strides="dense", dlse=False)
-    forward(buffers)
-    launch(buffers, TRITON_BWD.default(case.problem.spec_for("attention_bwd"), Target.detect()))
-    buffers.check().require(case.id)
+    p = row("", dtype, head_dim, 2048, 2048, causal=causal, heads=(4, 2)).problem
+    generator = torch.Generator("cuda").manual_seed(2)
+    q, k, v, dout = (
+        torch.randn(1, 2048, heads, head_dim, generator=generator, device="cuda").to(TORCH_DTYPES[p.dtype])
+        for heads in (4, 2, 2, 4)
+    )
+    out, lse = torch.empty_like(q), torch.empty(1, 4, 2048, device="cuda")
+    options: dict[str, Any] = {"sm_scale": p.scale, "causal_offset": p.causal_offset}
+    forward_config = TRITON_FWD.default(p.spec, Target.detect())
+    build(render(p.spec, TRITON_FWD)).launch(q, k, v, out, lse, **options, **forward_config)
+    found = tuple(torch.full_like(x, torch.nan) for x in (q, k, v))
+    spec = p.spec_for("attention_bwd")
+    config = TRITON_BWD.default(spec, Target.detect())
+    build(render(spec, TRITON_BWD)).launch(dout, None, q, k, v, out, lse, *found, **options, **config)
+    exact = gradients_oracle(dout, q, k, v, causal=p.causal, **options)
+    honest = gradients_low_precision(dout, q, k, v, out, lse, causal=p.causal, **options)
+    for got, oracle, unit in zip(found, exact, honest, strict=True):
+        check(got, None, (oracle, None), (unit, None), p.dtype, gradient=True).require(config.label)
 
 
 @pytest.mark.parametrize(

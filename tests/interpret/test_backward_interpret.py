@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from problems import FAR, TABLE, Row, far_gradients, row
+from torch.utils.checkpoint import checkpoint
 
 import flashgen
 from flashgen import interpret, ops
@@ -87,11 +88,11 @@ def test_a_row_that_sees_no_key_may_hold_anything() -> None:
 def test_repeated_runs_are_bitwise_equal() -> None:
     problem = row("", "fp16", 33, 40, 70, causal="bottom-right", heads=(4, 2), batch=2).problem
     runs = []
-    for _ in range(2):
+    for _ in range(3):
         buffers = make_gradient_buffers(problem, seed=4)
         launch(buffers, (32, 32))
         runs.append(buffers.outputs)
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert all(torch.equal(runs[0][name], run[name]) for run in runs[1:] for name in run)
 
 
 def test_a_gradient_does_not_depend_on_its_batch() -> None:
@@ -155,6 +156,39 @@ def test_gradients_through_one_output_alone() -> None:
         results = {b: flashgen.attention(q, k, v, return_lse=True, backend=b)[pick] for b in ("torch", "triton")}  # type: ignore[index,arg-type]
         got, want = (torch.autograd.grad(results[b].sum(), (q, k, v)) for b in ("triton", "torch"))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_round_the_operator_runs_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved tensors, checkpointing, autocast and vmap over the batch give the bits of the plain call."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, 9, heads, 16, generator=generator).bfloat16() for heads in (2, 1, 1))
+    monkeypatch.setattr(ops.torch_blocked, "backward", lambda *_, **__: pytest.fail("the torch backward ran"))
+    saved: list[tuple[int, ...]] = []
+
+    def attend(*x: torch.Tensor) -> torch.Tensor:
+        return flashgen.attention(*x, causal=True, backend="triton")  # type: ignore[return-value]
+
+    def gradients(run: Any, *x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [one.detach().requires_grad_() for one in x]
+        return torch.autograd.grad(run(*leaves).float().sin().sum(), leaves)
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attend(*(x.detach().requires_grad_() for x in (q, k, v)))
+    assert sorted(saved) == [(2, 2, 9), (2, 9, 1, 16), (2, 9, 1, 16), (2, 9, 2, 16), (2, 9, 2, 16)]
+
+    plain = gradients(attend, q, k, v)
+    kept = gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(attend, q.float(), k.float(), v.float())
+    mapped = gradients(
+        lambda *x: torch.func.vmap(lambda *one: attend(*(y[None] for y in one))[0])(*x), q, k, v
+    )  # fmt: skip
+    for other in (kept, cast, mapped):
+        assert all(torch.equal(a, b.bfloat16()) for a, b in zip(plain, other, strict=True))
 
 
 def test_the_operator_passes_torchs_own_check() -> None:

@@ -110,6 +110,7 @@ ROWS: tuple[Row, ...] = (
     row("", "bf16", 256, 150, 18),
     row("", "bf16", 256, 18, 150, values="low"),
     row("", "fp16", 16, 40, 20, causal=TL, values="low"),
+    row("", "bf16", 16, 16, 900),  # dq is a sum of many steps
 )
 
 

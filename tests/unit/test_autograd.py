@@ -149,6 +149,22 @@ def test_vmap_folds_into_the_batch() -> None:
     assert torch.equal(part, torch.stack([attend(x, k[0], v[0]) for x in q], 1))
 
 
+def test_autograd_outside_of_vmap_gets_its_gradients() -> None:
+    """The mapped tensors hide that what they wrap is recorded; with a bias, item by item."""
+    leaves = tensors(grad=True, mapped=True)
+    bias = torch.randn(4, 9, 11, requires_grad=True)
+    plain = torch.autograd.grad(looped(attend, *leaves).sin().sum(), leaves)
+    mapped = torch.autograd.grad(torch.vmap(attend)(*leaves).sin().sum(), leaves)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, mapped, strict=True))
+
+    def biased(*x: Tensor) -> Tensor:
+        return attend(*x, bias=bias)
+
+    (want,) = torch.autograd.grad(looped(biased, *leaves).sin().sum(), bias)
+    (got,) = torch.autograd.grad(torch.vmap(biased)(*leaves).sin().sum(), bias)
+    torch.testing.assert_close(got, want)
+
+
 def test_gradients_of_samples() -> None:
     q, k, v = tensors(mapped=True)
 

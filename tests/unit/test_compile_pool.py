@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from flashgen import BuildError, KernelConfig, Problem, Target
+from flashgen import BuildError, KernelConfig, Problem, Target, facts_gluon
 from flashgen.build import load_module, write_source
 from flashgen.compile_pool import CompilePool
-from flashgen.facts import _signature, cached, compile_options, specialised
+from flashgen.facts import _constants_have_attributes, _signature, cached, compile_options, specialised
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.tuner.context import launch_strides
@@ -155,3 +155,45 @@ def test_facts_of_other_strides_are_other_facts(monkeypatch: pytest.MonkeyPatch,
     source = render(SPEC, by_name("triton_fwd"))
     paths = [facts._cache_path(source, H100, TILE, strides) for strides in (None, {"stride_qb": 64}, {"stride_qb": 3})]
     assert paths[0] == paths[1] != paths[2] and cached(source, H100, TILE, {"stride_qb": 3}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"head_dim": 64, "head_dim_v": 64, "dtype": "fp16", "return_lse": True}], ids=str
+)
+def test_a_gluon_kernel_is_compiled_ahead_under_the_key_of_its_launch(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    problem = Problem.preset("llama3-8b", seqlen=1024, **options)
+    spec, variant = problem.spec, by_name("gluon_fwd_sm90")
+    module = load_module(write_source(render(spec, variant)))
+    kernel, config = getattr(module, spec.op), variant.default(spec, H100)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keys: list[tuple[str, str]] = []
+
+    def run(*values: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        keywords["debug"] = kernel.debug or knobs.runtime.debug
+        for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):
+            if hasattr(knobs.compilation, name):
+                keywords[name] = getattr(knobs.compilation, name)
+        bound, specialisation, given = binder(*values, **keywords)
+        packed, *rest = kernel._pack_args(backend, keywords, bound, specialisation, given)
+        keys.append((GluonASTSource(kernel, *rest).hash(), packed.hash()))
+
+    monkeypatch.setattr(kernel, "run", run)
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    p, dtype = problem, {"bf16": torch.bfloat16, "fp16": torch.float16}[problem.dtype]
+    q, k = (torch.empty(1, 1024, heads, p.head_dim, dtype=dtype) for heads in (p.num_heads_q, p.num_heads_kv))
+    lse = torch.empty(1, p.num_heads_q, 1024) if spec.has_lse else None
+    module.launch(q, k, k, torch.empty_like(q), lse, sm_scale=0.1, causal_offset=0, **config)
+    ahead = facts_gluon.ast_source(kernel, spec, config, constants_have_attributes=_constants_have_attributes(kernel))
+    numbers = backend.parse_options({"enable_fp_fusion": True, "num_warps": variant.num_warps(spec, config)})
+    assert keys == [(ahead.hash(), numbers.hash())]

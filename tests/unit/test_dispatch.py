@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,12 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
         dispatch.resolve(PROBLEM, old)
     monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "warn")
     dispatch.forget()
-    training = Problem.preset("llama3-8b", requires_grad=True)
+    training = replace(PROBLEM, requires_grad=True)
     monkeypatch.setattr(TritonBackward, "supports", lambda *_: "broken today")
-    with pytest.warns(UserWarning, match="backward of .* falls to the torch backend on h100: triton_bwd: broken today"):
-        assert dispatch.resolve(training, H100).backend == "gluon"
+    with pytest.warns(
+        UserWarning, match="backward of .* falls to the torch backend on h100: .*triton_bwd: broken today"
+    ):
+        assert dispatch.resolve(training, H100).backend == "triton"
     with pytest.raises(
         UnsupportedProblemError, match=r"(?s)triton_fwd runs forward, but the backward of .*broken today"
     ):
@@ -161,7 +164,7 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
 
 
 def test_a_training_call_resolves_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Problem.preset("llama3-8b", requires_grad=True)
+    training = replace(PROBLEM, requires_grad=True)
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M_DQ": 64, "BLOCK_N_DQ": 64, "num_warps": 4, "num_stages": 1}
     gradients = training.backward
     digest = render(gradients.spec, by_name("triton_bwd")).digest
@@ -175,6 +178,15 @@ def test_a_training_call_resolves_both_ways(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.backward.config_source == "database"
     assert "the backward runs triton_bwd (backend triton) with BLOCK_M=64" in str(plan)
     assert dispatch.resolve(PROBLEM, H100).backward is None
+
+
+def test_a_backward_that_nobody_tuned_says_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(PROBLEM, requires_grad=True)
+    save(row(training, digest=render(training.spec, by_name("triton_fwd")).digest, config=FIRST))
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
+    with pytest.raises(UnsupportedProblemError, match=r"flashgen tune --op attention_bwd .*--target h100") as caught:
+        dispatch.resolve(training, H100)
+    assert str(caught.value).startswith("nothing is tuned for attention_bwd")
 
 
 def test_hopper_takes_the_gluon_kernel_and_others_the_portable_one() -> None:

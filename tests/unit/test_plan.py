@@ -8,9 +8,11 @@ from typing import Any
 import optuna
 import pytest
 from store_support import make
+from test_tuner_run import GOOD, Compiler
 
 from flashgen import KernelConfig, Problem, Target
 from flashgen.store import Record
+from flashgen.tuner import predicted, tune
 from flashgen.tuner.context import choose_variant, legal_list, source_of
 from flashgen.tuner.plan import ProblemPlan, plan
 from flashgen.tuner.search import new_study, proposals
@@ -86,3 +88,16 @@ def test_a_study_file_holds_each_knob_as_a_parameter(tmp_path: Path) -> None:
     assert [trial.params for trial in read.trials] == [config.to_dict() for config in configs]
     assert [trial.value for trial in read.trials] == [1.0, 2.0, 3.0]
     assert set(read.trials[0].distributions) == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, Problem.preset("llama3-8b", seqlen=1024)], ids=["portable", "gluon"])
+@pytest.mark.parametrize("trials", [None, 3])
+def test_a_plan_without_the_gpu_counts_what_is_compiled(
+    problem: Problem, trials: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler()
+    monkeypatch.setattr(predicted, "CompilePool", compiler)
+    monkeypatch.setattr(predicted, "_check", lambda context, config: GOOD)
+    planned = plan(problem, H100, mode="predicted", max_trials=trials, workers=1, stored=[])
+    tune(problem, target=H100, mode="predicted", max_trials=trials, progress=False)
+    assert len(compiler.asked) == planned.trials <= planned.legal

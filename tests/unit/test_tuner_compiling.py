@@ -14,7 +14,7 @@ import flashgen
 from flashgen import BuildError, KernelConfig, Problem, costmodel
 from flashgen.facts import CompiledFacts
 from flashgen.store import open_store
-from flashgen.tuner import TuneResult, measured, strategies
+from flashgen.tuner import TuneResult, cluster, measured, strategies
 from flashgen.tuner.context import Context
 from flashgen.tuner.run import _context
 
@@ -175,3 +175,22 @@ def test_a_list_whose_first_candidates_do_not_compile_is_still_searched() -> Non
     broken = set(context.order[:6])
     tried, _ = run(context, lambda config: BuildError("ptxas gave up") if config in broken else FACTS)
     assert len(tried) == len(context.order) - 6
+
+
+@pytest.mark.parametrize("left_s", [None, 100.0])
+def test_an_actor_elsewhere_knows_how_much_time_is_left(left_s: float | None) -> None:
+    """Its clock is its own: what is sent is a number, and without one nothing would bound what is compiled ahead."""
+    seen: list[float | None] = []
+
+    class Place:
+        def run(self, context: Context) -> None:
+            seen.append(context.left_s())
+            context.result.cut_short = True
+
+    station = cluster.Station("cpu", None)
+    station._place = Place()  # type: ignore[assignment]
+    context = context_for(trials=1)
+    ((kind, result),) = station.run(cluster._sent(context), left_s)
+    assert seen == [None] if left_s is None else 90.0 < (seen[0] or 0.0) <= 100.0
+    cluster.RayPlace._take(context, kind, result)
+    assert kind == "result" and context.result.cut_short
