@@ -218,9 +218,9 @@ def backward(
     problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
-        *gradients, dsinks = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
+        dq, dk, dv, dsinks = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
         sums = torch_blocked.GradientSums(bias=None, sinks=dsinks if sinks_grad else None, captured=[])
-        return (*gradients, sums)
+        return dq, dk, dv, sums
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         packing = _packing(problem, operands, q, k)
