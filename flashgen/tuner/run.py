@@ -121,10 +121,12 @@ def tune(
             return left is not None and left < 0
 
         def begin(problem: Problem) -> Context:
+            waiting = len(todo) - sum(row.problem != problem for row in result.problems)
+            unit_left_s = _share(left_s(), math.ceil(waiting / max(1, len(places))))
             context = _context(
                 problem, where, way, store, report, result, max_trials=max_trials, workers=workers, strategy=strategy, resume=resume,
-                expired=expired, retry_failed=retry_failed, save=writer.save, left_s=left_s, trial_timeout_s=trial_timeout_s,
-                variant_name=variant,
+                expired=lambda: (unit_left_s() or 0.0) < 0.0, retry_failed=retry_failed, save=writer.save, left_s=unit_left_s,
+                trial_timeout_s=trial_timeout_s, variant_name=variant,
             )  # fmt: skip
             # A unit that begins again, since its device was lost, takes the place of its first attempt.
             result.problems[:] = [row for row in result.problems if row.problem != problem] + [context.result]
@@ -160,6 +162,14 @@ def with_gradients(problems: Sequence[Problem]) -> list[Problem]:
         pair = (replace(problem, requires_grad=False, return_lse=True), problem.backward)
         found += pair if problem.requires_grad else (problem,)
     return list(dict.fromkeys(found))
+
+
+def _share(left_s: float | None, units: int) -> Callable[[], float | None]:
+    """What is left of a unit's part of the time: an equal one of each that a device still has to do; none where time is unlimited."""
+    if left_s is None:
+        return lambda: None
+    end = time.monotonic() + left_s / units
+    return lambda: end - time.monotonic()
 
 
 def _predict(context: Context, study: str | None) -> None:

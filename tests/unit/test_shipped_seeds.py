@@ -55,18 +55,37 @@ def test_every_covered_layer_has_a_row(gpu: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_a_layer_with_options_that_are_not_tuned_yet_has_no_row(gpu: str) -> None:
+def test_the_gradients_of_every_covered_layer_have_a_row(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHGEN_ON_MISS", "error")
+    target = Target.named(gpu)
+    plans = [
+        dispatch.resolve(problem.backward, target, backend="triton")
+        for problem in LAYERS.values()
+        if covered(problem.backward, target)
+    ]
+    assert len(plans) >= 10
+    for plan in plans:
+        assert plan.variant == "triton_bwd" and plan.config_source in ("seed", "predicted")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_layer_with_options_that_nothing_tunes_has_no_row_and_runs_the_default_or_in_torch(gpu: str) -> None:
     target, keys = Target.named(gpu), {row.spec_key for row in seeds.load(gpu, "attention_fwd")}
     left_out = {name: problem for name, problem in LAYERS.items() if not covered(problem, target)}
     for name, problem in left_out.items():
         assert problem.spec.key not in keys, name
-        assert dispatch.resolve(problem, target).config_source == "default", name
+        plan = dispatch.resolve(problem, target)
+        if plan.backend == "torch":
+            assert "not covered by this kernel yet" in plan.rejected["triton_fwd"], name
+        else:
+            assert (plan.variant, plan.config_source) == ("triton_fwd", "default"), name
 
 
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd"])
 @pytest.mark.parametrize("gpu", GPUS)
-def test_rows_are_of_todays_kernels_legal_and_labelled_as_they_are(gpu: str) -> None:
+def test_rows_are_of_todays_kernels_legal_and_labelled_as_they_are(gpu: str, op: str) -> None:
     target = Target.named(gpu)
-    rows = seeds.load(gpu, "attention_fwd")
+    rows = seeds.load(gpu, op)
     assert rows
     for row in rows:
         spec, variant = AttentionSpec.from_key(row.spec_key), by_name(row.variant)

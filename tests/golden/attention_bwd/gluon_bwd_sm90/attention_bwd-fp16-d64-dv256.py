@@ -87,15 +87,16 @@ def row_blocks(
     PEELED: gl.constexpr,
 ):
     """Blocks of rows: [begin, full) see some of these keys and need a mask, [full, end) see all of them."""
-    # Where some thread block needs a mask, each has a masked step: Triton 3.6's ptxas (12.8) computes what the second loop reads
-    # where the first one starts, and who skipped the first would multiply by another descriptor (wrong dq on an H200).
     end = gl.cdiv(seqlen_q, BLOCK_M)
     begin = 0
     full = 0
     if MASKED:
         # Keys beyond the last one are zeros, but the exponential of their scores may overflow. Without them `full` is no
         # more than `end`: the last row sees all keys.
-        full = gl.where(start_n + BLOCK_N > seqlen_k, end, 1)
+        full = gl.where(start_n + BLOCK_N > seqlen_k, end, full)
+        # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
+        # and a thread block that skips the first loop would multiply by another descriptor (head dim 64: wrong dq on an H200).
+        full = gl.maximum(full, 1 + begin)
         if not PEELED:
             full = end
     return begin, full, end
@@ -223,12 +224,13 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 @gluon.jit
 def attend(
     step,
+    start_m,
     dk_1,
     dv_1,
     dv_2,
     nothing,
     no_dq,
-    is_key,
+    first_m,
     qk_scale,
     tiles,
     bars,
@@ -263,7 +265,8 @@ def attend(
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     p = gl.exp2(scores * qk_scale - lse[None, :])
     if IS_MASKED:
-        p = gl.where(is_key[:, None], p, 0.0)
+        rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+        p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
     p_tile.store(p.to(DTYPE))
     # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
     fence_async_shared()
@@ -346,9 +349,9 @@ def consume(
     dk_1 = gl.zeros([BLOCK_N, 64], gl.float32, LAYOUT_64)
     dv_1 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
     dv_2 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
-    # -- mask: keys that exist --
+    # -- mask: the first row that sees each key; none sees a key that does not exist --
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
-    is_key = offs_n < seqlen_k
+    first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
     num_steps = group * (end - begin)
     mbarrier.wait(kv_full, 0)
     masked_steps = 0
@@ -356,14 +359,16 @@ def consume(
         # -- blocks that the diagonal or the last key crosses --
         masked_steps = group * (full - begin)
         for step in range(masked_steps):
+            start_m = (begin + step % (full - begin)) * BLOCK_M
             dk_1, dv_1, dv_2 = attend(
                 step,
+                start_m,
                 dk_1,
                 dv_1,
                 dv_2,
                 nothing,
                 no_dq,
-                is_key,
+                first_m,
                 qk_scale,
                 tiles,
                 (q_full, do_full, do_empty, dq_full, dq_empty),
@@ -380,12 +385,13 @@ def consume(
         for step in range(masked_steps, num_steps):
             dk_1, dv_1, dv_2 = attend(
                 step,
+                0,
                 dk_1,
                 dv_1,
                 dv_2,
                 nothing,
                 no_dq,
-                is_key,
+                first_m,
                 qk_scale,
                 tiles,
                 (q_full, do_full, do_empty, dq_full, dq_empty),

@@ -88,15 +88,16 @@ def row_blocks(
     PEELED: gl.constexpr,
 ):
     """Blocks of rows: [begin, full) see some of these keys and need a mask, [full, end) see all of them."""
-    # Where some thread block needs a mask, each has a masked step: Triton 3.6's ptxas (12.8) computes what the second loop reads
-    # where the first one starts, and who skipped the first would multiply by another descriptor (wrong dq on an H200).
     end = gl.cdiv(seqlen_q, BLOCK_M)
     begin = gl.maximum(start_n - causal_offset, 0) // BLOCK_M
-    full = gl.maximum(start_n + BLOCK_N - 1 - causal_offset, 0) // BLOCK_M + 1
+    full = gl.cdiv(gl.maximum(start_n + BLOCK_N - 1 - causal_offset, 0), BLOCK_M)
     if MASKED:
         # Keys beyond the last one are zeros, but the exponential of their scores may overflow. Without them `full` is no
         # more than `end`: the last row sees all keys.
         full = gl.where(start_n + BLOCK_N > seqlen_k, end, full)
+        # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
+        # and a thread block that skips the first loop would multiply by another descriptor (head dim 64: wrong dq on an H200).
+        full = gl.maximum(full, 1 + begin)
         if not PEELED:
             full = end
     return begin, full, end
@@ -445,11 +446,12 @@ def consume(
                 DV_FIRST,
                 IS_MASKED=False,
             )
-    # -- store dk and dv through the memory of k and v --
-    v_tile.reshape([BLOCK_N, BLOCK_DV]).store(dv.to(DTYPE))
-    # Each warpgroup has waited for its own products: the other may still be reading keys for the last scores.
+    # -- store dk and dv through the memory of k and v, which nobody reads any more --
+    # Each warpgroup has waited for its own products: the other may still be reading.
     partition_barrier()
-    k_tile.reshape([BLOCK_N, BLOCK_D]).store((dk * sm_scale).to(DTYPE))
+    k, v = k_tile.reshape([BLOCK_N, BLOCK_D]), v_tile.reshape([BLOCK_N, BLOCK_DV])
+    v.store(dv.to(DTYPE))
+    k.store((dk * sm_scale).to(DTYPE))
     fence_async_shared()
     tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
     tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
