@@ -58,11 +58,11 @@ class Proof:
         return asdict(self)
 
 
-def proven(target: Target, *, lse: bool = False) -> list[tuple[Variant, AttentionSpec]]:
+def proven(target: Target, *, op: str = "attention_fwd", lse: bool = False) -> list[tuple[Variant, AttentionSpec]]:
     """What is shown for a target: each Gluon variant's bf16 kernels of the usual head dims, full and causal."""
     found = []
     for variant in REGISTRY:
-        if variant.backend != "gluon":
+        if (variant.backend, variant.op) != ("gluon", op):
             continue
         forms = (False, True) if lse and variant.op == "attention_fwd" else (False,)
         for head_dim in HEAD_DIMS:
@@ -75,11 +75,12 @@ def proven(target: Target, *, lse: bool = False) -> list[tuple[Variant, Attentio
     return found
 
 
-def prove(target: Target, *, lse: bool = False, workers: int | None = None) -> list[Proof]:
+def prove(target: Target, *, op: str = "attention_fwd", lse: bool = False, workers: int | None = None) -> list[Proof]:
     """Compile the defaults of a target's Gluon kernels with the installed Triton; answered from the disk cache where they were before.
 
     Args:
         target: for which GPU.
+        op: whose kernels.
         lse: the forward kernels that also return lse, too.
         workers: compiling processes; None for one a core.
 
@@ -87,7 +88,7 @@ def prove(target: Target, *, lse: bool = False, workers: int | None = None) -> l
         BuildError: the compiler refused one.
     """
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as threads:
-        return list(threads.map(lambda one: _prove(one[0], one[1], target), proven(target, lse=lse)))
+        return list(threads.map(lambda one: _prove(one[0], one[1], target), proven(target, op=op, lse=lse)))
 
 
 def _prove(variant: Variant, spec: AttentionSpec, target: Target) -> Proof:

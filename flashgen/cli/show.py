@@ -220,10 +220,11 @@ def portfolio(target_name: str | None, as_json: bool) -> None:
 
 @show.command()
 @click.option("--target", "target_name", metavar="NAME", default="h100", show_default=True)
+@click.option("--op", type=click.Choice(OPS), default="attention_fwd", show_default=True)
 @click.option("--lse", is_flag=True, help="The forward kernels that also return lse, too.")
 @json_option
 @click.pass_context
-def proof(ctx: click.Context, target_name: str, lse: bool, as_json: bool) -> None:
+def proof(ctx: click.Context, target_name: str, op: str, lse: bool, as_json: bool) -> None:
     """What the compiler makes of the default Hopper kernels, without a GPU; exit code 1 where a default spills or serialises.
 
     Compiles the defaults of head dims 64, 128 and 256 with the installed Triton, unless it did before.
@@ -231,11 +232,11 @@ def proof(ctx: click.Context, target_name: str, lse: bool, as_json: bool) -> Non
     from flashgen.proof import prove  # the compiling workers are started only here
 
     target = Target.named(target_name)
-    rows = prove(target, lse=lse)
+    rows = prove(target, op=op, lse=lse)
     if as_json:
         print_json({"target": target.name, "proofs": [row.to_json() for row in rows]})
     elif not rows:
-        click.echo(f"no Gluon kernel is written for {target.name} ({target.arch})")
+        click.echo(f"no Gluon kernel of {op} is written for {target.name} ({target.arch})")
     else:
         headers = [
             "kernel",
