@@ -97,16 +97,16 @@ class Transformer(nn.Module):
 class Training:
     """A model, its optimiser and its data."""
 
-    def __init__(self, shape: Shape, strategy: Strategy, device: str) -> None:
+    def __init__(self, shape: Shape, strategy: Strategy) -> None:
         torch.manual_seed(0)
-        self.device, self.mixed = device, strategy.precision == "autocast"
-        self.model = Transformer(shape, strategy).to(device)
+        self.device, self.mixed = strategy.device, strategy.precision == "autocast"
+        self.model = Transformer(shape, strategy).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-3, fused=True
         )  # not fused, it needs temporaries
         # A text that is easy to learn: each token follows from the one before.
         start = torch.randint(shape.vocab, (shape.batch, 1))
-        self.text = ((start + 7 * torch.arange(shape.seqlen + 1)) % shape.vocab).to(device)
+        self.text = ((start + 7 * torch.arange(shape.seqlen + 1)) % shape.vocab).to(self.device)
 
     def forward(self) -> Tensor:
         """The loss of one step."""
@@ -157,13 +157,13 @@ class Training:
         return most
 
 
-def compare(shape: Shape, strategy: Strategy, device: str, steps: int) -> dict[str, Any]:
+def compare(shape: Shape, strategy: Strategy, steps: int) -> dict[str, Any]:
     """Count one way, then run it."""
     if strategy.attention == "flash":
-        on_cpu = device == "cpu"
-        strategy = replace(strategy, workspace=torch_backend(shape, strategy) if on_cpu else fused_kernels(shape))
+        kernels = fused_kernels(shape) if strategy.device == "cuda" else torch_backend(shape, strategy)
+        strategy = replace(strategy, workspace=kernels)
     counted = step(shape, strategy)
-    training = Training(shape, strategy, device)
+    training = Training(shape, strategy)
     losses = [training.step() for _ in range(steps)]
     saved = training.saved()
     peak = training.peak()
@@ -216,8 +216,8 @@ def main() -> int:
     print(f"{'':<52}{'saved for the backward':<32}{'peak of a step':<32}again")
     rows, worst = [], 0.0
     for precision, kept, attention in product(("fp32", "autocast"), (False, True), ("materialised", "flash")):
-        strategy = Strategy(attention=attention, checkpoint=kept, precision=precision)  # type: ignore[arg-type]
-        row = compare(shape, strategy, a.device, a.steps)
+        strategy = Strategy(attention=attention, checkpoint=kept, precision=precision, device=a.device)  # type: ignore[arg-type]
+        row = compare(shape, strategy, a.steps)
         rows.append(row)
         cells = []
         for figure in ("saved", "peak", "parameters", "optimizer"):

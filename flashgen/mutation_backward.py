@@ -19,6 +19,7 @@ from flashgen.target import Target
 from flashgen.variants import Variant, by_name
 
 _FORWARD = "gluon_fwd_sm90"
+_NARROW = 128  # head dim up to which tiles may be chosen
 _MAX_STEPS = 20_000
 _SMEM_BYTES = 1 << 20  # more than a card has: the cases' tiles are chosen for what they run, not for what fits
 
@@ -42,6 +43,7 @@ _SMALL: dict[str, Tunable] = {
 }  # fmt: skip
 _OTHER_ARMS: dict[str, Tunable] = {
     "BLOCK_N": 128, "STAGES": 3, "DS_STAGES": 1, "DQ_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": False,
+    "PEELED": False,
 }  # fmt: skip
 
 # Sizes, knobs, values of the inputs, whether sums are ordered, whether lse has a gradient.
@@ -52,8 +54,8 @@ _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values, bool, b
     ({"seqlen_q": 130, "seqlen_k": 150, "num_heads_q": 2}, _OTHER_ARMS, "normal", False, False),
     # The last block of rows reaches beyond the last key; three blocks of keys wait for their turn.
     ({"seqlen_q": 100, "seqlen_k": 128}, {"BLOCK_M": 128}, "normal", True, False),
-    # A key that does not exist has an exponential that overflows; masks wherever there are any.
-    ({"seqlen_q": 200, "seqlen_k": 90}, {"BLOCK_N": 128, "PEELED": False}, "low", False, True),
+    # A key that does not exist has an exponential that overflows; two warpgroups, of which one may run ahead.
+    ({"seqlen_q": 200, "seqlen_k": 90}, {"BLOCK_N": 128}, "low", False, True),
 )
 _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values, bool, bool], ...] = (
     # Rows beyond the last key see all keys, and none that does not exist.
@@ -68,7 +70,7 @@ class BackwardStudy(Study):
 
     def _choose(self, variant: Variant, target: Target) -> tuple[BackwardCase, ...]:
         spec, found = self.spec, []
-        self._gradients: dict[int, tuple[Result, Result]] = {}
+        self._gradients: dict[int, tuple[Result, tuple[Result, ...]]] = {}
         self._forwards: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._target = target
         base = Problem(
@@ -77,8 +79,10 @@ class BackwardStudy(Study):
         )  # fmt: skip
         for sizes, knobs, values, deterministic, dlse in (*_CASES, *(_CAUSAL_CASES if spec.causal else ())):
             heads = {"num_heads_kv": sizes.get("num_heads_q", 1), **sizes}
+            # The tile is the only one of wide head dims; registers and memory of a card do not bind a simulation.
+            only = {"BLOCK_M": 64, "BLOCK_N": 64} if max(spec.head_dim, spec.head_dim_v) > _NARROW else {}
             config = KernelConfig(
-                variant=variant.name, **{**variant.default(spec, target).to_dict(), **_SMALL, **knobs}
+                variant=variant.name, **{**variant.default(spec, target).to_dict(), **_SMALL, **knobs, **only}
             )
             found.append(
                 BackwardCase(
@@ -115,10 +119,4 @@ class BackwardStudy(Study):
     def _right(self, number: int, buffers: GradientBuffers) -> bool:
         if number not in self._gradients:
             self._gradients[number] = buffers.references()
-        oracle, unit = (result.gradients for result in self._gradients[number])
-        for name, gradient in buffers.outputs.items():
-            wanted, honest = oracle[name[1:]], unit[name[1:]].to(gradient.dtype)
-            result = accuracy.check(gradient, None, (wanted, None), (honest, None), self.spec.dtype, gradient=True)
-            if not result.ok:
-                return False
-        return not buffers.trespasses()
+        return buffers.check(self._gradients[number]).ok

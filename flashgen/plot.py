@@ -40,13 +40,16 @@ def check(path: Path) -> None:
         raise MissingExtraError("matplotlib is not installed: pip install flashgen[plot]") from None
 
 
-def figure(columns: int = 1, *, title: str = "", size: tuple[float, float] = (6.4, 4.4)) -> tuple[Figure, list[Axes]]:
+def figure(
+    columns: int = 1, *, rows: int = 1, title: str = "", size: tuple[float, float] = (6.4, 4.4)
+) -> tuple[Figure, list[Axes]]:
     """A figure with axes side by side.
 
     Args:
-        columns: how many axes.
+        columns: how many axes in a row.
+        rows: how many rows.
         title: above them all.
-        size: width and height of one column, in inches.
+        size: width and height of one of them, in inches.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -55,8 +58,8 @@ def figure(columns: int = 1, *, title: str = "", size: tuple[float, float] = (6.
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib is not installed: pip install flashgen[plot]") from None
-    made = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
-    axes: list[Any] = list(made.subplots(1, columns, squeeze=False)[0])
+    made = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes: list[Any] = list(made.subplots(rows, columns, squeeze=False).flat)
     if title:
         made.suptitle(title)
     for one in axes:

@@ -177,9 +177,10 @@ def _tune(story: _Story, problem: Problem, target: Target, trials: int) -> None:
         predicted = result.mode == "predicted"
         config = " ".join(f"{name}={value}" for name, value in sorted(winner.config.items()))
         done = "compiled and ranked" if predicted else "measured"
-        said = (
-            f"predicted rank {winner.rank}, bound by {winner.bound_by}" if predicted else f"{winner.latency_ms:.4f} ms"
-        )
+        said = "" if predicted else f"{winner.latency_ms:.4f} ms"
+        if predicted:
+            # A rule chooses, not the rank: a winner of rank 11 would read like a mistake without it.
+            said = f"{winner.message}; the cost model ranks it {winner.rank}, bound by {winner.bound_by}"
         story.tell(f"{len(row.trials)} of {row.legal} legal configurations {done}")
         story.tell(f"winner: {config} ({said})")
     with story.step("database"):

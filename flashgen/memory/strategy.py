@@ -9,8 +9,10 @@ from flashgen.errors import InvalidProblemError
 
 Precision = Literal["fp32", "autocast", "16bit"]
 AttentionKind = Literal["flash", "materialised"]
+Device = Literal["cuda", "cpu"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "autocast", "16bit")
+DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 ATTENTIONS: tuple[AttentionKind, ...] = ("materialised", "flash")
 _FP32 = 4
 
@@ -108,6 +110,8 @@ class Strategy:
         precision: `fp32`; `autocast` (fp32 weights, residuals and norms, products in 16 bit on cast copies); `16bit` (everything but norms'
             statistics and the loss; materialised softmax in 16 bit too, as Korthikanti et al. count).
         dropout: whether there is any.
+        device: whose PyTorch kernels run: on `cuda` the softmax's backward makes `grad * output` first (ATen/native/cuda/SoftMax.cu), one more array
+            as large as the scores.
         workspace: of flash attention's kernels.
     """
 
@@ -115,10 +119,11 @@ class Strategy:
     checkpoint: bool = False
     precision: Precision = "autocast"
     dropout: bool = False
+    device: Device = "cuda"
     workspace: Workspace = field(default_factory=Workspace)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attention", ATTENTIONS), ("precision", PRECISIONS)):
+        for name, allowed in (("attention", ATTENTIONS), ("precision", PRECISIONS), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise InvalidProblemError(
                     f"{name}={getattr(self, name)!r} is not known: allowed are {', '.join(allowed)}."

@@ -171,10 +171,15 @@ class Transformer:
         scores = self.tape.op("scores, masked", [scores], s.pairs, size, lambda grad: [grad])
         wide = self.cast(scores, width)
         del scores
-        probabilities = self.tape.op(
-            "probabilities", [wide], s.pairs, width, lambda _: [new("gradient of scores", s.pairs * width)],
-            saves_result=True,
-        )  # fmt: skip
+        on_cuda = self.strategy.device == "cuda"
+
+        def backward_softmax(_: Buffer) -> list[Buffer]:
+            product = new("gradient times probabilities", s.pairs * width if on_cuda else 0)
+            grads = [new("gradient of scores", s.pairs * width)]
+            del product
+            return grads
+
+        probabilities = self.tape.op("probabilities", [wide], s.pairs, width, backward_softmax, saves_result=True)
         del wide
         narrow = self.cast(probabilities, size)
         if narrow is not probabilities:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from flashgen.mods.classes import arrays_of, key_ranges
+from flashgen.mods.block_masks import key_ranges_of
+from flashgen.mods.classes import arrays_of, key_ranges, query_ranges
 from flashgen.mods.derivative import Contribution, Derivative
-from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names
+from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names, parameters
 from flashgen.mods.programs import Program, program
 from flashgen.mods.ranges import KeyRanges
 from flashgen.mods.trace import Capture
@@ -27,5 +28,8 @@ __all__ = [
     "Program",
     "arrays_of",
     "key_ranges",
+    "key_ranges_of",
+    "parameters",
     "program",
+    "query_ranges",
 ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flashgen.errors import InvalidProblemError
-from flashgen.mods import intervals
+from flashgen.mods import intervals, semantics
 from flashgen.mods.graph import Node, ordered
 from flashgen.mods.intervals import Interval
 from flashgen.mods.trace import Capture
 
 # Increasing or decreasing in each operand, so that the ends of the operands' ranges give the ends of theirs.
 _MONOTONE = {"add", "sub", "neg", "min", "max", "cast", "floordiv", "mul", "floor", "ceil", "round", "trunc", "shr"}
+
+_AT_ONCE = 1 << 20  # values of an index
 
 
 def check(
@@ -55,6 +57,56 @@ def check(
                 f"{low} to {high}, and the tensor of shape {tuple(shapes[node.value])} has {size} elements there. "
                 f"{', '.join(f'{key} < {value}' for key, value in sizes.items() if key in index.depends)} in this call."
             )
+
+
+def check_values(
+    root: Node,
+    captures: Sequence[Capture],
+    tables: Sequence[Any],
+    sizes: Mapping[str, int],
+    sites: Mapping[int, Any],
+) -> None:
+    """Like `check`, by every value that each index takes: for debugging, since it may be one for each pair of a query and a key.
+
+    Args:
+        root, captures, sizes, sites: as in `check`.
+        tables: captured tensors as NumPy arrays.
+
+    Raises:
+        InvalidProblemError: names the tensor, the index, where it occurs and the line.
+    """
+    for node in ordered(root):
+        if node.op != "load":
+            continue
+        for place, (index, size) in enumerate(zip(node.args, tables[node.value].shape, strict=True)):
+            for inputs in _blocks(index, sizes):
+                values = np.asarray(semantics.evaluate(index, inputs, tables))
+                outside = np.argwhere((values < -size) | (values >= size))
+                if not len(outside):
+                    continue
+                at = tuple(outside[0])
+                where = ", ".join(
+                    f"{key} = {int(np.broadcast_to(value, values.shape)[at])}" for key, value in inputs.items()
+                )
+                raise InvalidProblemError(
+                    f"a mod reads {captures[node.value].name} outside its bounds ({sites.get(id(node), 'unknown line')}): its "
+                    f"index in dimension {place} is {int(values[at])} at {where}, and the tensor of shape "
+                    f"{tuple(tables[node.value].shape)} has {size} elements there."
+                )
+
+
+def _blocks(index: Node, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """All values of the arguments that an index depends on, some at a time, as arrays that broadcast."""
+    names = [name for name in sizes if name in index.depends]
+    ranges = [np.arange(sizes[name], dtype=np.int32) for name in names]
+    grids = dict(zip(names, np.meshgrid(*ranges, indexing="ij", sparse=True), strict=True)) if names else {}
+    if not {"q_idx", "kv_idx"} <= set(names):
+        yield grids
+        return
+    step = max(1, _AT_ONCE // sizes["kv_idx"])
+    rows = grids["q_idx"]
+    for start in range(0, sizes["q_idx"], step):
+        yield {**grids, "q_idx": np.take(rows, range(start, min(start + step, sizes["q_idx"])), names.index("q_idx"))}
 
 
 def attained(node: Node) -> bool:

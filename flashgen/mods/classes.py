@@ -48,10 +48,9 @@ class Classifier:
         some, gaps = possible(self.true, boxes, self.judge), possible(self.false, boxes, self.judge)
         return np.where(~some, NONE, np.where(gaps, SOME, ALL))
 
-    @property
-    def is_convex(self) -> bool:
-        """Whether the ranges of keys have no gaps, so that `rows` alone is exact."""
-        return all(term.is_convex for term in (*self.true, *self.false))
+    def is_dense(self, block: int) -> bool:
+        """Whether ranges of keys have no gaps as wide as a block, so that `rows` alone is exact."""
+        return all(term.is_dense(block) for term in (*self.true, *self.false))
 
     def rows(self, block_m: int) -> tuple[list[Boxes], list[Boxes]]:
         """For blocks of queries, what each term of the mask and of its negation leaves of all keys."""
@@ -163,7 +162,44 @@ def key_ranges(
     return KeyRanges.stacked(found, (len(batches), len(heads)), block_n)
 
 
+def query_ranges(
+    mask: Node,
+    tables: Sequence[Array],
+    *,
+    batch: int,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_m: int,
+    block_n: int,
+) -> KeyRanges:
+    """The queries of each block of keys, as a backward for keys and values walks them; arguments as in `key_ranges`.
+
+    Returns:
+        Ranges whose rows are blocks of keys and whose positions count blocks of `block_m` queries, the last of which is never
+        full where queries do not fill it.
+    """
+    graph = Graph()
+    other = {"q_idx": graph.input("kv_idx"), "kv_idx": graph.input("q_idx")}
+    inputs = [node for node in ordered(mask) if node.op == "input" and node.value in other]
+    turned = rebuilt(graph, mask, {id(node): other[node.value] for node in inputs})
+    return key_ranges(
+        turned,
+        tables,
+        batch=batch,
+        num_heads=num_heads,
+        seqlen_q=seqlen_k,
+        seqlen_k=seqlen_q,
+        block_m=block_n,
+        block_n=block_m,
+    )
+
+
 def _rows(one: Classifier, block_m: int, block_n: int) -> Rows:
     true, false = one.rows(block_m)
     rows = Rows.of(true, false, one.seqlen_k, block_n)
-    return rows if one.is_convex else rows.refined(one.classify, one.seqlen_q, one.seqlen_k, block_m, block_n)
+    return (
+        rows
+        if one.is_dense(min(block_m, block_n))
+        else rows.refined(one.classify, one.seqlen_q, one.seqlen_k, block_m, block_n)
+    )

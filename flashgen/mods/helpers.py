@@ -11,16 +11,47 @@ _TEXTS: dict[str, str] = {
     "floor_div": '''
 @{jit}
 def floor_div(x, y):
-    """x // y rounded down, as in Python; the language's own rounds towards zero."""
-    quotient = x // y
-    return quotient - ((quotient * y != x) & ((x < 0) != (y < 0))).to(quotient.dtype)
+    """x // y rounded down, of a positive y, as in Python; the language's own rounds towards zero."""
+    quotient = {lang}.where(x < 0, ~x, x) // y
+    return {lang}.where(x < 0, ~quotient, quotient)
 ''',
     "floor_mod": '''
 @{jit}
 def floor_mod(x, y):
-    """x % y with the sign of y, as in Python; the language's own has the sign of x."""
-    remainder = x % y
-    return {lang}.where((remainder != 0) & ((remainder < 0) != (y < 0)), remainder + y, remainder)
+    """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
+    remainder = {lang}.where(x < 0, ~x, x) % y
+    return {lang}.where(x < 0, y - 1 - remainder, remainder)
+''',
+    "floor_div_any": '''
+@{jit}
+def floor_div_any(x, y):
+    """x // y rounded down, of a y of any sign."""
+    numerator = {lang}.where(y < 0, -x, x)
+    quotient = {lang}.where(numerator < 0, ~numerator, numerator) // {lang}.where(y < 0, -y, y)
+    return {lang}.where(numerator < 0, ~quotient, quotient)
+''',
+    "floor_mod_any": '''
+@{jit}
+def floor_mod_any(x, y):
+    """x % y with the sign of y, as in Python."""
+    numerator, divisor = {lang}.where(y < 0, -x, x), {lang}.where(y < 0, -y, y)
+    remainder = {lang}.where(numerator < 0, ~numerator, numerator) % divisor
+    remainder = {lang}.where(numerator < 0, divisor - 1 - remainder, remainder)
+    return {lang}.where(y < 0, -remainder, remainder)
+''',
+    "trunc_div": '''
+@{jit}
+def trunc_div(x, y):
+    """x / y rounded towards zero."""
+    quotient = {lang}.where(x < 0, -x, x) // {lang}.where(y < 0, -y, y)
+    return {lang}.where((x < 0) != (y < 0), -quotient, quotient)
+''',
+    "trunc_mod": '''
+@{jit}
+def trunc_mod(x, y):
+    """What x / y rounded towards zero leaves, with the sign of x."""
+    remainder = {lang}.where(x < 0, -x, x) % {lang}.where(y < 0, -y, y)
+    return {lang}.where(x < 0, -remainder, remainder)
 ''',
     "nan_maximum": '''
 @{jit}

@@ -2,7 +2,7 @@
 
 Values are computed in chunks and never kept as a whole, so that a table of 128k tokens costs some kilobytes: of a function that
 grows or falls throughout (sorted document ids, a chunk's number) only the direction is kept, of another the bounds of each
-`CHUNK` positions, of a condition the runs in which it holds.
+few positions, of a condition the runs in which it holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 Array = Any
-CHUNK = 64  # positions whose bounds are kept together; a divisor of every tile
 _STEP = 1 << 13  # positions that are computed at once
 
 
@@ -28,6 +27,8 @@ class Line:
 
     def __init__(self, at: Callable[[Array], Array], first: int, last: int) -> None:
         self.at, self.first, self.last = at, first, last
+        # Positions whose bounds are kept together: a divisor of every tile, and few numbers in all.
+        self._chunk = min(64, max(8, 1 << ((last - first + 1) // 2048).bit_length()))
 
     def steps(self) -> Iterator[tuple[int, Array]]:
         """All values, some thousand at a time, with the position of the first."""
@@ -56,7 +57,7 @@ class Line:
             ends = self.at(low), self.at(high)
             return ends if self.direction > 0 else ends[::-1]
         minima, maxima = self._levels
-        left, right = (low - self.first) // CHUNK, (high - self.first) // CHUNK
+        left, right = (low - self.first) // self._chunk, (high - self.first) // self._chunk
         # Two overlapping stretches of 2^level chunks cover the range (a sparse table).
         level = np.frexp((right - left + 1).astype(np.float64))[1] - 1
         second = right - (1 << level) + 1
@@ -70,7 +71,7 @@ class Line:
         """Bounds of 2^level chunks from each chunk on, by level."""
         parts: list[tuple[Array, Array]] = []
         for _, values in self.steps():
-            edges = np.arange(0, len(values), CHUNK)
+            edges = np.arange(0, len(values), self._chunk)
             parts.append((np.minimum.reduceat(values, edges), np.maximum.reduceat(values, edges)))
         levels = []
         for side, pick in ((0, np.minimum), (1, np.maximum)):
@@ -126,8 +127,8 @@ class Line:
         first = np.searchsorted(upto, limit, side=side)
         last = count - 1 - np.searchsorted(onward, limit, side=side)
         none = first >= count
-        low = np.maximum(low, self.first + first * CHUNK)
-        high = np.minimum(high, self.first + last * CHUNK + CHUNK - 1)
+        low = np.maximum(low, self.first + first * self._chunk)
+        high = np.minimum(high, self.first + last * self._chunk + self._chunk - 1)
         return np.where(none, high + 1, low), high
 
 
@@ -200,6 +201,11 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @cached_property
+    def largest_gap(self) -> int:
+        """The most positions in a row, between two runs, where the condition does not hold."""
+        return int(np.max(self.starts[1:] - self.stops[:-1], initial=0))
 
     def hull(self, low: Array, high: Array) -> tuple[Array, Array]:
         """The first and the last position in [low, high] where the condition holds; empty where low' > high'."""

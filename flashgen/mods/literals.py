@@ -72,12 +72,15 @@ class Term:
     zone: Mapping[Axis, tuple[int, int]]
     rest: tuple[On | Order | Opaque, ...] = ()
 
-    @property
-    def is_convex(self) -> bool:
-        """Whether the keys of a block of queries are one range without gaps."""
-        return not any(
-            isinstance(one, (On, Opaque)) or not (one.query.direction and one.key.direction) for one in self.rest
-        )
+    def is_dense(self, block: int) -> bool:
+        """Whether the keys of a block of queries are one range without gaps that a block of keys could fall into."""
+        return all(self._is_dense(literal, block) for literal in self.rest)
+
+    @staticmethod
+    def _is_dense(literal: On | Order | Opaque, block: int) -> bool:
+        if isinstance(literal, On):
+            return literal.runs.largest_gap < block
+        return isinstance(literal, Order) and literal.query.direction != 0 and literal.key.direction != 0
 
     def narrowed(self, axis: Axis, low: int, high: int) -> Term:
         """With one more bound."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashgen.errors import InvalidProblemError
 from flashgen.mods import bounds, emit
+from flashgen.mods.classes import arrays_of
 from flashgen.mods.derivative import Derivative, derive
 from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Names
 from flashgen.mods.fingerprint import fingerprint
@@ -133,11 +134,28 @@ class Program:
         Raises:
             InvalidProblemError: names the tensor, the index's range and the user's line.
         """
+        self._check(tensors, batch, num_heads, seqlen_q, seqlen_k, every=False)
+
+    def check_every_index(
+        self, tensors: Sequence[Tensor], *, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int
+    ) -> None:
+        """Refuse indices that leave a captured tensor, by evaluating each for every pair: for debugging.
+
+        Raises:
+            InvalidProblemError: names the tensor, the index, where it occurs and the user's line.
+        """
+        self._check(tensors, batch, num_heads, seqlen_q, seqlen_k, every=True)
+
+    def _check(
+        self, tensors: Sequence[Tensor], batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, every: bool
+    ) -> None:
         sizes = {"b": batch, "h": num_heads, "q_idx": seqlen_q, "kv_idx": seqlen_k}
         if 0 in sizes.values():
             return
         for root in (self.score, self.mask):
-            if root is not None:
+            if root is not None and every:
+                bounds.check_values(root, self.captures, arrays_of(tensors), sizes, self.sites)
+            elif root is not None:
                 bounds.check(root, self.captures, [tuple(tensor.shape) for tensor in tensors], sizes, self.sites)
 
 

@@ -12,6 +12,7 @@ from flashgen.mods.boxes import Boxes
 
 Array = Any
 _TILES = 1 << 14  # judged at once
+_MOST_TILES = 1 << 16  # judged one by one at all: beyond it ranges with gaps stay as they are, which is safe
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,19 @@ class Rows:
         visible, holes = _covered(start, seen), _covered(start, gaps)
         return _merged(start, stop, visible & (start < stop), visible & ~holes)
 
+    @classmethod
+    def of_classes(cls, kinds: Array) -> Rows:
+        """From the class of every tile: 0 none, 1 some, 2 all; (rows, blocks of keys)."""
+        row, key = np.nonzero(kinds)
+        return _packed(len(kinds), row, key, key + 1, kinds[row, key] == 2)
+
     def refined(self, classify: Callable[..., Array], seqlen_q: int, seqlen_k: int, block_m: int, block_n: int) -> Rows:
-        """Judge every tile that is not known to be full by itself: ranges may have gaps."""
+        """Judge every tile that is not known to be full by itself: ranges may have gaps. Too many tiles stay as they are."""
         sizes = np.where(self.full, 0, self.stop - self.start)
         sizes = np.where(np.arange(sizes.shape[1]) < self.count[:, None], sizes, 0)
         row, segment = np.nonzero(sizes)
         length = sizes[row, segment]
-        if not len(row):
+        if not len(row) or int(length.sum()) > _MOST_TILES:
             return self
         tile_row = np.repeat(row, length)
         within = np.arange(len(tile_row)) - np.repeat(np.cumsum(length) - length, length)

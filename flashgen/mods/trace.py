@@ -127,9 +127,62 @@ def _identifier(name: str) -> str:
     return f"mod_{kept}" if kept[0].isdigit() or kept in _TAKEN or len(kept) == 1 else kept
 
 
-# Stems of parameters that kernels have themselves: q_ptr, stride_qb, bias_ptr, ...
-_TAKEN = {"do", "dq", "dk", "dv", "lse", "bias", "mask", "sinks", "alibi", "alibi_slopes", "attn_mask", "delta", "acc"}
-_TAKEN |= {"dsinks", "dbias", "philox", "seed", "out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "ranges", "score"}
+# What kernels call things of their own, less the suffix: `seqlen` read at a query would become `seqlen_q`, a length.
+_TAKEN = {
+    "do",
+    "dq",
+    "dk",
+    "dv",
+    "dsinks",
+    "dbias",
+    "dlse",
+    "dq_sum",
+    "lse",
+    "lse2",
+    "safe_lse",
+    "delta",
+    "acc",
+    "out",
+    "score",
+}
+_TAKEN |= {
+    "bias",
+    "mask",
+    "mask_ranges",
+    "ranges",
+    "sinks",
+    "alibi",
+    "alibi_slopes",
+    "attn_mask",
+    "philox",
+    "seed",
+    "turn",
+}
+_TAKEN |= {
+    "counter",
+    "data",
+    "seqlen",
+    "max_seqlen",
+    "num_heads",
+    "total",
+    "first",
+    "last",
+    "start",
+    "stop",
+    "load",
+    "stride",
+}
+_TAKEN |= {
+    "cu_seqlens",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused",
+    "seqused_k",
+    "block",
+    "kv",
+    "head_dim",
+    "causal_offset",
+}
 
 
 def trace(

@@ -42,6 +42,7 @@ _INFIX = {
 _CALLS = {op: op for op in ("abs", "floor", "ceil", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf")}
 _HELPERS = {"trunc": "truncate", "round": "round_half_even", "sign": "sign", "tanh": "tanh", "sigmoid": "sigmoid"}
 _SPLIT_BY_SIZE = {"max": "nan_maximum", "min": "nan_minimum", "fmax": "number_maximum", "fmin": "number_minimum"}
+_DIVISIONS = {"floordiv": "floor_div_any", "mod": "floor_mod_any", "truncdiv": "trunc_div", "fmod": "trunc_mod"}
 # Their result jumps, so that an operand must be what PyTorch has, to the last bit.
 _JUMPS = {*COMPARISONS, "floor", "ceil", "round", "trunc", "sign", "load"}
 
@@ -148,7 +149,9 @@ class Writer:
     def _operand(self, node: Node, outer: int, *, right: bool = False) -> str:
         text, binds = self._text[id(node)]
         # Comparisons chain in Python, and a difference binds to the left: equal precedence needs brackets on the right.
+        # Bits in a comparison bind as one expects in Python alone, so they are bracketed for every other reader.
         wants = binds < outer or (binds == outer and (right or outer == _COMPARISON))
+        wants = wants or (outer == _COMPARISON and binds in (_AND, _XOR, _OR, _SHIFT))
         return f"({text})" if wants else text
 
     def _plain(self, node: Node) -> str:
@@ -194,8 +197,8 @@ class Writer:
             return self._divide(node)
         if op in ("shl", "shr"):
             return self._shift(node)
-        if op in ("floordiv", "mod") and not self._same_as_in_c(node):
-            return self._helper("floor_div" if op == "floordiv" else "floor_mod", *map(self._plain, args))
+        if op in _DIVISIONS and not self._same_as_in_c(node):
+            return self._division(node)
         return self._infix(node)
 
     def _infix(self, node: Node) -> tuple[str, int]:
@@ -212,6 +215,17 @@ class Writer:
     def _range(self, node: Node) -> tuple[float, float]:
         found = self._ranges[id(node)]
         return float(found.low), float(found.high)
+
+    def _division(self, node: Node) -> tuple[str, int]:
+        """A division with a remainder in which something may be negative."""
+        x, y = node.args
+        if node.op in ("floordiv", "mod") and y.op == "const" and y.value > 0:
+            if y.value & (y.value - 1) == 0:  # a power of two: bits do it, whatever the sign
+                if node.op == "mod":
+                    return f"{self._operand(x, _UNARY)} & {y.value - 1}", _AND
+                return f"{self._operand(x, _UNARY)} >> {y.value.bit_length() - 1}", _SHIFT
+            return self._helper("floor_div" if node.op == "floordiv" else "floor_mod", self._plain(x), self._plain(y))
+        return self._helper(_DIVISIONS[node.op], self._plain(x), self._plain(y))
 
     def _same_as_in_c(self, node: Node) -> bool:
         """Whether rounding down and towards zero are one, since nothing is negative."""

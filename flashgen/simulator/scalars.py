@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashgen.simulator.context import fail
-from flashgen.simulator.dtypes import DType, int1, int32, int64
+from flashgen.simulator.dtypes import DType, int1, int32, int64, rounded
 from flashgen.simulator.errors import IntegerError
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -42,6 +42,15 @@ class Int64(Scalar):
     """A run-time int64."""
 
     dtype = int64
+
+
+class Float(float):
+    """A run-time float, rounded to its type; arithmetic makes plain floats of it."""
+
+    dtype: DType
+
+    def to(self, dtype: DType, bitcast: bool = False) -> Any:
+        return scalar(float(self), dtype)
 
 
 def _made(value: int, a: Any, b: Any) -> Any:
@@ -93,7 +102,9 @@ for _name, _op in (("floordiv", operator.floordiv), ("mod", operator.mod)):
 def scalar(value: Any, dtype: DType) -> Any:
     """A Python value as a run-time scalar of `dtype`."""
     if dtype.is_float:
-        return float(np.float32(value)) if dtype.nbytes <= 4 else float(value)
+        made = Float(rounded(np.asarray(value), dtype) if dtype.nbytes <= 4 else value)
+        made.dtype = dtype
+        return made
     if dtype is int1:
         return bool(value)
     number = int(value)

@@ -58,6 +58,7 @@ def tune(
     provider: str = "cuda",
     trial_timeout_s: float = 60.0,
     on_event: Callable[[Event], None] | None = None,
+    variant: str | None = None,
 ) -> TuneResult:
     """Tune problems; see `flashgen.tune` for the common arguments.
 
@@ -74,6 +75,7 @@ def tune(
         provider: "cuda", or "cpu" for kernel files that run on CPU tensors (tests).
         trial_timeout_s: after which a candidate is killed while it is measured.
         on_event: called with every step of progress, instead of the progress bar.
+        variant: name of the one to tune; None for the first that covers the problem, which is what dispatch takes.
 
     Raises:
         InvalidProblemError: a value is out of range, or no target can be found.
@@ -97,7 +99,7 @@ def tune(
             where = target or devices.installed()
             way = choose_mode(mode, where, provider=provider)
         for problem in todo:
-            require_space(choose_variant(problem, where), problem, where)
+            require_space(choose_variant(problem, where, variant), problem, where)
         result = TuneResult(problems=[], session=_session(), mode=way, target=where.name, database=url)
         store = stack.enter_context(open_store(url, write=True))
         report = stack.enter_context(reporter(progress, on_event))
@@ -122,6 +124,7 @@ def tune(
             context = _context(
                 problem, where, way, store, report, result, max_trials=max_trials, workers=workers, strategy=strategy, resume=resume,
                 expired=expired, retry_failed=retry_failed, save=writer.save, left_s=left_s, trial_timeout_s=trial_timeout_s,
+                variant_name=variant,
             )  # fmt: skip
             # A unit that begins again, since its device was lost, takes the place of its first attempt.
             result.problems[:] = [row for row in result.problems if row.problem != problem] + [context.result]
@@ -250,8 +253,9 @@ def _context(
     save: Callable[[Iterable[Record]], None] | None = None,
     left_s: Callable[[], float | None] = lambda: None,
     trial_timeout_s: float = 60.0,
+    variant_name: str | None = None,
 ) -> Context:
-    variant = choose_variant(problem, target)
+    variant = choose_variant(problem, target, variant_name)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()

@@ -12,6 +12,7 @@ import collections
 import sys
 import time
 
+import backward
 import forward
 import subjects
 import torch
@@ -24,13 +25,17 @@ SEED = 1
 
 def study(name: str) -> bool:
     """Study one subject; prints a line a schedule; returns whether all is well."""
-    forward_study = forward.study_of(name) if name in forward.SPECS else None
-    found = forward_study.mutants if forward_study else mutants(subjects.text_of(name))
-    reviewed = forward.REVIEWED.get(name, {})
+    rendered = forward if name in forward.SPECS else backward if name in backward.SPECS else None
+    kernel = rendered.study_of(name) if rendered else None
+    if rendered is forward:
+        found = forward.considered(name)
+    else:
+        found = kernel.mutants if kernel else mutants(subjects.text_of(name))
+    reviewed = rendered.REVIEWED.get(name, {}) if rendered else {}
 
     def verdict(text: str, schedule: Schedule) -> str | None:
-        if forward_study:
-            return forward_study.verdict(text, schedule=schedule, seed=SEED)
+        if kernel:
+            return kernel.verdict(text, schedule=schedule, seed=SEED)
         return subjects.verdict(name, text, schedule, SEED)
 
     good, survivors = True, collections.Counter[str]()
@@ -61,7 +66,7 @@ def study(name: str) -> bool:
 
 def main() -> int:
     torch.set_num_threads(1)
-    names = sys.argv[1:] or [*subjects.SUBJECTS, *forward.SPECS]
+    names = sys.argv[1:] or [*subjects.SUBJECTS, *forward.SPECS, *backward.SPECS]
     failed = [name for name in names if not study(name)]  # all of them, whatever the first one says
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,9 @@ def launch(buffers: GradientBuffers, config: KernelConfig | None = None, **optio
     spec = spec_of(buffers.problem)
     tunables = {**buffers.scalars, **(config or VARIANT.default(spec, H100))}
     given = {"deterministic": options.pop("deterministic", True), **options}
-    arguments = {**buffers.inputs, **buffers.outputs, **tunables, "deterministic": given.pop("deterministic")}
-    simulate(render(spec, VARIANT), arguments, **given)
+    deterministic = given.pop("deterministic")
+    arguments = {**buffers.inputs, **buffers.outputs, **tunables, "deterministic": deterministic}
+    simulate(render(spec, VARIANT), arguments, ordered_sums=deterministic, **given)
 
 
 def run(case: Row, config: KernelConfig | None = None, seed: int = 0, **options: Any) -> AccuracyReport:
@@ -42,11 +44,21 @@ def run(case: Row, config: KernelConfig | None = None, seed: int = 0, **options:
     With large logits always with one: where a softmax picks one key, nothing else leaves more than rounding to judge.
     """
     dlse = seed % 2 == 0 or case.values == "large"
-    buffers = make_gradient_buffers(case.problem, seed=seed + 1, strides=case.strides, values=case.values, dlse=dlse)
+    buffers = inputs_of(case, seed, dlse)
     if case.values != "normal":
         take_forward(buffers)
     launch(buffers, config, seed=seed, **options)
-    return buffers.check()
+    return buffers.check(references(case, seed, dlse))
+
+
+def inputs_of(case: Row, seed: int, dlse: bool) -> GradientBuffers:
+    return make_gradient_buffers(case.problem, seed=seed + 1, strides=case.strides, values=case.values, dlse=dlse)
+
+
+@functools.lru_cache(maxsize=4)
+def references(case: Row, seed: int, dlse: bool) -> Any:
+    """Computed once for all launches on the same inputs."""
+    return inputs_of(case, seed, dlse).references()
 
 
 def take_forward(buffers: GradientBuffers) -> None:
@@ -78,18 +90,18 @@ COVERED = [case for case in TABLE if is_covered(case)]
 def test_the_table_is_covered() -> None:
     assert len(COVERED) >= 40
     half = [c for c in TABLE if c.problem.dtype != "fp32" and c not in COVERED and c.strides == "padded"]
-    assert all(
-        c.problem.head_dim % 8 or c.problem.head_dim_v % 8 or max(c.problem.head_dim, c.problem.head_dim_v) > 128
-        for c in half
-    )
+    assert all(c.problem.head_dim % 8 or c.problem.head_dim_v % 8 for c in half)
 
 
 @pytest.mark.parametrize("deterministic", MODES, ids=["fast", "ordered"])
 @pytest.mark.parametrize("index", range(len(COVERED)), ids=[case.id for case in COVERED])
 def test_problem(index: int, deterministic: bool) -> None:
-    """Two schedules a row, other ones in the other mode: over the table each schedule runs half of it."""
+    """Three schedules a row, the fourth in the other mode and the other row."""
     case = COVERED[index]
-    for schedule in SCHEDULES[deterministic::2]:
+    left_out = SCHEDULES[(index + 2 * deterministic) % len(SCHEDULES)]
+    for schedule in SCHEDULES:
+        if schedule == left_out:
+            continue
         run(case, seed=index, schedule=schedule, deterministic=deterministic).require(case.why)
 
 
@@ -114,6 +126,12 @@ OWN = (
     row("a scale of 0: only dv is not 0", "fp16", 64, 150, 300, causal=TL, scale=0.0),
     row("logits near -600: exp of a key that does not exist would overflow", "bf16", 64, 150, 200, values="low"),
     row("logits near -600, causal", "fp16", 128, 150, 200, causal=BR, values="low"),
+    row("DeepSeek's 192/128 over several blocks", "bf16", 192, 150, 200, dv=128, causal=BR, heads=(4, 2)),
+    row("the widest, both ragged", "bf16", 256, 150, 200, heads=(2, 2)),
+    row("the widest, causal, top-left", "fp16", 256, 200, 150, causal=TL, heads=(2, 1)),
+    row("wide values alone: one panel of dq, two of dv", "fp16", 64, 130, 200, dv=256, causal=BR),
+    row("wide keys alone", "bf16", 200, 130, 200, dv=72, causal=BR, batch=2),
+    row("wide, logits near -600", "bf16", 192, 130, 90, dv=160, values="low"),
     row("one query, many keys", "bf16", 64, 1, 300, heads=(8, 1), causal=BR),
     row("many queries, two keys", "fp16", 128, 300, 2),
 )
@@ -122,11 +140,11 @@ OWN = (
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
 def test_every_configuration_of_the_portfolio(case: Row) -> None:
     spec = spec_of(case.problem)
-    for seed, known in enumerate(VARIANT.known_good(spec, H100)):
+    for number, known in enumerate(VARIANT.known_good(spec, H100)):
         assert VARIANT.illegal(spec, H100, known.config) is None
         for deterministic in MODES:
-            schedule = ("random", "lazy", "priority", "eager")[(2 * seed + deterministic) % 4]
-            run(case, known.config, seed, schedule=schedule, deterministic=deterministic).require(
+            schedule = ("random", "lazy", "priority", "eager")[(2 * number + deterministic) % 4]
+            run(case, known.config, OWN.index(case), schedule=schedule, deterministic=deterministic).require(
                 f"{case.why}: {known.config.label}"
             )
 
@@ -145,6 +163,31 @@ KNOBS = (
 )
 
 
+WIDE_KNOBS: tuple[dict[str, Any], ...] = (
+    {"STAGES": 1},
+    {"STAGES": 1, "DQ_STAGES": 2},
+    {"STAGES": 3},
+    {"PEELED": False},
+)
+
+
+@pytest.mark.parametrize("knobs", WIDE_KNOBS, ids=str)
+@pytest.mark.parametrize("causal", [BR, None])
+def test_every_knob_of_wide_head_dims(knobs: dict[str, Any], causal: Any) -> None:
+    case = row("", "bf16", 192, 200, 150, dv=128, causal=causal, heads=(2, 1))
+    config = with_knobs(VARIANT.default(spec_of(case.problem), H100), **{"PEELED": True} | knobs)
+    for number, schedule in enumerate(SCHEDULES):
+        run(case, config, schedule=schedule, deterministic=number % 2 == 0).require(config.label)
+
+
+def test_wide_head_dims_leave_some_knobs_no_choice() -> None:
+    spec = AttentionSpec(op="attention_bwd", dtype="bf16", head_dim=256, head_dim_v=256)
+    for knobs in ({"BLOCK_M": 128}, {"BLOCK_N": 128}, {"DS_STAGES": 2}, {"SCORES_AHEAD": True}, {"DV_FIRST": False}):
+        config = with_knobs(VARIANT.default(spec, H100), **knobs)
+        assert "head dim is above 128" in str(VARIANT.illegal(spec, H100, config))
+    assert "shared memory" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), STAGES=3)))
+
+
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 @pytest.mark.parametrize("causal", [BR, None])
 def test_every_knob(knobs: dict[str, Any], causal: Any) -> None:
@@ -152,8 +195,8 @@ def test_every_knob(knobs: dict[str, Any], causal: Any) -> None:
     spec = spec_of(case.problem)
     config = with_knobs(VARIANT.default(spec, H100), **knobs)
     assert VARIANT.illegal(spec, H100, config) is None
-    for seed, schedule in enumerate(SCHEDULES):
-        run(case, config, seed, schedule=schedule, deterministic=seed % 2 == 0).require(config.label)
+    for number, schedule in enumerate(SCHEDULES):
+        run(case, config, schedule=schedule, deterministic=number % 2 == 0).require(config.label)
 
 
 def sums(buffers: GradientBuffers, config: KernelConfig, **options: Any) -> tuple[bytes, ...]:

@@ -226,3 +226,43 @@ def test_poison_shows_in_what_nothing_overwrote() -> None:
     text = text_of("copy").replace("out.store(x * 2)", "out.store(x * 2 + smem.index((i + 1) % STAGES).load(layout))")
     with pytest.raises(sim.SimulationError):
         sim.simulate(text, {"x": x, "y": y})
+
+
+TWO_WARPGROUPS = """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+
+@gluon.jit
+def square(out_ptr):
+    WARPS: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 16])
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16 * WARPS, 64], gl.bfloat16)
+    a = gl.allocate_shared_memory(gl.bfloat16, [16 * WARPS, 64], shared)
+    b = gl.allocate_shared_memory(gl.bfloat16, [64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16))
+    a.store(gl.full([16 * WARPS, 64], 1.0, gl.bfloat16, layout))
+    b.store(gl.full([64, 64], 2.0, gl.bfloat16, layout))
+    fence_async_shared()
+    product = warpgroup_mma(a, b, gl.zeros([16 * WARPS, 64], gl.float32, layout), is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    # MEET
+    b.store(gl.full([64, 64], 3.0, gl.bfloat16, layout))
+    gl.store(out_ptr, gl.sum(gl.sum(product, 1), 0))
+"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_warpgroup_waits_for_its_own_products(schedule: str) -> None:
+    """What another warpgroup of the partition multiplies may still be read, until all have met."""
+
+    def multiply(text: str, warps: int) -> float:
+        out = torch.zeros(1)
+        sim.simulate(text, {"out_ptr": out, "num_warps": warps}, entry="square", grid=(1,), schedule=schedule)
+        return float(out)
+
+    assert multiply(TWO_WARPGROUPS, 4) == 64 * 64 * 128
+    met = TWO_WARPGROUPS.replace("# MEET", "gl.barrier()")
+    assert multiply(met, 8) == 128 * 64 * 128
+    with pytest.raises(sim.SharedRaceError, match="may still be being read"):
+        multiply(TWO_WARPGROUPS, 8)

@@ -279,3 +279,79 @@ def launch(data, out):
         sim.simulate(
             text.replace("    mbarrier.wait(bar, 0)\n", ""), {"data": torch.zeros(64), "out": out}, schedule=schedule
         )
+
+
+# Each CTA adds its row to the total, by atomics or by TMA, in the order of the CTAs.
+SUM = (
+    HEAD
+    + """
+@gluon.jit
+def add_up(x_desc, total_desc, turn_ptr, total_ptr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    pid = gl.program_id(0)
+    smem = gl.allocate_shared_memory(gl.float32, [1, 64], x_desc.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, x_desc.block_type.nbytes)
+    tma.async_load(x_desc, [pid, 0], bar, smem)
+    mbarrier.wait(bar, 0)
+    while gl.atomic_add(turn_ptr, 0, sem="acquire") != pid:
+        pass
+    # ADD
+    gl.barrier()
+    gl.atomic_add(turn_ptr, 1, sem="release")
+
+
+def launch(x, total, turn):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    x_desc, total_desc = [TensorDescriptor.from_tensor(t, [1, 64], layout) for t in (x, total)]
+    add_up[(x.shape[0],)](x_desc, total_desc, turn, total, num_warps=4)
+"""
+)
+ADD_BY_TMA = "tma.async_atomic_add(total_desc, [0, 0], smem)\n    tma.store_wait(0, read_only=False)"
+ADD_BY_ATOMICS = (
+    "columns = gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]\n    gl.atomic_add(total_ptr + columns, smem.load(layout), "
+    'sem="relaxed")'
+)
+RELEASED = '    gl.barrier()\n    gl.atomic_add(turn_ptr, 1, sem="release")'
+
+
+def add(text: str, schedule: str, ordered: bool = True) -> torch.Tensor:
+    x, total = normal(6, 64), torch.zeros(1, 64)
+    args = {"x": x, "total": total, "turn": torch.zeros(1, dtype=torch.int32)}
+    sim.simulate(text, args, schedule=schedule, seed=3, max_steps=5000, ordered_sums=ordered)
+    return total
+
+
+@pytest.mark.parametrize("how", [ADD_BY_TMA, ADD_BY_ATOMICS], ids=["TMA", "atomics"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sums_that_take_turns_are_ordered(how: str, schedule: str) -> None:
+    want = torch.zeros(1, 64)
+    for row in normal(6, 64):
+        want = want + row
+    assert torch.equal(add(SUM.replace("# ADD", how), schedule), want)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("how", "old", "new"),
+    [
+        (ADD_BY_TMA, 'sem="acquire"', 'sem="relaxed"'),
+        (ADD_BY_TMA, 'sem="release"', 'sem="relaxed"'),
+        (ADD_BY_TMA, "store_wait(0, read_only=False)", "store_wait(0)"),
+        (ADD_BY_TMA, "store_wait(0, read_only=False)", "store_wait(1, read_only=False)\n    tma.store_wait(0)"),
+        # The wait is known to the thread that issued the addition, until the partition meets.
+        (ADD_BY_TMA, RELEASED, RELEASED.replace("    gl.barrier()\n", "")),
+        (ADD_BY_ATOMICS, 'sem="acquire"', 'sem="relaxed"'),
+        (ADD_BY_ATOMICS, 'sem="release"', 'sem="relaxed"'),
+        (ADD_BY_ATOMICS, RELEASED, RELEASED.replace("    gl.barrier()\n", "")),
+    ],
+)
+def test_sums_whose_order_is_not_known_are_found(how: str, old: str, new: str, schedule: str) -> None:
+    text = SUM.replace("# ADD", how)
+    assert old in text
+    text = text.replace(old, new)
+    with pytest.raises(sim.UnorderedSumError, match="depends on the schedule") as caught:
+        add(text, schedule)
+    assert caught.value.kind == "unordered-sum" and len(caught.value.sites) == 2
+    add(text, schedule, ordered=False)  # right, but for the last bits

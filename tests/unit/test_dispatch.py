@@ -18,6 +18,7 @@ from flashgen import Problem, Target, UnsupportedProblemError, dispatch
 from flashgen.render import render
 from flashgen.store import Record, open_store, seeds, utc_now
 from flashgen.variants import by_name
+from flashgen.variants.gluon_bwd_sm90 import GluonBackwardSm90
 from flashgen.variants.triton_bwd import TritonBackward
 
 H100 = Target.named("h100")
@@ -151,12 +152,13 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
         dispatch.resolve(PROBLEM, old)
     monkeypatch.setenv("FLASHGEN_ON_FALLBACK", "warn")
     dispatch.forget()
-    training = replace(PROBLEM, requires_grad=True)
-    monkeypatch.setattr(TritonBackward, "supports", lambda *_: "broken today")
+    training = Problem.preset("llama3-8b", requires_grad=True)
+    for backward in (TritonBackward, GluonBackwardSm90):
+        monkeypatch.setattr(backward, "supports", lambda *_: "broken today")
     with pytest.warns(
         UserWarning, match="backward of .* falls to the torch backend on h100: .*triton_bwd: broken today"
     ):
-        assert dispatch.resolve(training, H100).backend == "triton"
+        assert dispatch.resolve(training, H100).backend == "gluon"
     with pytest.raises(
         UnsupportedProblemError, match=r"(?s)triton_fwd runs forward, but the backward of .*broken today"
     ):
@@ -164,19 +166,19 @@ def test_a_fall_to_torch_on_a_gpu_is_said_once_or_refused(monkeypatch: pytest.Mo
 
 
 def test_a_training_call_resolves_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = replace(PROBLEM, requires_grad=True)
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M_DQ": 64, "BLOCK_N_DQ": 64, "num_warps": 4, "num_stages": 1}
-    gradients = training.backward
-    digest = render(gradients.spec, by_name("triton_bwd")).digest
-    save(row(gradients, variant="triton_bwd", digest=digest, config=tile))
+    training = Problem.preset("llama3-8b", requires_grad=True)
+    gradients, hopper = training.backward, by_name("gluon_bwd_sm90")
+    tile = {**hopper.default(gradients.spec, H100).to_dict(), "DQ_STAGES": 1}
+    digest = render(gradients.spec, hopper).digest
+    save(row(gradients, variant=hopper.name, digest=digest, config=tile))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing falls to torch
         plan = dispatch.resolve(training, H100, config=FIRST)
     assert (plan.variant, plan.config.to_dict(), plan.config_source) == ("triton_fwd", FIRST, "explicit")
     assert plan.backward is not None and plan.backward.problem == gradients
-    assert (plan.backward.variant, plan.backward.config.to_dict()) == ("triton_bwd", tile)
+    assert (plan.backward.variant, plan.backward.config.to_dict()) == (hopper.name, tile)
     assert plan.backward.config_source == "database"
-    assert "the backward runs triton_bwd (backend triton) with BLOCK_M=64" in str(plan)
+    assert "the backward runs gluon_bwd_sm90 (backend gluon) with BLOCK_M=64" in str(plan)
     assert dispatch.resolve(PROBLEM, H100).backward is None
 
 
@@ -187,6 +189,32 @@ def test_a_backward_that_nobody_tuned_says_how_to(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnsupportedProblemError, match=r"flashgen tune --op attention_bwd .*--target h100") as caught:
         dispatch.resolve(training, H100)
     assert str(caught.value).startswith("nothing is tuned for attention_bwd")
+
+
+def test_hopper_takes_the_gluon_backward_and_others_the_portable_one() -> None:
+    training = Problem.preset("llama3-8b", requires_grad=True)
+
+    def backward(target: Target, backend: str = "auto", **changes: Any) -> dispatch.Plan:
+        plan = dispatch.resolve(Problem.preset("llama3-8b", requires_grad=True, **changes), target, backend=backend)
+        assert plan.backward is not None
+        return plan.backward
+
+    assert (backward(H100).variant, backward(H100).rejected) == ("gluon_bwd_sm90", {})
+    assert backward(H100, deterministic=True).variant == "gluon_bwd_sm90"
+    assert backward(H100, "triton").variant == "triton_bwd"
+    elsewhere = backward(Target.named("a100"))
+    assert elsewhere.variant == "triton_bwd" and "written for Hopper" in elsewhere.rejected["gluon_bwd_sm90"]
+    for reason, changes in {
+        "head_dim 124": {"head_dim": 124},
+        "not fp32": {"dtype": "fp32"},
+        "q is not so": {"unaligned": ("q",)},
+    }.items():
+        plan = backward(H100, **changes)
+        assert plan.variant == "triton_bwd" and reason in plan.rejected["gluon_bwd_sm90"]
+    ordered, fast = (replace(training.backward, deterministic=how) for how in (True, False))
+    variant = by_name("gluon_bwd_sm90")
+    assert (variant.launch_options(ordered), variant.unordered(ordered)) == ({"deterministic": True}, ())
+    assert (variant.launch_options(fast), variant.unordered(fast)) == ({"deterministic": False}, ("dq",))
 
 
 def test_hopper_takes_the_gluon_kernel_and_others_the_portable_one() -> None:

@@ -14,6 +14,11 @@ TELLS = {
     "attention": ("agree with PyTorch", "  runs     "),
     "check_without_gpu": ("inside the budget", "off by one key is not"),
     "find_a_race": ("[shared-race]", "x = tile.load(layout)", "mended: no defect found", "other mistakes are found"),
+    "masks": (
+        "tree of drafts",
+        "(q_idx >= kv_idx) & (document_q == document_k)",
+        "every tile of every mask is what eager PyTorch says",
+    ),
     "training_memory": ("materialised, checkpointed, bf16 autocast", "count and measurement agree within"),
     "train_tiny_gpt": ("flashgen     loss 3.4", "plot: train_tiny_gpt.png", "the loss curves agree within rounding"),
     "read_the_kernel": ("attention_fwd-bf16-d96-causal-", "only in the causal kernel:\n", "causal_offset"),
@@ -57,3 +62,17 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
         assert text in result.stdout, f"{text!r} is not in:\n{result.stdout}"
     left = {made.name for made in tmp_path.iterdir()}
     assert left == LEAVES.get(name, set()), "an example leaves nothing behind but what it says"
+
+
+@pytest.mark.slow
+def test_the_gallery_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install flashgen[plot]")
+    path = tmp_path / "gallery.png"
+    command = [sys.executable, str(ROOT / "examples" / "masks.py"), str(path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(path.read_bytes()) > 20_000, "nine masks are more than an empty page"
+    refused = subprocess.run([*command[:-1], "gallery.doc"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "'.doc' is not known" in refused.stderr

@@ -34,7 +34,7 @@ ROWS = (
     ("sass", "gcn", "facts_gluon"),
     ("facts",),
     ("compile_pool", "compile_worker"),
-    ("costmodel",),
+    ("costmodel", "proof"),
     ("reference",),
     ("accuracy",),
     ("mutation", "gradients"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashgen import interpret, mods
 from flashgen.mods.emit import Emission
 from flashgen.render import KernelSource
+from flashgen.simulator import simulate
 from flashgen.spec import AttentionSpec
 
 SPEC = AttentionSpec(dtype="fp32", head_dim=16, head_dim_v=16)
@@ -166,3 +167,91 @@ def derivative_in_triton(
     flat = out.view(-1)
     tables = {id(tensors[0]): flat[score.numel() :].view(table.shape)} if emission.gradients else {}
     return flat[: score.numel()].view(score.shape), tables
+
+
+# -- Gluon --
+
+_GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+{helpers}
+
+
+@gluon.jit
+def kernel(score_ptr, grad_ptr, out_ptr, b, h, first_q, first_k, {parameters}M: gl.constexpr, N: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
+    place = offs_m[:, None] * N + offs_n[None, :]
+    score = gl.load(score_ptr + place)
+    grad = gl.load(grad_ptr + place)
+    q_idx = first_q + offs_m[:, None]
+    kv_idx = first_k + offs_n[None, :]
+{statements}
+{stores}
+
+
+def launch(score, grad, out, b, h, first_q, first_k, captures):
+    M, N = score.shape
+    values = [y for x in captures for y in (x, *x.stride(), *x.shape)]
+    kernel[(1,)](score, grad, out, b, h, first_q, first_k, *values, M=M, N=N, num_warps=4)
+"""
+
+
+def gluon_text(
+    parameters: Sequence[str], helpers: Sequence[str], statements: Sequence[str], results: Sequence[str]
+) -> str:
+    """A Gluon kernel that stores values of the tile's shape one after another."""
+    stores = [
+        f"    gl.store(out_ptr + {number} * M * N + place, ({result}).to(gl.float32))"
+        for number, result in enumerate(results)
+    ]
+    return _GLUON.format(
+        helpers="\n\n\n".join(helpers),
+        parameters="".join(f"{name}, " for name in parameters),
+        statements="".join(f"    {line}\n" for line in statements),
+        stores="\n".join(stores),
+    )
+
+
+def triton_text(
+    parameters: Sequence[str], helpers: Sequence[str], statements: Sequence[str], results: Sequence[str]
+) -> str:
+    """The same kernel in Triton."""
+    text = gluon_text(parameters, helpers, statements, results)
+    text = text.replace("from triton.experimental import gluon\n", "import triton\n")
+    text = text.replace("from triton.experimental.gluon import language as gl\n", "import triton.language as tl\n")
+    text = text.replace("    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])\n", "")
+    for axis in (0, 1):
+        text = text.replace(f", layout=gl.SliceLayout({axis}, layout)", "")
+    return text.replace("gluon.jit", "triton.jit").replace("gl.", "tl.")
+
+
+def in_gluon(
+    kind: str, function: Callable[..., Any], score: Tensor, b: int, h: int, first_q: int = 0, first_k: int = 0
+) -> Tensor:
+    """A mod on a block of scores through the Gluon emission and the simulator."""
+    scores = kind == "score_mod"
+    program, tensors = mods.program(function if scores else None, {} if scores else {"mask_mod": function}, CPU)
+    emission = (program.emit_score if scores else program.emit_mask)(dialect=mods.GLUON, like="score")
+    text = gluon_text(program.parameters, emission.helpers, emission.statements, emission.results)
+    out = torch.full(tuple(score.shape), torch.nan)
+    captures = [tensor.detach() if tensor.dim() else tensor.detach().reshape(1)[0:1] for tensor in tensors]
+    simulate(
+        text,
+        {
+            "score": score,
+            "grad": torch.zeros_like(score),
+            "out": out,
+            "b": b,
+            "h": h,
+            "first_q": first_q,
+            "first_k": first_k,
+            "captures": [
+                capture.view(tensor.shape) if tensor.dim() else capture[0]
+                for capture, tensor in zip(captures, tensors, strict=True)
+            ],
+        },
+    )
+    return out

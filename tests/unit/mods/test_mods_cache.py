@@ -49,6 +49,10 @@ def test_a_changed_constant_misses() -> None:
     assert program(window(True)) is not program(window(1))
     assert program(and_masks(window(3), window(4))).digest != program(and_masks(window(3), window(5))).digest
     assert program(lambda b, h, q, k: q >= k).digest != program(lambda b, h, q, k: q > k).digest
+    assert program(lambda b, h, q, k: q - k < 5).digest != program(lambda b, h, q, k: q - k < 6).digest
+    assert program(lambda b, h, q, k: q * 2.0 < k) is not program(lambda b, h, q, k: q * 2 < k)
+    inner = [lambda b, h, q, k: (lambda: q < 7)(), lambda b, h, q, k: (lambda: q < 8)()]
+    assert program(inner[0]).digest != program(inner[1]).digest
     assert program(functools.partial(_keyword, width=2)).digest != program(functools.partial(_keyword, width=3)).digest
     assert program(_defaulted(1)).digest != program(_defaulted(2)).digest
 

@@ -143,6 +143,21 @@ def test_the_families_are_exact(name: str, shape: tuple[int, int, int, int]) -> 
         np.testing.assert_array_equal(found[b, h], expected)
 
 
+@pytest.mark.parametrize(
+    "name", ["causal", "document and window", "local and global", "length and causal", "fractions"]
+)
+def test_the_queries_of_keys_are_the_transpose(name: str) -> None:
+    program, tensors = mods.program(None, {"mask_mod": EXACT[name]}, CPU)
+    assert program.mask is not None
+    tables = mods.arrays_of(tensors)
+    found = mods.query_ranges(
+        program.mask, tables, batch=2, num_heads=2, seqlen_q=150, seqlen_k=200, block_m=32, block_n=16
+    ).classes(5)
+    for b, h in np.ndindex(*found.shape[:2]):
+        expected = tiles(elementwise(program.mask, tables, 150, 200, b, h).T, 16, 32)
+        np.testing.assert_array_equal(found[b, h], expected)
+
+
 def test_elementwise_evaluation_is_pytorchs() -> None:
     """The yardstick of this file, itself measured."""
     index = torch.arange(200, dtype=torch.int32)

@@ -158,6 +158,8 @@ def test_an_index_that_leaves_a_table_is_refused_before_any_launch() -> None:
         made.check_bounds(tensors, **sizes)
     assert here(table_by_query) in str(raised.value)
     assert "q_idx < 20" in str(raised.value)
+    with pytest.raises(InvalidProblemError, match="from 0 to 16"):
+        made.check_bounds(tensors, **{**sizes, "seqlen_q": 17})
     made.check_bounds(tensors, **{**sizes, "seqlen_q": 16})
 
     made, tensors = mods.program(lambda s, b, h, q, k: s + bias[q - k + 15], {}, CPU)
@@ -173,6 +175,22 @@ def test_an_index_that_cannot_be_decided_is_left_alone() -> None:
     wide = torch.zeros(16)
     made, tensors = mods.program(lambda s, b, h, q, k: s + wide[TABLE[q] % 7] + wide[(q - q) + k], {}, CPU)
     made.check_bounds(tensors, batch=1, num_heads=1, seqlen_q=16, seqlen_k=16)
+
+
+def test_every_index_can_be_tried_for_debugging() -> None:
+    sizes = {"batch": 2, "num_heads": 3, "seqlen_q": 16, "seqlen_k": 16}
+    wide = torch.zeros(16)
+    shifted = torch.tensor([0, 3, 15, 16], dtype=torch.int32)
+    made, tensors = mods.program(lambda s, b, h, q, k: s + wide[shifted[q % 3] + h * 0] + wide[(q - q) + k], {}, CPU)
+    made.check_every_index(tensors, **sizes)
+    made, tensors = mods.program(lambda s, b, h, q, k: s + wide[shifted[k % 4]], {}, CPU)
+    made.check_bounds(tensors, **sizes)
+    with pytest.raises(InvalidProblemError, match=r"is 16 at kv_idx = 3, .* 16 elements") as raised:
+        made.check_every_index(tensors, **sizes)
+    assert "test_mods_errors.py" in str(raised.value)
+    made, tensors = mods.program(lambda s, b, h, q, k: s + wide[(q - k).abs() + h], {}, CPU)
+    with pytest.raises(InvalidProblemError, match="is 16 at h = 1, q_idx = 0, kv_idx = 15"):
+        made.check_every_index(tensors, **sizes)
 
 
 def test_stand_ins_do_not_outlive_the_trace() -> None:

@@ -164,3 +164,29 @@ def test_tanh_keeps_its_digits_near_zero() -> None:
     relative = ((found.double() - x.double().tanh()) / x.double().tanh()).abs().max()
     assert relative < 5e-7, relative
     assert math.isfinite(relative)
+
+
+def test_names_keep_clear_of_the_kernels_own() -> None:
+    seqlen, kv, documents = (torch.arange(16, dtype=torch.int32) for _ in range(3))
+    program, _ = mods.program(
+        None, {"mask_mod": lambda b, h, q, k: (seqlen[q] == kv[k]) & (documents[q] == documents[k])}, CPU
+    )
+    emission = program.emit_mask()
+    assert {row.name for row in program.captures} == {"mod_seqlen", "mod_kv", "documents"}
+    assert emission.result == "(mod_seqlen_q == mod_kv_k) & (documents_q == documents_k)"
+
+
+def test_indexing_step_by_step_is_right_for_single_indices() -> None:
+    """`table[h][q]` is no elementwise function of blocks, but one of 0-d indices, as FlexAttention calls it."""
+    table = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    found = in_triton("score_mod", lambda s, b, h, q, k: s + table[h][q] * table[:, k][h], torch.zeros(16, 16), 0, 2)
+    assert torch.equal(found, table[2][:, None] * table[2][None])
+
+
+def test_a_kernel_reads_nothing_outside_a_captured_tensor() -> None:
+    """Rows and keys beyond the lengths fill up a tile: there 0 is read, whatever lies behind the tensor."""
+    short = torch.full((16,), 7.0)[:5]
+    found = in_triton("score_mod", lambda s, b, h, q, k: s + short[q] + short[k - 9], torch.zeros(16, 16), 0, 0)
+    index = torch.arange(16)
+    rows, columns = torch.where(index < 5, 7.0, 0.0), torch.where((index - 9 >= -5) & (index - 9 < 5), 7.0, 0.0)
+    assert torch.equal(found, rows[:, None] + columns[None])

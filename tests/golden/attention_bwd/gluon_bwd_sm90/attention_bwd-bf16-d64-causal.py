@@ -88,16 +88,15 @@ def row_blocks(
     PEELED: gl.constexpr,
 ):
     """Blocks of rows: [begin, full) see some of these keys and need a mask, [full, end) see all of them."""
+    # Where some thread block needs a mask, each has a masked step: Triton 3.6's ptxas (12.8) computes what the second loop reads
+    # where the first one starts, and who skipped the first would multiply by another descriptor (wrong dq on an H200).
     end = gl.cdiv(seqlen_q, BLOCK_M)
     begin = gl.maximum(start_n - causal_offset, 0) // BLOCK_M
-    full = gl.cdiv(gl.maximum(start_n + BLOCK_N - 1 - causal_offset, 0), BLOCK_M)
+    full = gl.maximum(start_n + BLOCK_N - 1 - causal_offset, 0) // BLOCK_M + 1
     if MASKED:
         # Keys beyond the last one are zeros, but the exponential of their scores may overflow. Without them `full` is no
         # more than `end`: the last row sees all keys.
         full = gl.where(start_n + BLOCK_N > seqlen_k, end, full)
-        # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
-        # and a thread block that skips the first loop would multiply by another descriptor (head dim 64: wrong dq on an H200).
-        full = gl.maximum(full, begin + 1)
         if not PEELED:
             full = end
     return begin, full, end
@@ -446,10 +445,10 @@ def consume(
                 DV_FIRST,
                 IS_MASKED=False,
             )
-    # -- store dk and dv through the memory of k and v, which nobody reads any more --
-    # Each warpgroup has waited for its own products: the other may still be reading.
-    partition_barrier()
+    # -- store dk and dv through the memory of k and v --
     v_tile.reshape([BLOCK_N, BLOCK_DV]).store(dv.to(DTYPE))
+    # Each warpgroup has waited for its own products: the other may still be reading keys for the last scores.
+    partition_barrier()
     k_tile.reshape([BLOCK_N, BLOCK_D]).store((dk * sm_scale).to(DTYPE))
     fence_async_shared()
     tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
@@ -879,7 +878,7 @@ def describe(x, seqlen, rows, columns):
 
 def addressable(x):
     """x, or a copy of it that TMA can address."""
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3]) if size > 1]
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
         return x.clone(memory_format=torch.contiguous_format)
     return x

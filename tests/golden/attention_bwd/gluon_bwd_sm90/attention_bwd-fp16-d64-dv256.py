@@ -87,16 +87,15 @@ def row_blocks(
     PEELED: gl.constexpr,
 ):
     """Blocks of rows: [begin, full) see some of these keys and need a mask, [full, end) see all of them."""
+    # Where some thread block needs a mask, each has a masked step: Triton 3.6's ptxas (12.8) computes what the second loop reads
+    # where the first one starts, and who skipped the first would multiply by another descriptor (wrong dq on an H200).
     end = gl.cdiv(seqlen_q, BLOCK_M)
     begin = 0
     full = 0
     if MASKED:
         # Keys beyond the last one are zeros, but the exponential of their scores may overflow. Without them `full` is no
         # more than `end`: the last row sees all keys.
-        full = gl.where(start_n + BLOCK_N > seqlen_k, end, full)
-        # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
-        # and a thread block that skips the first loop would multiply by another descriptor (head dim 64: wrong dq on an H200).
-        full = gl.maximum(full, begin + 1)
+        full = gl.where(start_n + BLOCK_N > seqlen_k, end, 1)
         if not PEELED:
             full = end
     return begin, full, end
@@ -224,13 +223,12 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 @gluon.jit
 def attend(
     step,
-    start_m,
     dk_1,
     dv_1,
     dv_2,
     nothing,
     no_dq,
-    first_m,
+    is_key,
     qk_scale,
     tiles,
     bars,
@@ -265,8 +263,7 @@ def attend(
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     p = gl.exp2(scores * qk_scale - lse[None, :])
     if IS_MASKED:
-        rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
-        p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
+        p = gl.where(is_key[:, None], p, 0.0)
     p_tile.store(p.to(DTYPE))
     # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
     fence_async_shared()
@@ -349,9 +346,9 @@ def consume(
     dk_1 = gl.zeros([BLOCK_N, 64], gl.float32, LAYOUT_64)
     dv_1 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
     dv_2 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
-    # -- mask: the first row that sees each key; none sees a key that does not exist --
+    # -- mask: keys that exist --
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
-    first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
+    is_key = offs_n < seqlen_k
     num_steps = group * (end - begin)
     mbarrier.wait(kv_full, 0)
     masked_steps = 0
@@ -359,16 +356,14 @@ def consume(
         # -- blocks that the diagonal or the last key crosses --
         masked_steps = group * (full - begin)
         for step in range(masked_steps):
-            start_m = (begin + step % (full - begin)) * BLOCK_M
             dk_1, dv_1, dv_2 = attend(
                 step,
-                start_m,
                 dk_1,
                 dv_1,
                 dv_2,
                 nothing,
                 no_dq,
-                first_m,
+                is_key,
                 qk_scale,
                 tiles,
                 (q_full, do_full, do_empty, dq_full, dq_empty),
@@ -385,13 +380,12 @@ def consume(
         for step in range(masked_steps, num_steps):
             dk_1, dv_1, dv_2 = attend(
                 step,
-                0,
                 dk_1,
                 dv_1,
                 dv_2,
                 nothing,
                 no_dq,
-                first_m,
+                is_key,
                 qk_scale,
                 tiles,
                 (q_full, do_full, do_empty, dq_full, dq_empty),
@@ -403,9 +397,7 @@ def consume(
                 DQ_STAGES,
                 IS_MASKED=False,
             )
-    # -- store dk and dv through the memory of k and v, which nobody reads any more --
-    # Each warpgroup has waited for its own products: the other may still be reading.
-    partition_barrier()
+    # -- store dk and dv through the memory of k and v: all warpgroups have met since they last read it --
     k, v = k_tile.reshape([BLOCK_N, BLOCK_D]), v_tile.reshape([BLOCK_N, BLOCK_DV])
     v.slice(0, 128, dim=1).store(dv_1.to(DTYPE))
     v.slice(128, 128, dim=1).store(dv_2.to(DTYPE))
@@ -817,7 +809,7 @@ def describe(x, seqlen, rows, columns):
 
 def addressable(x):
     """x, or a copy of it that TMA can address."""
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3]) if size > 1]
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
         return x.clone(memory_format=torch.contiguous_format)
     return x
