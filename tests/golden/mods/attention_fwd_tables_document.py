@@ -36,9 +36,9 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 @triton.jit
 def floor_mod(x, y):
-    """x % y with the sign of y, as in Python; the language's own has the sign of x."""
-    remainder = x % y
-    return tl.where((remainder != 0) & ((remainder < 0) != (y < 0)), remainder + y, remainder)
+    """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
+    remainder = tl.where(x < 0, ~x, x) % y
+    return tl.where(x < 0, y - 1 - remainder, remainder)
 
 
 @triton.jit
