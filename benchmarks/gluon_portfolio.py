@@ -1,18 +1,23 @@
 """The Hopper forward on a GPU: candidates of its portfolio, the portable kernel and SDPA's backends, interleaved.
 
-    python benchmarks/gluon_portfolio.py -o results.jsonl
+    python benchmarks/gluon_portfolio.py compile SPEC_KEY ...       # launches every candidate once: in parallel, before timing
+    python benchmarks/gluon_portfolio.py time -o results.jsonl [--budget-s 200]
+    python benchmarks/gluon_portfolio.py seeds results.jsonl ...    # no GPU: the fastest candidates as rows of tuning_db/seeds
 
-This protocol made `results/h100_gluon_fwd.jsonl`, from which the shipped rows are (the fastest candidate of each problem). One line
-a problem and kernel: milliseconds of a launch with a cold L2 cache, median of 16 shuffled rounds (`flashgen.bench`). Times hold what
-the host takes beyond the 50 microseconds that flushing the cache hides.
+This protocol made `results/h100_gluon_fwd.jsonl` and `results/h200_gluon_fwd.jsonl`. One line a problem and kernel: milliseconds of a
+launch with a cold L2 cache, median of 16 shuffled rounds (`flashgen.bench`). Times hold what the host takes beyond the 50 microseconds
+that flushing the cache hides.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +27,15 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import flashgen
 from flashgen import Problem, Target
-from flashgen.accuracy import TORCH_DTYPES, check_launch, small_problems
+from flashgen.accuracy import TORCH_DTYPES, AccuracyReport, check_launch, small_problems
 from flashgen.bench import Timer, measure_interleaved
 from flashgen.build import build
 from flashgen.config import KernelConfig
 from flashgen.render import render
+from flashgen.spec import AttentionSpec
+from flashgen.store import Record, seeds, utc_now
 from flashgen.variants import by_name
 
 GLUON, PORTABLE = by_name("gluon_fwd_sm90"), by_name("triton_fwd")
@@ -35,16 +43,24 @@ GLUON, PORTABLE = by_name("gluon_fwd_sm90"), by_name("triton_fwd")
 _NAMES = [knob.name for knob in GLUON.knobs]
 MORE: dict[int, tuple[tuple[Any, ...], ...]] = {
     64: (
-        (192, 128, 2, 160, 32, 16, True, False),
-        (192, 128, 3, 160, 32, 4, True, False),
-        (192, 128, 4, 160, 32, 4, True, False),
-        (192, 64, 3, 160, 32, 4, True, True),
+        (192, 128, 2, 160, 32, 4, True, False, False),
+        (192, 128, 3, 160, 32, 4, True, False, True),
+        (192, 128, 4, 160, 32, 4, True, False, True),
+        (192, 64, 3, 160, 32, 4, True, True, True),
+        (192, 64, 3, 160, 32, 4, True, False, True),
+        (128, 128, 2, 240, 24, 4, True, False, True),
+        (128, 128, 3, 240, 24, 16, True, False, True),
     ),
-    128: ((128, 128, 2, 240, 24, 16, True, False), (192, 64, 3, 160, 32, 4, True, True)),
+    128: (
+        (128, 128, 2, 240, 24, 16, True, False, False),
+        (128, 128, 2, 240, 24, 4, True, False, True),
+        (192, 64, 3, 160, 32, 4, True, True, False),
+        (192, 64, 3, 160, 32, 4, True, True, True),
+    ),
     256: (
-        (128, 64, 2, 240, 24, 4, False, True),
-        (128, 64, 2, 240, 24, 16, False, True),
-        (128, 64, 2, 240, 24, 16, False, False),
+        (128, 64, 2, 240, 24, 4, False, True, False),
+        (128, 64, 2, 240, 24, 16, False, False, False),
+        (128, 64, 2, 240, 24, 4, False, False, True),
     ),
 }
 
@@ -117,41 +133,120 @@ def peers(problem: Problem, q: Any, k: Any, v: Any) -> dict[str, Callable[[], An
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    target, timer = Target.detect(), Timer()
-    meta = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    with arguments.output.open("w") as file:
-        file.write(json.dumps({"meta": meta}) + "\n")
+@functools.cache
+def verdict(spec: AttentionSpec, config: KernelConfig) -> AccuracyReport:
+    """The binary that is timed: whole blocks, one head a tile. tests/gpu holds the others."""
+    square = [one for one in small_problems(spec) if one.seqlen_q == one.seqlen_k == 256]
+    launch = partial(build(render(spec, GLUON)).launch, **config)
+    return check_launch(launch, spec, device="cuda", strides=("dense",), problems=square)
+
+
+def compile_all(keys: Sequence[str]) -> int:
+    """Launch every candidate of some specs once, so that their binaries lie in Triton's cache."""
+    target = Target.detect()
+    todo = {p.spec: p for p in problems() if p.spec.key in keys}
+    for spec, problem in todo.items():
+        small = replace(problem, batch=1, seqlen_q=512, seqlen_k=512)
+        tensors = inputs(small)
+        for config in [*candidates(problem, target), PORTABLE.default(spec, target)]:
+            launcher(small, config, *tensors)()
+        torch.cuda.synchronize()
+    return 0
+
+
+def measure(output: Path, budget_s: float) -> int:
+    """Time every problem; stops at the budget, with whole problems written."""
+    target, timer, start = Target.detect(), Timer(), time.monotonic()
+    meta = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "target": target.name,
+    }
+    with output.open("w") as file:
+        file.write(json.dumps({"meta": {**meta, "date": utc_now()}}) + "\n")
         for problem in problems():
+            if time.monotonic() - start > budget_s:
+                print("the budget is spent", file=sys.stderr)
+                return 1
             spec, tensors = problem.spec, inputs(problem)
             configs = {config.label: config for config in candidates(problem, target)}
             runs = {label: launcher(problem, config, *tensors) for label, config in configs.items()}
             runs["triton_fwd"] = launcher(problem, PORTABLE.default(spec, target), *tensors)
             runs |= peers(problem, *tensors)
             times = measure_interleaved(runs, once=timer.once, rounds=16)
-            # The binary that was timed: whole blocks, one head a tile. tests/gpu holds the others.
-            square = [one for one in small_problems(spec) if one.seqlen_q == one.seqlen_k == 256]
-            for name, time in times.items():
-                row = {"spec": spec.key, "shape": problem.shape, "ms": time.latency_ms}
-                row |= {"p10": time.latency_p10_ms, "p90": time.latency_p90_ms}
-                row["tflops"] = problem.flops / time.latency_ms / 1e9
+            for name, taken in times.items():
+                row = {"spec": spec.key, "shape": problem.shape, "ms": taken.latency_ms}
+                row |= {"p10": taken.latency_p10_ms, "p90": taken.latency_p90_ms}
+                row["tflops"] = problem.flops / taken.latency_ms / 1e9
                 if name in configs:
-                    source = render(spec, GLUON)
-                    launch = partial(build(source).launch, **configs[name])
-                    report = check_launch(launch, spec, device="cuda", strides=("dense",), problems=square)
+                    report, source = verdict(spec, configs[name]), render(spec, GLUON)
                     row |= {"variant": GLUON.name, "digest": source.digest, "config": configs[name].to_dict()}
                     row |= {"ok": report.ok, "ratio": report.ratio, "err": report.max_error}
                 else:
                     row["peer"] = name
                 file.write(json.dumps(row) + "\n")
+            file.flush()
             best = min(configs, key=lambda label: times[label].latency_ms)
             shown = {"gluon": times[best], **{name: times[name] for name in times if name not in configs}}
             tflops = "  ".join(f"{name} {problem.flops / t.latency_ms / 1e9:.0f}" for name, t in shown.items())
             print(f"{problem}: {tflops} TFLOP/s; {best}", flush=True)
     return 0
+
+
+def write_seeds(paths: Sequence[Path], folder: Path) -> int:
+    """Put the fastest correct candidate of each problem among the shipped rows of its GPU, in place of older rows of this variant."""
+    for path in paths:
+        meta, *rows = (json.loads(line) for line in path.read_text().splitlines())
+        meta = meta["meta"]
+        target = Target.named(meta["target"])
+        best: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            key = json.dumps([row["spec"], row["shape"]])
+            if "config" in row and row["ok"] and row["ms"] < best.get(key, {"ms": float("inf")})["ms"]:
+                best[key] = row
+        stale = [
+            row for row in best.values() if render(AttentionSpec.from_key(row["spec"]), GLUON).digest != row["digest"]
+        ]
+        if stale:
+            print(f"{path}: {len(stale)} rows are of another text; measure again", file=sys.stderr)
+            return 1
+        session = f"gluon-{meta['date'][:10].replace('-', '')}"
+        records = [
+            Record(
+                op=GLUON.op, spec_key=row["spec"], variant=GLUON.name, digest=row["digest"], gpu=target.name, arch=target.arch,
+                target={"gpu": target.gpu, "num_sms": target.num_sms, "smem_bytes": target.smem_bytes}, shape=row["shape"],
+                config=row["config"], status="ok", latency_ms=row["ms"], latency_p10_ms=row["p10"], latency_p90_ms=row["p90"],
+                max_abs_error=row["err"], error_ratio=row["ratio"], protocol="events-interleaved-1", session=session, created=meta["date"],
+                versions={"flashgen": flashgen.__version__, "torch": meta["torch"].split("+")[0], "triton": meta["triton"]},
+            )
+            for row in best.values()
+        ]  # fmt: skip
+        old = [row for row in seeds.load(target.name, GLUON.op) if (row.variant, row.status) != (GLUON.name, "ok")]
+        (folder / target.name / f"{GLUON.op}.jsonl").unlink(missing_ok=True)  # `write` would keep its rows
+        seeds.write(folder, [*old, *records])
+        print(f"{target.name}: {len(records)} measured rows")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("compile", "time", "seeds", "specs"))
+    parser.add_argument("names", nargs="*", help="spec keys to compile; result files for seeds")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--budget-s", type=float, default=600.0)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "tuning_db" / "seeds")
+    arguments = parser.parse_args()
+    if arguments.what == "specs":
+        print("\n".join(dict.fromkeys(problem.spec.key for problem in problems())))
+        return 0
+    if arguments.what == "compile":
+        return compile_all(arguments.names)
+    if arguments.what == "seeds":
+        return write_seeds([Path(name) for name in arguments.names], arguments.folder)
+    if arguments.output is None:
+        parser.error("time needs -o FILE")
+    return measure(arguments.output, arguments.budget_s)
 
 
 if __name__ == "__main__":

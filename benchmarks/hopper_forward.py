@@ -108,6 +108,7 @@ def line(one: Comparison) -> str:
 @click.option("--backend", default="auto", show_default=True, help="Of flashgen.")
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option("--cuda-graph", is_flag=True, help="Time replays: host time vanishes.")
+@click.option("--head-dim", type=click.Choice([str(dim) for dim in HEAD_DIMS]), help="Cells of this one alone.")
 @click.option("--dry-run", is_flag=True, help="List the cells that would run, and run none.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the list as JSON.")
 def main(
@@ -117,6 +118,7 @@ def main(
     backend: str,
     rounds: int,
     cuda_graph: bool,
+    head_dim: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -126,6 +128,7 @@ def main(
         check_csv(path)
     done = measured(read_csv(path)) if path is not None else set()
     todo = [problem for problem in cells("cuda") if key_of(problem) not in done]
+    todo = [problem for problem in todo if head_dim in (None, str(problem.head_dim))]
     if dry_run:
         _list(todo, as_json)
         return 0

@@ -190,7 +190,7 @@ def veto(
     """
     if facts.loop_spill_ops >= SPILL_VETO:
         return f"{facts.loop_spill_ops} spill instructions in its main loop ({SPILL_VETO} or more)"
-    if facts.serialised and not by_name(config.variant).modelled:
+    if facts.serialised and by_name(config.variant).backend == "gluon":
         # Fatal where warpgroups overlap; on the plain kernel the warning costs nothing beyond what its instructions show.
         return "ptxas serialised its asynchronous products"
     if config.get("num_stages") != 2 or deeper is None or spec.itemsize != 2 or target.backend != "cuda":

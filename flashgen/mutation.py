@@ -74,7 +74,7 @@ _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values], ...] =
     # Three warpgroups, the last of them without a query, and a stage more.
     (
         {"seqlen_q": 128, "seqlen_k": 256, "num_heads_q": 4, "num_heads_kv": 2},
-        {"BLOCK_M": 192, "STAGES": 3, "CONSUMER_REGS": 160, "PRODUCER_REGS": 32},
+        {"BLOCK_M": 192, "STAGES": 3, "CONSUMER_REGS": 160, "PRODUCER_REGS": 32, "TAKE_TURNS": True},
         "normal",
     ),
     # Fewer key blocks than stages: nothing but their own barriers orders tickets and queries.
@@ -92,7 +92,7 @@ _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values],
     # More blocks above the diagonal of the first warpgroup than stages: it releases them unread.
     (
         {"seqlen_q": 384, "seqlen_k": 384, "num_heads_q": 2},
-        {"BLOCK_M": 192, "BLOCK_N": 32, "CONSUMER_REGS": 160, "PRODUCER_REGS": 32},
+        {"BLOCK_M": 192, "BLOCK_N": 32, "CONSUMER_REGS": 160, "PRODUCER_REGS": 32, "TAKE_TURNS": True},
         "normal",
     ),
     # Top-left: keys that no row sees, and rows beyond the last key.
@@ -101,7 +101,7 @@ _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values],
 )
 _SMALL: dict[str, Tunable] = {
     "BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "CONSUMER_REGS": 240, "PRODUCER_REGS": 24, "SECTION": 2,
-    "OWN_STAGING": True, "LAZY_SUM": True,
+    "OWN_STAGING": True, "LAZY_SUM": True, "TAKE_TURNS": False,
 }  # fmt: skip
 
 

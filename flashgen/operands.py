@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashgen import checks, probe
-from flashgen.errors import InvalidProblemError
+from flashgen.block_ranges import mask_ranges
+from flashgen.config import KernelConfig
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
+from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
-from flashgen.variants.features import signature
+from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
 
@@ -122,8 +125,44 @@ class Operands:
             captured=self.options_captured(),
         )
 
-    def launch_values(self, problem: Problem) -> dict[str, Any]:
-        """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names."""
+    def traced(self, problem: Problem, device: torch.device) -> Problem:
+        """The problem with its mods in the form that kernels have, or with the reason why they have none.
+
+        Raises:
+            InvalidProblemError: an index of a mod surely leaves a tensor that it captures.
+        """
+        if (self.score_mod is None and self.mask_mod is None) or self.block_mask is not None:
+            return problem
+        try:
+            program, tensors = self._program(device)
+        except UnsupportedProblemError as error:
+            return replace(problem, untraced=str(error))
+        program.check_bounds(
+            tensors, batch=problem.batch, num_heads=problem.num_heads_q, seqlen_q=problem.seqlen_q, seqlen_k=problem.seqlen_k
+        )  # fmt: skip
+        return replace(problem, mods=Mods(digest=program.digest, program=program))
+
+    def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
+        from flashgen import mods  # only where one is given
+
+        return mods.program(self.score_mod, {} if self.mask_mod is None else {"mask_mod": self.mask_mod}, device)
+
+    def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:
+        """Captured tensors and the mask's ranges, by the names of the rendered launch."""
+        if problem.mods is None:
+            return {}
+        program, tensors = self._program(torch.device(problem.device))
+        names = [captured(row.name) for row in program.captures]
+        ranges = None if config is None else mask_ranges(program, tensors, problem, config)
+        return {**dict(zip(names, tensors, strict=True)), "mask_ranges": ranges}
+
+    def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
+        """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
+
+        Args:
+            problem: the call.
+            config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
+        """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
             "window_left": left,
@@ -133,6 +172,7 @@ class Operands:
             "max_seqlen_q": problem.seqlen_q,
             "max_seqlen_k": problem.seqlen_k,
             "bottom_right": problem.causal_alignment == "bottom-right",
+            **self._captured(problem, config),
         }
         wanted = signature(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}

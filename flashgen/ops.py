@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import torch_blocked
+from flashgen import settings, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
@@ -56,7 +56,15 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
     operands.check(problem, q.device)
-    return problem
+    return operands.traced(problem, q.device) if _kernels_asked(q, scalars.backend) else problem
+
+
+def _kernels_asked(q: Tensor, backend: str) -> bool:
+    """Whether a generated kernel may run the call, so that mods are traced."""
+    if torch.compiler.is_compiling():
+        return False
+    asked = settings.read().backend if backend == "auto" else backend
+    return asked != "torch" and (q.device.type != "cpu" or asked != "auto")
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> Problem:
@@ -153,12 +161,12 @@ def _run_kernel(
     _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
 
 
-def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None) -> None:
+def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: Any) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
     source = render(problem.spec, variant)
-    values = {**operands.launch_values(problem), **variant.launch_options(problem), **plan.config}
+    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -210,8 +218,9 @@ def backward(
     problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
-        gradients = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
-        return (*gradients, torch_blocked.GradientSums(bias=None, sinks=None, captured=[]))
+        dq, dk, dv, dsinks = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
+        sums = torch_blocked.GradientSums(bias=None, sinks=dsinks if sinks_grad else None, captured=[])
+        return dq, dk, dv, sums
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         packing = _packing(problem, operands, q, k)
@@ -236,8 +245,8 @@ def _run_backward_kernel(
     lse: Tensor,
     operands: Operands,
     layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a generated backward; a gradient that autograd left out counts as zero."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Run a generated backward; a gradient that autograd left out counts as zero. The last is that of the sinks, in fp32."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
@@ -245,8 +254,11 @@ def _run_backward_kernel(
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     outputs = (_bshd(x, layout) for x in (dq, dk, dv))
-    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs)
-    return dq, dk, dv
+    sinks = operands.sinks
+    dsinks = None if sinks is None else torch.zeros(sinks.shape, dtype=torch.float32, device=q.device)
+    extra = {} if dsinks is None else {"dsinks": dsinks}
+    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
+    return dq, dk, dv, dsinks
 
 
 def cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:

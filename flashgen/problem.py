@@ -10,7 +10,7 @@ from flashgen import checks
 from flashgen.checks import ALIGNMENTS, LAYOUTS, CausalAlignment, Layout
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.presets import find as find_preset
-from flashgen.spec import DTYPES, AttentionSpec, DType, Op
+from flashgen.spec import DTYPES, AttentionSpec, DType, Mods, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,8 @@ class Problem:
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
         unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
+        mods: score_mod and mask_mod as kernels have them, where a kernel may run the call.
+        untraced: why they have no such form, in a user's words.
     """
 
     dtype: DType
@@ -68,6 +70,8 @@ class Problem:
     device: str = "cpu"
     copies: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
+    mods: Mods | None = None
+    untraced: str = ""
 
     def __post_init__(self) -> None:
         require = checks.require
@@ -122,6 +126,7 @@ class Problem:
             dropout=self.dropout_p > 0.0,
             varlen=self.varlen,
             has_lse=op == "attention_fwd" and (self.return_lse or self.requires_grad),
+            mods=self.mods,
         )
 
     @property

@@ -7,7 +7,7 @@ run-time values and live in `Problem`. One spec is one rendered file.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
@@ -23,6 +23,19 @@ MAX_HEAD_DIM = 256
 _KEY_HEAD = re.compile(
     r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*)$"
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mods:
+    """score_mod and mask_mod as a kernel has them; equal where the digests are.
+
+    Attributes:
+        digest: of all that a kernel's text takes from them.
+        program: a `flashgen.mods.Program`, which writes that text.
+    """
+
+    digest: str
+    program: Any = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +61,7 @@ class AttentionSpec:
         varlen: packed sequences with cu_seqlens.
         paged: a paged key/value cache.
         has_lse: the log-sum-exp is written too.
+        mods: score_mod and mask_mod, once they are traced; such a spec cannot be made from its key.
     """
 
     op: Op = "attention_fwd"
@@ -68,6 +82,7 @@ class AttentionSpec:
     varlen: bool = False
     paged: bool = False
     has_lse: bool = False
+    mods: Mods | None = None
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -90,6 +105,7 @@ class AttentionSpec:
         if self.head_dim_v != self.head_dim:
             parts.append(f"dv{self.head_dim_v}")
         parts += [_flag_word(name) for name in flag_names() if getattr(self, name)]
+        parts += [f"mods_{self.mods.digest}"] if self.mods is not None else []
         return "-".join(parts)
 
     @classmethod
@@ -135,12 +151,12 @@ class AttentionSpec:
     @property
     def hides_anywhere(self) -> bool:
         """Whether a key may be hidden (or have a score of -inf) in any block, not only at the ends of a range."""
-        return self.has_bias or self.has_score_mod or self.has_free_mask
+        return self.has_bias or self.has_score_mod or self.has_attn_mask
 
     @property
-    def has_free_mask(self) -> bool:
-        """Whether a mask other than causal and window hides keys."""
-        return self.has_attn_mask or self.has_mask_mod or self.has_block_mask
+    def has_two_ends(self) -> bool:
+        """Whether blocks may be hidden before the first key that a tile sees, too."""
+        return self.window or self.has_mask_mod
 
     @property
     def itemsize(self) -> int:

@@ -107,7 +107,7 @@ def bind(key: Key, plan: dispatch.Plan, known: dict[Key, Bound | None]) -> None:
 def _launcher(plan: dispatch.Plan) -> Bound:
     problem = plan.problem
     launch = build(render(problem.spec, by_name(plan.variant))).launch
-    scalars = {**Operands().launch_values(problem), **plan.config}
+    scalars = {**Operands().launch_values(problem, plan.config), **plan.config}
     heads_first = problem.layout == "bhsd"
     rows = (problem.num_heads_q, problem.seqlen_q)
     shape = (problem.batch, *(rows if heads_first else rows[::-1]), problem.head_dim_v)

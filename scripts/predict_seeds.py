@@ -1,10 +1,12 @@
-"""Write the predicted rows of `tuning_db/seeds`: every preset's layers that a kernel covers, for every target. No GPU needed.
+"""Write the predicted rows of `tuning_db/seeds`: every preset's layers, for every target and variant that covers them. No GPU needed.
 
-    nice python scripts/predict_seeds.py [--folder tuning_db/seeds] [--workers N] [--target NAME ...]
+    nice python scripts/predict_seeds.py [--folder tuning_db/seeds] [--workers N] [--target NAME ...] [--variant NAME ...]
 
-Measured rows stay, and where one stands nothing is predicted. Old predicted rows go: run it again after a template changed. Only what the
-policy chooses among is compiled (`flashgen.tuner.policy`), once for each architecture, and every winner's result is checked in the
-interpreter. Nothing goes into your tuning database.
+Measured rows stay, and where one stands nothing is predicted. Old predicted rows of the chosen targets and variants go: run it again after a
+template changed. A variant that the cost model cannot rank gets a row as well for every shape that was measured on another GPU of the same
+architecture: there the winner is known, and the forecast is that it wins here too. Else only what the policy chooses among is compiled
+(`flashgen.tuner.policy`), once for each architecture, and every winner's result is checked in the interpreter or the simulator. Nothing goes
+into your tuning database.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashgen import Problem, Target
+from flashgen.config import KernelConfig
+from flashgen.costmodel import MODEL
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.presets import PRESETS
 from flashgen.render import render
-from flashgen.store import Record, seeds
+from flashgen.spec import AttentionSpec
+from flashgen.store import Record, seeds, utc_now
 from flashgen.target import TARGETS
 from flashgen.tuner import tune
 from flashgen.tuner.context import choose_variant
+from flashgen.variants import REGISTRY, Variant, candidates
 
 
 def problems() -> list[Problem]:
@@ -36,49 +42,107 @@ def problems() -> list[Problem]:
     return [*plain, *(problem.backward for problem in plain)]
 
 
-def covered(target: Target) -> list[Problem]:
-    """Those that a kernel computes on a target."""
+def tunable(problem: Problem, target: Target) -> list[Variant]:
+    """The generated variants that compute a problem on a target: each gets a row, since a call may ask for any backend."""
     found = []
-    for problem in problems():
+    for variant in candidates(problem.spec):
         try:
-            choose_variant(problem, target)
+            found.append(choose_variant(problem, target, variant.name))
         except UnsupportedProblemError:
             continue
-        found.append(problem)
     return found
 
 
-def measured(problem: Problem, target: Target) -> bool:
+def covered(target: Target, variant: Variant) -> list[Problem]:
+    """Every kind of layers that a variant computes on a target."""
+    return [problem for problem in problems() if variant in tunable(problem, target)]
+
+
+def transferred(target: Target, variant: Variant) -> list[Record]:
+    """The winners that another GPU of the same architecture measured, as predictions: the very same machine code, not ranked by any model.
+
+    Only of a variant whose configurations the cost model cannot rank; a problem that was measured here is left out.
+    """
+    if variant.modelled:
+        return []
+    here = {
+        (row.spec_key, tuple(row.shape.values())) for row in seeds.load(target.name, variant.op) if _today(row, variant)
+    }
+    found: dict[tuple[str, tuple[int, ...]], Record] = {}
+    for gpu in seeds.gpus():
+        if gpu == target.name or gpu not in TARGETS or TARGETS[gpu].arch != target.arch:
+            continue
+        for row in seeds.load(gpu, variant.op):
+            key = (row.spec_key, tuple(row.shape.values()))
+            spec = AttentionSpec.from_key(row.spec_key)
+            config = KernelConfig(variant=row.variant, **row.config)
+            if (
+                key in here
+                or key in found
+                or not _today(row, variant)
+                or variant.illegal(spec, target, config) is not None
+            ):
+                continue
+            mask = "causal" if spec.causal else "full"
+            message = f"chosen by measured table: winner of this kernel on {gpu} (tuning_db/seeds), S {row.shape['seqlen_k']}, {mask}"
+            found[key] = replace(
+                row, gpu=target.name, status="predicted", latency_ms=None, latency_p10_ms=None, latency_p90_ms=None, facts=None,
+                target={"gpu": target.gpu, "num_sms": target.num_sms, "smem_bytes": target.smem_bytes}, bound_by="not modelled",
+                model=MODEL, message=message, protocol="transferred-1", created=utc_now(), rank=1,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def _today(row: Record, variant: Variant) -> bool:
+    """Whether a row is a measurement of today's text of a variant."""
+    spec = AttentionSpec.from_key(row.spec_key)
+    return (row.status, row.variant) == ("ok", variant.name) and row.digest == render(spec, variant).digest
+
+
+def measured(problem: Problem, target: Target, variant: Variant) -> bool:
     """Whether a measured row of today's kernel and this very shape is shipped."""
-    digest = render(problem.spec, choose_variant(problem, target)).digest
+    digest = render(problem.spec, variant).digest
     return any(
         (row.status, row.digest, row.shape) == ("ok", digest, problem.shape)
         for row in seeds.load(target.name, problem.spec.op)
     )
 
 
-def predict(target: Target, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
-    """The predicted winners of one target, and what has none."""
-    todo = [problem for problem in covered(target) if not measured(problem, target)]
+def predict(target: Target, variant: Variant, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
+    """The predicted winners of one variant on one target, and what has none."""
+    known = transferred(target, variant)
+    have = {(row.spec_key, tuple(row.shape.values())) for row in known}
+    todo = [problem for problem in covered(target, variant) if not measured(problem, target, variant)]
+    todo = [problem for problem in todo if (problem.spec.key, tuple(problem.shape.values())) not in have]
+    if not todo:
+        return [_unranked(row) for row in known], []
     try:
         result = tune(
-            todo, target=target, mode="predicted", max_trials=1, workers=workers, database=database, progress=False
-        )
+            todo, target=target, mode="predicted", max_trials=1, workers=workers, database=database, progress=False,
+            variant=variant.name,
+        )  # fmt: skip
     except TuningError as error:
-        return [], [f"{target.name}: {error}"]
+        return [], [f"{target.name}, {variant.name}: {error}"]
     # The compiler's facts can be had again with `flashgen.compile_facts`; the files stay readable without them.
-    rows = [replace(row.winner, facts=None) for row in result.problems if row.winner is not None]
-    return rows, [f"{target.name}, {row.problem}: {row.message}" for row in result.problems if row.winner is None]
+    rows = [*known, *(replace(row.winner, facts=None) for row in result.problems if row.winner is not None)]
+    missing = [f"{target.name}, {row.problem}: {row.message}" for row in result.problems if row.winner is None]
+    return [_unranked(row) if not variant.modelled else row for row in rows], missing
+
+
+def _unranked(row: Record) -> Record:
+    """A row of a variant whose configurations the cost model cannot order says so."""
+    return replace(row, message=f"{row.message}; not ranked: the cost model has no forecast of {row.variant}")
 
 
 def write(folder: Path, rows: Sequence[Record]) -> None:
-    """Put rows in place of the predicted ones; each file is replaced whole."""
+    """Put rows in place of the predicted ones of the same variants; each file is replaced whole."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for gpu, op in sorted({(row.gpu, row.op) for row in rows}):
             path = folder / gpu / f"{op}.jsonl"
             old = [Record.from_json(line) for line in path.read_text().splitlines()] if path.exists() else []
             new = [row for row in rows if (row.gpu, row.op) == (gpu, op)]
-            seeds.write(scratch, [*(row for row in old if row.status != "predicted"), *new])
+            renewed = {row.variant for row in new}
+            seeds.write(scratch, [*(r for r in old if r.status != "predicted" or r.variant not in renewed), *new])
             path.parent.mkdir(exist_ok=True)
             os.replace(Path(scratch) / gpu / f"{op}.jsonl", path)
     seeds.forget()
@@ -90,15 +154,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "tuning_db" / "seeds")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--target", action="append", choices=[name for name in TARGETS if name != "cpu"])
+    parser.add_argument("--variant", action="append", choices=[v.name for v in REGISTRY if v.template is not None])
     options = parser.parse_args(arguments)
     failed: list[str] = []
     for name in options.target or [name for name in TARGETS if name != "cpu"]:
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:
-            rows, missing = predict(Target.named(name), options.workers, str(Path(scratch) / "seeds.sqlite3"))
-        write(options.folder, rows)
-        failed += missing
-        print(f"{name}: {len(rows)} predicted rows in {time.monotonic() - start:.0f} s", flush=True)
+        target = Target.named(name)
+        for variant in [v for v in REGISTRY if v.template is not None and v.name in (options.variant or [v.name])]:
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory() as scratch:
+                rows, missing = predict(target, variant, options.workers, str(Path(scratch) / "seeds.sqlite3"))
+            write(options.folder, rows)
+            failed += missing
+            if rows or missing:
+                print(
+                    f"{name}, {variant.name}: {len(rows)} predicted rows, {time.monotonic() - start:.0f} s", flush=True
+                )
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

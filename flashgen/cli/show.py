@@ -24,7 +24,7 @@ from flashgen.variants import REGISTRY, candidates
 
 @click.group(cls=Group)
 def show() -> None:
-    """Variants, targets, presets, spaces, portfolios, plans."""
+    """Variants, targets, presets, spaces, portfolios, proofs, plans."""
 
 
 @show.command()
@@ -216,6 +216,54 @@ def portfolio(target_name: str | None, as_json: bool) -> None:
     click.echo(
         "worst: time over the best one, on the measured problems that a member is taken for; a predicted member was never timed"
     )
+
+
+@show.command()
+@click.option("--target", "target_name", metavar="NAME", default="h100", show_default=True)
+@click.option("--op", type=click.Choice(OPS), default="attention_fwd", show_default=True)
+@click.option("--lse", is_flag=True, help="The forward kernels that also return lse, too.")
+@json_option
+@click.pass_context
+def proof(ctx: click.Context, target_name: str, op: str, lse: bool, as_json: bool) -> None:
+    """What the compiler makes of the default Hopper kernels, without a GPU; exit code 1 where a default spills or serialises.
+
+    Compiles the defaults of head dims 64, 128 and 256 with the installed Triton, unless it did before.
+    """
+    from flashgen.proof import prove  # the compiling workers are started only here
+
+    target = Target.named(target_name)
+    rows = prove(target, op=op, lse=lse)
+    if as_json:
+        print_json({"target": target.name, "proofs": [row.to_json() for row in rows]})
+    elif not rows:
+        click.echo(f"no Gluon kernel of {op} is written for {target.name} ({target.arch})")
+    else:
+        headers = [
+            "kernel",
+            "spec",
+            "registers",
+            "spilled",
+            "serialised",
+            "shared memory",
+            "loop",
+            "verdict",
+            "configuration",
+        ]
+        print_table(
+            headers,
+            [
+                [
+                    row.variant, row.spec, row.registers, f"{row.spill_bytes} B", "yes" if row.serialised else "no",
+                    f"{row.smem_bytes} of {row.smem_limit}", row.loop, "; ".join(row.wrong) or "ok", row.config,
+                ]
+                for row in rows
+            ],
+        )  # fmt: skip
+        click.echo(
+            f"Triton {rows[0].triton}, {rows[0].arch}a; registers: at launch, before the warpgroups trade them; loop: a warp's instructions a key block"
+        )
+    if any(row.wrong for row in rows):
+        ctx.exit(1)
 
 
 def _member(target: str, row: portfolios.Member) -> list[str]:

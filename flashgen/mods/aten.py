@@ -73,7 +73,7 @@ def result_type(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> st
 
 @cache
 def _ones(dtype: str, varies: bool) -> torch.Tensor:
-    return torch.ones((1,) if varies else (), dtype=TORCH[dtype])
+    return torch.ones((1,) if varies else (), dtype=TORCH[dtype], device="cpu")
 
 
 def _as_ones(arg: Any) -> Any:

@@ -128,7 +128,9 @@ class _Walk:
         self.tensors.append(value)
         self.names.append(name)
         place = value.device if value.dim() else "scalar"
-        self.parts.append(f"tensor:{value.dtype}:{tuple(value.shape)}:{place}:{value.requires_grad}")
+        # Strides too: a function may ask for them, and a trace of other strides costs less than an error.
+        steps = value.stride() if value.layout == torch.strided else value.layout
+        self.parts.append(f"tensor:{value.dtype}:{tuple(value.shape)}:{steps}:{place}:{value.requires_grad}")
 
     def _all_primitive(self, values: Iterable[Any]) -> None:
         self.unknown |= not all(isinstance(one, _PRIMITIVE) for one in values)

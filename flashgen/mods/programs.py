@@ -183,7 +183,7 @@ def program(
         InvalidProblemError: see `trace`.
     """
     functions = (score_mod, *mask_mods.values())
-    found = fingerprint(functions, *mask_mods, str(device))
+    found = fingerprint(functions, *mask_mods, str(device), torch.get_default_dtype())
     if found.key is not None:
         with _lock:
             known = _cache.get(found.key)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context
+from flashgen.simulator import context, named
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -346,6 +346,10 @@ def register_asm(text: str, function: Callable[..., Any]) -> None:
 def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
     """Run a registered assembly text on the elements."""
     plain(*args)
+    barrier = named.parse(str(asm))
+    if barrier is not None:
+        named.meet(*barrier)
+        return scalar(0, int32)
     function = ASM.get(" ".join(str(asm).split()))
     if function is None:
         fail(

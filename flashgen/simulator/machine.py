@@ -22,6 +22,7 @@ from flashgen.simulator.sites import HOST, Mark, here, innermost
 if TYPE_CHECKING:
     from flashgen.simulator.barriers import Barrier
     from flashgen.simulator.global_memory import Shadow
+    from flashgen.simulator.named import NamedBarrier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +119,7 @@ class Cta:
         self.launch, self.pid = launch, pid
         self.smem_bytes = self.components = 0
         self.barriers: list[Barrier] = []
+        self.named: dict[int, NamedBarrier] = {}
         self.name = f"cta{pid[0] if not any(pid[1:]) else pid}"
 
     def component(self) -> int:

@@ -147,14 +147,16 @@ class Context:
         self.report(Event(problem=str(self.problem), done=done, total=total, best=best, phase=phase, counts=counts))
 
 
-def choose_variant(problem: Problem, target: Target) -> Variant:
-    """The generated variant that computes a problem on a target.
+def choose_variant(problem: Problem, target: Target, name: str | None = None) -> Variant:
+    """The generated variant that computes a problem on a target: the first, or the one named.
 
     Raises:
-        UnsupportedProblemError: none does; lists the reasons.
+        UnsupportedProblemError: none does, or not the named one; lists the reasons.
     """
     spec, reasons = problem.spec, {}
     for variant in candidates(spec):
+        if name not in (None, variant.name):
+            continue
         reason = (
             variant.supports(spec, target)
             if variant.template is not None

@@ -24,11 +24,11 @@ class ProblemPlan:
     """One problem.
 
     Attributes:
-        legal: configurations that the predicate admits before compiling, and that the mode would look at.
+        legal: configurations that the predicate admits before compiling.
         seeds: of these, how many the strategy tries first for what is known: near winners, the portfolio, known-good tiles,
             and what other problems taught.
-        trials: how many are tried at most.
-        cached: of the legal ones, how many are compiled already.
+        trials: how many are tried at most: without the GPU not all of a kernel that the model cannot rank.
+        cached: of those that may be tried, how many are compiled already.
         estimate_s: seconds, or None where nothing is known to estimate from.
         basis: what the estimate is made from, in words.
     """
@@ -69,24 +69,24 @@ def plan(
     legal, known = legal_list(variant, problem, target)
     table = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()
     considered = policy.considered(variant, problem.spec, target, table, known)
-    legal = policy.searched(variant, legal, considered, mode)
+    searched = policy.searched(variant, legal, considered, mode)
     own = [
         row for row in stored if (row.spec_key, row.digest, row.gpu) == (source.spec.key, source.digest, target.name)
     ]
     taught = [row for row in stored if (row.op, row.variant) == (source.spec.op, variant.name)]
     first = openings(problem, variant, target, mode=mode, known=known, own=own, taught=taught)
-    trials = min(len(legal), max(max_trials or len(legal), len(considered) if mode == "predicted" else 1))
+    trials = min(len(searched), max(max_trials or len(searched), len(considered) if mode == "predicted" else 1))
     strides = launch_strides(problem) if mode == "measured" else None
-    compiled = sum(cached(source, target, config, strides) is not None for config in legal)
-    estimate, basis = _estimate(legal, variant.name, target, mode, trials, compiled, workers, stored)
+    compiled = sum(cached(source, target, config, strides) is not None for config in searched)
+    estimate, basis = _estimate(searched, variant.name, target, mode, trials, compiled, workers, stored)
     return ProblemPlan(
-        problem=problem, variant=variant.name, legal=len(legal), seeds=len(first.of(strategy, legal, mode)), trials=trials, cached=compiled,
+        problem=problem, variant=variant.name, legal=len(legal), seeds=len(first.of(strategy, searched, mode)), trials=trials, cached=compiled,
         estimate_s=estimate, basis=basis,
     )  # fmt: skip
 
 
 def _estimate(
-    legal: Sequence[KernelConfig],
+    searched: Sequence[KernelConfig],
     variant: str,
     target: Target,
     mode: str,
@@ -106,7 +106,7 @@ def _estimate(
     if not seconds:
         return None, "nothing is stored to estimate from"
     compilers = processes(workers)
-    fresh = max(0, trials - compiled * trials // max(1, len(legal)))
+    fresh = max(0, trials - compiled * trials // max(1, len(searched)))
     total = fresh * median(seconds) / compilers
     basis = f"{fresh} to compile at {median(seconds):.1f} s (median of {len(seconds)} {whose}) by {compilers} processes"
     if mode == "measured":

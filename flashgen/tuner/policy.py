@@ -27,6 +27,7 @@ from flashgen.variants import KnownGood, MeasuredTile, Variant, by_name
 from flashgen.variants.triton_fwd_tiles import family
 
 _ROWS_PER_WARP = 16
+_UNRANKED = 2  # configurations of a variant that is not modelled: the choice, and one in reserve
 # (family of architecture, bytes of an element) where the model's order was judged on measurements; elsewhere a list's own order stands.
 _JUDGED = {("sm_90", 2)}
 
@@ -94,8 +95,13 @@ def considered(
     measured: Sequence[MeasuredTile],
     known_good: Sequence[KnownGood],
 ) -> list[KernelConfig]:
-    """What must be compiled to decide: measured and known-good tiles, and for those of two stages the same with three."""
+    """What must be compiled to decide: measured and known-good tiles, and for those of two stages the same with three.
+
+    Of a variant whose configurations the model cannot order, only the first few: nothing would move a later one up.
+    """
     tiles = list(dict.fromkeys([*(row.config for row in measured), *(row.config for row in known_good)]))
+    if not variant.modelled:
+        tiles = [tile for tile in tiles if variant.illegal(spec, target, tile) is None][:_UNRANKED]
     deeper = [deepened for tile in tiles if (deepened := deeper_of(tile)) is not None]
     return [config for config in dict.fromkeys([*tiles, *deeper]) if variant.illegal(spec, target, config) is None]
 
@@ -114,7 +120,9 @@ def shortlist(configs: Sequence[KernelConfig]) -> list[KernelConfig]:
     return [
         config
         for config in configs
-        if config.num_stages <= 3 and config.get("BLOCK_M", 0) == _ROWS_PER_WARP * config.num_warps
+        if "num_stages" in config
+        and config.num_stages <= 3
+        and config.get("BLOCK_M", 0) == _ROWS_PER_WARP * config.num_warps
     ]
 
 

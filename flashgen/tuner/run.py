@@ -58,6 +58,7 @@ def tune(
     provider: str = "cuda",
     trial_timeout_s: float = 60.0,
     on_event: Callable[[Event], None] | None = None,
+    variant: str | None = None,
 ) -> TuneResult:
     """Tune problems; see `flashgen.tune` for the common arguments.
 
@@ -74,6 +75,7 @@ def tune(
         provider: "cuda", or "cpu" for kernel files that run on CPU tensors (tests).
         trial_timeout_s: after which a candidate is killed while it is measured.
         on_event: called with every step of progress, instead of the progress bar.
+        variant: name of the one to tune; None for the first that covers the problem, which is what dispatch takes.
 
     Raises:
         InvalidProblemError: a value is out of range, or no target can be found.
@@ -97,7 +99,7 @@ def tune(
             where = target or devices.installed()
             way = choose_mode(mode, where, provider=provider)
         for problem in todo:
-            require_space(choose_variant(problem, where), problem, where)
+            require_space(choose_variant(problem, where, variant), problem, where)
         result = TuneResult(problems=[], session=_session(), mode=way, target=where.name, database=url)
         store = stack.enter_context(open_store(url, write=True))
         report = stack.enter_context(reporter(progress, on_event))
@@ -119,9 +121,12 @@ def tune(
             return left is not None and left < 0
 
         def begin(problem: Problem) -> Context:
+            waiting = len(todo) - sum(row.problem != problem for row in result.problems)
+            unit_left_s = _share(left_s(), math.ceil(waiting / max(1, len(places))))
             context = _context(
                 problem, where, way, store, report, result, max_trials=max_trials, workers=workers, strategy=strategy, resume=resume,
-                expired=expired, retry_failed=retry_failed, save=writer.save, left_s=left_s, trial_timeout_s=trial_timeout_s,
+                expired=lambda: (unit_left_s() or 0.0) < 0.0, retry_failed=retry_failed, save=writer.save, left_s=unit_left_s,
+                trial_timeout_s=trial_timeout_s, variant_name=variant,
             )  # fmt: skip
             # A unit that begins again, since its device was lost, takes the place of its first attempt.
             result.problems[:] = [row for row in result.problems if row.problem != problem] + [context.result]
@@ -157,6 +162,14 @@ def with_gradients(problems: Sequence[Problem]) -> list[Problem]:
         pair = (replace(problem, requires_grad=False, return_lse=True), problem.backward)
         found += pair if problem.requires_grad else (problem,)
     return list(dict.fromkeys(found))
+
+
+def _share(left_s: float | None, units: int) -> Callable[[], float | None]:
+    """What is left of a unit's part of the time: an equal one of each that a device still has to do; none where time is unlimited."""
+    if left_s is None:
+        return lambda: None
+    end = time.monotonic() + left_s / units
+    return lambda: end - time.monotonic()
 
 
 def _predict(context: Context, study: str | None) -> None:
@@ -250,8 +263,9 @@ def _context(
     save: Callable[[Iterable[Record]], None] | None = None,
     left_s: Callable[[], float | None] = lambda: None,
     trial_timeout_s: float = 60.0,
+    variant_name: str | None = None,
 ) -> Context:
-    variant = choose_variant(problem, target)
+    variant = choose_variant(problem, target, variant_name)
     source = source_of(variant, problem)
     legal, known = legal_list(variant, problem, target)
     measured_tiles = policy.measured_tiles(variant, problem, target) if mode == "predicted" else ()

@@ -81,6 +81,39 @@ ELEMENTS: Mapping[str, str] = {
 UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
 
 
+def _mods(spec: AttentionSpec) -> Feature:
+    """What score_mod and mask_mod add: the tensors that they capture, and where the mask hides whole blocks."""
+    if spec.mods is None:
+        return Feature(launch=())
+    pointers, scalars, strides = {}, {}, {}
+    names = [row.name for row in spec.mods.program.captures]
+    for row in spec.mods.program.captures:
+        pointers[f"{row.name}_ptr"] = captured(row.name)
+        for dim in range(len(row.shape)):
+            strides[f"{row.name}_stride{dim}"] = f"{captured(row.name)}.stride({dim})"
+            scalars[f"{row.name}_size{dim}"] = f"{captured(row.name)}.shape[{dim}]"
+    launch = tuple(map(captured, names))
+    if spec.has_mask_mod:
+        launch += ("mask_ranges",)
+        pointers["mask_ranges_ptr"] = "mask_ranges"
+        strides |= {
+            f"stride_ranges_{x}": f"0 if mask_ranges is None else mask_ranges.stride({dim})"
+            for dim, x in enumerate("bh")
+        }
+    return Feature(
+        launch=launch,
+        pointers=pointers,
+        scalars=scalars,
+        strides=strides,
+        inner=("b", "h", *(("seqlen_q",) if spec.has_mask_mod else ()), *spec.mods.program.parameters),
+    )
+
+
+def captured(name: str) -> str:
+    """What `launch` calls a captured tensor; the kernel's own names are left alone."""
+    return f"captured_{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """The names that one spec's options add, each once."""
@@ -99,7 +132,7 @@ class Signature:
 
 def signature(spec: AttentionSpec) -> Signature:
     """What the options of a spec add."""
-    used = [feature for flag, feature in FEATURES.items() if flag in spec.flags]
+    used = [*(feature for flag, feature in FEATURES.items() if flag in spec.flags), _mods(spec)]
 
     def merged(name: str) -> dict[str, str]:
         return {key: value for feature in used for key, value in getattr(feature, name).items()}

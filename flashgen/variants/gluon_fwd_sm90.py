@@ -19,31 +19,31 @@ _REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
 _SECTION = (1, 1 << 16)
 _ARGUMENT_BYTES = 512
 
-_H100 = (
-    "measured on one H100, interleaved, bf16, S 1024 to 8192, full and causal (benchmarks/results/h100_gluon_fwd.jsonl)"
+_H200 = (
+    "measured on one H200, interleaved, bf16, S 512 to 16384, full and causal (benchmarks/results/h200_gluon_fwd.jsonl)"
 )
-_H200 = "among the best on one H200, bf16, S 2048 and 8192 (benchmarks/data/h200_gluon_attention_fwd.jsonl)"
 
-# (BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM), best first, by the wider padded
-# head dim.
-_Knobs = tuple[int, int, int, int, int, int, bool, bool]
+# (BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM, TAKE_TURNS), best first, by the wider
+# padded head dim.
+_Knobs = tuple[int, int, int, int, int, int, bool, bool, bool]
 _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (
-        ((192, 128, 3, 160, 32, 16, True, False), _H100),
-        ((192, 128, 2, 160, 32, 4, True, False), _H100),
-        ((192, 64, 3, 160, 32, 16, True, True), _H200),
-        ((128, 128, 2, 240, 24, 4, True, False), _H200),
+        ((192, 128, 3, 160, 32, 16, True, False, True), _H200),
+        ((192, 128, 4, 160, 32, 4, True, False, True), _H200),
+        ((192, 64, 3, 160, 32, 16, True, True, False), _H200),
+        ((128, 128, 2, 240, 24, 4, True, False, False), _H200),
     ),
     128: (
-        ((128, 128, 2, 240, 24, 16, True, True), _H100),
-        ((128, 128, 2, 240, 24, 4, True, True), _H200),
-        ((128, 128, 2, 240, 24, 4, True, False), _H100),
-        ((192, 64, 3, 160, 32, 16, True, True), _H100),
+        ((128, 128, 2, 240, 24, 16, True, True, False), _H200),
+        ((128, 128, 2, 240, 24, 4, True, True, False), _H200),
+        ((128, 128, 2, 240, 24, 4, True, False, False), _H200),
+        ((192, 64, 3, 160, 32, 16, True, True, False), _H200),
     ),
     256: (
-        ((128, 64, 2, 240, 24, 4, False, False), _H100),
-        ((128, 64, 2, 240, 24, 4, True, True), _H100),
-        ((128, 32, 2, 240, 24, 4, True, True), _H100),
+        ((128, 64, 2, 240, 24, 16, False, False, False), _H200),
+        ((128, 64, 2, 240, 24, 4, False, False, False), _H200),
+        ((128, 64, 2, 240, 24, 4, True, True, False), _H200),
+        ((128, 32, 2, 240, 24, 4, True, True, False), _H200),
     ),
 }
 
@@ -74,6 +74,7 @@ class GluonForwardSm90(Variant):
             meaning="the output leaves through shared memory of its own, not q's",
         ),
         Knob(name="LAZY_SUM", values=(False, True), meaning="row sums are reduced across lanes once, at the end"),
+        Knob(name="TAKE_TURNS", values=(False, True), meaning="warpgroups issue their products one after the other"),
     )
 
     def supports(self, spec: AttentionSpec, target: Target) -> str | None:
@@ -135,7 +136,7 @@ class GluonForwardSm90(Variant):
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
     ) -> str | None:
-        for name in ("OWN_STAGING", "LAZY_SUM"):
+        for name in ("OWN_STAGING", "LAZY_SUM", "TAKE_TURNS"):
             if not isinstance(config[name], bool):
                 return f"{name}={config[name]!r} must be True or False"
         if config.BLOCK_M not in (2 * _WG_ROWS, 3 * _WG_ROWS) or not _is_int(config.BLOCK_M):
@@ -207,7 +208,8 @@ class GluonForwardSm90(Variant):
             if self.illegal(spec, target, known.config) is None:
                 return known.config
         return self.config(
-            BLOCK_M=128, BLOCK_N=32, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=True
+            BLOCK_M=128, BLOCK_N=32, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=True,
+            TAKE_TURNS=False,
         )  # fmt: skip
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant, head_dims
+from flashgen.variants.features import Signature, signature
 from flashgen.variants.triton_fwd_tiles import family
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M_DQ", "BLOCK_N_DQ")
@@ -16,7 +18,20 @@ _WARPS = (1, 2, 4, 8, 16)
 _STAGES = (1, 8)
 
 # Features the template does not know yet, in the words of the spec's flags.
-_COVERED_FLAGS = frozenset({"causal"})
+_COVERED_FLAGS = frozenset({"causal", "window", "softcap", "has_alibi", "has_sinks", "has_attn_mask", "dropout"})
+# What its loops take of each option, of one query head; sinks meet no loop.
+_INNER = {
+    "window": ("window_left", "window_right"),
+    "softcap": ("softcap",),
+    "has_alibi": ("slope", "seqlen_k"),
+    "has_attn_mask": ("attn_mask_ptr", "stride_attn_mask_m", "stride_attn_mask_n", "seqlen_k"),
+    "dropout": ("philox_ptr", "off_bh", "dropout_threshold", "dropout_scale"),
+}
+# The loop over the query heads of a group has its own words for some.
+_IN_GROUP = {
+    "off_bh": "head",
+    "attn_mask_ptr": "attn_mask_ptr + off_b * stride_attn_mask_b + off_h * stride_attn_mask_h",
+}
 
 # (BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages)
 _Tile = tuple[int, int, int, int, int, int]
@@ -44,6 +59,11 @@ _KNOWN_GOOD: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
     ("gfx942", 64): (((64, 64, 64, 64, 8, 1), _COMPILED),),
     ("gfx942", 128): (((64, 64, 64, 64, 4, 1), _COMPILED),),
     ("gfx942", 256): (((32, 64, 64, 32, 4, 1), _FITS),),
+}
+# Go first where an option keeps values beside every score; on sm_90 the tiles above hold them.
+_BESIDE_SCORES: dict[int, tuple[tuple[_Tile, str], ...]] = {
+    64: (((32, 64, 64, 32, 8, 1), _COMPILED),),
+    128: (((32, 64, 64, 32, 8, 1), _COMPILED),),
 }
 # fp32 is multiplied on the CUDA cores in full precision: everything larger spills.
 _FP32: _Tile = (16, 16, 16, 16, 4, 1)
@@ -77,6 +97,18 @@ class TritonBackward(Variant):
                 f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
             )
         return None
+
+    def signature(self, spec: AttentionSpec) -> Signature:
+        """The arguments that a spec's options add to dK/dV and dQ, for the template."""
+        found = signature(replace(spec, has_sinks=False))
+        inner = dict.fromkeys(name for flag, names in _INNER.items() if flag in spec.flags for name in names)
+        if spec.modifies_scores:
+            inner = {"sm_scale": None, **inner}
+        return replace(found, inner=tuple(inner))
+
+    def in_group(self, name: str) -> str:
+        """What the loop over a group's query heads passes for an argument of its inner loop."""
+        return _IN_GROUP.get(name, name)
 
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
@@ -132,7 +164,10 @@ class TritonBackward(Variant):
         elif spec.itemsize == 4:
             rows = ((_FP32, f"{_FLEX}, for fp32"),)
         else:
-            rows = _KNOWN_GOOD[(family(target), max(spec.block_head_dim_out, spec.block_head_dim_v))]
+            widest = max(spec.block_head_dim_out, spec.block_head_dim_v)
+            rows = _KNOWN_GOOD[(family(target), widest)]
+            if signature(spec).inner and family(target) != "sm_90":
+                rows = (*_BESIDE_SCORES.get(widest, ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
     def _tile(self, tile: _Tile) -> KernelConfig:

@@ -204,7 +204,7 @@ def draw(seed: int) -> Case:
 
 
 def _with_options(case: Case, r: random.Random) -> Case:
-    """A plain case of the portable kernel with a few of the options that it covers, forward only."""
+    """A plain case of the portable kernel with a few of the options that it covers, with gradients where its backward does too."""
     bounded = case.values == "normal"
     draws: dict[str, Any] = {
         "window": r.choice(((3, -1), (4, 9), (-1, 2), (0, 0), (20, 0), (33, 17))),
@@ -214,10 +214,15 @@ def _with_options(case: Case, r: random.Random) -> Case:
         "bias": r.choice(BROADCASTS),
         "attn_mask": r.choice(BROADCASTS),
         "dropout_p": r.choice((0.1, 0.5, 0.97)),
+        "score_mod": r.choice(sorted(SCORE_MODS) if bounded else ["relative", "table"]),
+        "mask_mod": r.choice(sorted(MASK_MODS)),
         "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
     }
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
-    packed = {"layout": "bshd", "batch": 1} if "lengths" in chosen else {}
+    packed: dict[str, Any] = {"layout": "bshd", "batch": 1} if "lengths" in chosen else {}
+    if not {"bias", "lengths", "score_mod", "mask_mod"} & set(chosen):
+        # Twice the work and more: fewer rows.
+        packed |= {"grad": True, "seqlen_q": min(case.seqlen_q, 33), "seqlen_k": min(case.seqlen_k, 47)}
     return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **packed)
 
 

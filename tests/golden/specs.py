@@ -36,6 +36,8 @@ KEYS = (
     "attention_bwd-fp32-d33-dv17",  # fp32, both odd, both padded
     "attention_bwd-bf16-d1",  # the least
     "attention_bwd-bf16-d256-causal",  # the largest
+    "attention_bwd-bf16-d128-causal-window-softcap-alibi-sinks",  # ranges with two ends, changed scores
+    "attention_bwd-fp16-d64-attn_mask-dropout",  # keys hidden anywhere, dropout replayed on transposed tiles
 )
 # What one variant alone has branches for.
 OWN_KEYS = {

@@ -12,6 +12,7 @@ from problems import FAR, TABLE, Row, far_gradients, row
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
+from flashgen import dispatch
 from flashgen.accuracy import TORCH_DTYPES, check
 from flashgen.build import build
 from flashgen.config import KernelConfig
@@ -132,7 +133,7 @@ def gradients(tensors: list[torch.Tensor], **options: Any) -> tuple[torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_auto_takes_a_fused_backward_and_says_nothing(dtype: torch.dtype) -> None:
     tensors = leaves(dtype)
-    flashgen.dispatch.forget()
+    dispatch.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan = flashgen.explain(*tensors, causal=True, return_lse=True)
@@ -147,7 +148,7 @@ def test_auto_takes_a_fused_backward_and_says_nothing(dtype: torch.dtype) -> Non
 def test_what_no_kernel_differentiates_falls_to_torch_with_a_warning() -> None:
     tensors = leaves()
     bias = torch.randn(333, 777, device="cuda").requires_grad_()
-    flashgen.dispatch.forget()
+    dispatch.forget()
     with pytest.warns(UserWarning, match="falls to the torch backend"):
         out = flashgen.attention(*tensors, bias=bias)
     assert torch.isfinite(torch.autograd.grad(out.float().sum(), bias)[0]).all()  # type: ignore[union-attr]

@@ -50,8 +50,8 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
     ("dk from a transposed dS", DK, DK.replace("ds.to(q.dtype)", "tl.trans(ds).to(q.dtype)")),
     ("dk not accumulated", DK, DK.replace("q, dk,", "q, tl.zeros_like(dk),")),
     ("lse taken for base 2", 'float("inf"), lse * 1.4426950408889634)', 'float("inf"), lse)'),
-    ("dk and dv in base e", f"{LOG2E}    # -- every", "qk_scale = sm_scale * 1.0\n    # -- every"),
-    ("dq in base e", f"{LOG2E}{{% for", "qk_scale = sm_scale * 1.0\n{% for"),
+    ("dk and dv in base e", f"{LOG2E}{{% endif %}}\n    # -- every", "qk_scale = sm_scale * 1.0\n{% endif %}\n    # -- every"),
+    ("dq in base e", f"{LOG2E}{{% endif %}}\n{{% set whole", "qk_scale = sm_scale * 1.0\n{% endif %}\n{% set whole"),
     ("no guard against lse of -inf", 'tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)', "lse * 1.4426950408889634"),
     # -- heads --
     ("one head of the group", "tl.range(0, group)", "tl.range(0, 1)"),
@@ -73,7 +73,7 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
     ("full_end not rounded to a block", FULL_END, FULL_END.removesuffix(" // BLOCK_N * BLOCK_N")),
     ("full_end not rounded, not causal", "full_end = kv_end // BLOCK_N * BLOCK_N", "full_end = kv_end"),
     ("dq's ragged tail of keys is seen", " visible = (keys < kv_end)[None, :]", " visible = (keys >= 0)[None, :]"),
-    ("dq's ragged tail of keys is seen, causal", "visible &= (keys < kv_end)[None, :]", "visible &= True"),
+    ("dq's ragged tail of keys is seen, causal", f"{MASK}\n            visible &= (keys < kv_end)[None, :]", MASK),
     ("rows that see no key are read", "live &= rows >= row_begin", "live &= rows >= 0"),
     ("rows beyond the end are read", "        # -- query --\n        live = rows < seqlen_q", "        live = rows >= 0"),
     # -- precision --

@@ -27,7 +27,10 @@ def study(name: str) -> bool:
     """Study one subject; prints a line a schedule; returns whether all is well."""
     rendered = forward if name in forward.SPECS else backward if name in backward.SPECS else None
     kernel = rendered.study_of(name) if rendered else None
-    found = kernel.mutants if kernel else mutants(subjects.text_of(name))
+    if rendered is forward:
+        found = forward.considered(name)
+    else:
+        found = kernel.mutants if kernel else mutants(subjects.text_of(name))
     reviewed = rendered.REVIEWED.get(name, {}) if rendered else {}
 
     def verdict(text: str, schedule: Schedule) -> str | None:

@@ -46,6 +46,8 @@ LEAVES = {"train_tiny_gpt": {"train_tiny_gpt.png"}}
 
 def test_every_example_is_listed() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(TELLS)
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in TELLS if f"| `{name}` |" not in readme] == [], "README lists the examples"
 
 
 @pytest.mark.slow

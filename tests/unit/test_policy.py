@@ -101,6 +101,12 @@ def test_vetoes() -> None:
     assert veto(two, FACTS, spec, H100, replace(FACTS, smem_bytes=120_000)) is None  # three stages cost a block
     assert veto(two, FACTS, spec, H100, None) is None  # three stages do not fit at all
     assert veto(three, FACTS, spec, H100, deep) is None
+    # Serialised products spoil a kernel whose warpgroups overlap, and no portable one: not its backward either.
+    serialised = replace(FACTS, serialised=True)
+    for variant, refused in (("gluon_fwd_sm90", True), ("triton_fwd", False), ("triton_bwd", False)):
+        kernel = by_name(variant)
+        own = spec if kernel.op == "attention_fwd" else PROBLEM.backward.spec
+        assert (veto(kernel.default(own, H100), serialised, own, H100) is not None) == refused, variant
     assert veto(two, FACTS, replace(spec, dtype="fp32"), H100, deep) is None  # not measured there
     assert veto(two, FACTS, spec, Target.named("mi300x"), deep) is None
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_kernel import CPU, TILES, use
+from cpu_kernel import PROBLEM as CPU_PROBLEM
 from test_tuner_run import FACTS, H100, PROBLEM, Bench, Compiler, timed
 
 import flashgen
-from flashgen import BuildError, KernelConfig, Problem, costmodel
+from flashgen import BuildError, KernelConfig, Problem, TuningError, costmodel
 from flashgen.facts import CompiledFacts
 from flashgen.store import open_store
-from flashgen.tuner import TuneResult, cluster, measured, strategies
+from flashgen.tuner import TuneResult, cluster, measured, strategies, tune
 from flashgen.tuner.context import Context
 from flashgen.tuner.run import _context
 
@@ -194,3 +196,18 @@ def test_an_actor_elsewhere_knows_how_much_time_is_left(left_s: float | None) ->
     assert seen == [None] if left_s is None else 90.0 < (seen[0] or 0.0) <= 100.0
     cluster.RayPlace._take(context, kind, result)
     assert kind == "result" and context.result.cut_short
+
+
+def test_problems_share_what_is_left_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+
+    def run(context: Context, *rest: Any, **options: Any) -> None:
+        left.append(context.left_s() or 0.0)
+        assert not context.expired()
+
+    use(monkeypatch, TILES[:1])
+    monkeypatch.setattr(measured, "run", run)
+    problems = [replace(CPU_PROBLEM, num_heads_q=2 * heads) for heads in (1, 2, 3)]
+    with pytest.raises(TuningError, match="no configuration won"):
+        tune(problems, target=CPU, mode="measured", provider="cpu", progress=False, timeout_s=900.0)
+    assert left == pytest.approx([300.0, 450.0, 900.0], rel=0.1)  # a third, half of what is left, the rest

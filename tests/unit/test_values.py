@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashgen import AttentionSpec, InvalidProblemError, KernelConfig, Problem, Target, UnsupportedProblemError
-from flashgen.spec import flag_names
+from flashgen.spec import Mods, flag_names
 from flashgen.variants import by_name
 
 BASE = AttentionSpec(dtype="bf16", head_dim=128, head_dim_v=128)
@@ -24,7 +24,7 @@ def small_problem(**changes: object) -> Problem:
     return replace(problem, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(AttentionSpec)])
+@pytest.mark.parametrize("name", [field.name for field in fields(AttentionSpec) if field.name != "mods"])
 def test_every_spec_field_changes_the_key_and_survives_it(name: str) -> None:
     changed = replace(BASE, **{name: OTHER_VALUES.get(name, True)})
     assert changed.key != BASE.key
@@ -35,7 +35,14 @@ def test_key_reads_like_the_documentation() -> None:
     spec = replace(BASE, causal=True, has_lse=True)
     assert spec.key == "attention_fwd-bf16-d128-causal-lse"
     assert replace(spec, head_dim_v=64).key == "attention_fwd-bf16-d128-dv64-causal-lse"
-    assert len(flag_names()) == len([f for f in fields(AttentionSpec) if f.name not in OTHER_VALUES])
+    assert len(flag_names()) == len([f for f in fields(AttentionSpec) if f.name not in (*OTHER_VALUES, "mods")])
+
+
+def test_mods_are_in_the_key_by_their_digest_and_equal_by_it() -> None:
+    one, same, other = (replace(BASE, mods=Mods(digest=d, program=object())) for d in ("0a", "0a", "1b"))
+    assert one == same != other and one.key == same.key == f"{BASE.key}-mods_0a"
+    with pytest.raises(InvalidProblemError, match="spec key"):
+        AttentionSpec.from_key(one.key)  # digests are no functions
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,28 @@ def test_the_digest_does_not_depend_on_lengths() -> None:
     assert program(by_table(TABLE)).digest == program(by_table(TABLE.repeat(5))).digest
 
 
+def test_what_pytorch_is_set_to_belongs_to_the_meaning() -> None:
+    def half(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q / 3 < k
+
+    before = program(half).digest
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert program(half).digest != before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    programs.forget()
+    with torch.device("meta"):
+        assert program(half).digest == before
+
+
+def test_a_function_may_ask_for_strides() -> None:
+    def strided(table: torch.Tensor) -> Callable[..., Any]:
+        return lambda b, h, q, k: q * table.stride(0) >= k
+
+    assert program(strided(TABLE)).digest != program(strided(TABLE[::2])).digest
+
+
 def test_two_tensors_are_told_apart() -> None:
     def both(x: torch.Tensor, y: torch.Tensor) -> Callable[..., Any]:
         return lambda b, h, q, k: x[q] == y[k]

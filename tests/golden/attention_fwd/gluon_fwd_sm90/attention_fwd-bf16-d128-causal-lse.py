@@ -12,7 +12,8 @@ Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/o; BLOCK_D, BLOCK_DV: the s
 Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: keys of a step; STAGES: key blocks in flight;
                CONSUMER_REGS, PRODUCER_REGS: registers of a thread; SECTION: heads whose tiles are worked on at a time, so
                that their keys stay in L2; OWN_STAGING: the output leaves through memory of its own, not through that of q;
-               LAZY_SUM: row sums stay one per lane until the end.
+               LAZY_SUM: row sums stay one per lane until the end; TAKE_TURNS: warpgroups issue their products one after the
+               other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
                MASKED_LOOP: the diagonal crosses more than one key block of a warpgroup.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
@@ -40,6 +41,7 @@ tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
+FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
 
 
 # -- which tile, and which keys it sees --
@@ -162,6 +164,22 @@ def produce(
 
 
 @gluon.jit
+def take_turn(step, WG: gl.constexpr):
+    """Waits until the warpgroup before has issued its products. Two warpgroups meet at a named barrier: the tile's data needs none."""
+    gl.inline_asm_elementwise(
+        f"bar.sync {FIRST_TURN + WG}, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pass_turn(step, WG: gl.constexpr):
+    """Lets warpgroup WG issue its products."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive {FIRST_TURN + WG}, 256; mov.b32 $0, 0;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def lane_sums(p, BLOCK_N: gl.constexpr):
     """Sums of what one lane holds of a row: adds in registers only. Four lanes share a row, eight columns apart."""
     return gl.sum(gl.sum(p.reshape([WG_ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
@@ -245,7 +263,10 @@ def attend(
     QK_LAYOUT: gl.constexpr,
     O_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
+    WG: gl.constexpr,
+    NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
@@ -256,11 +277,15 @@ def attend(
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
+    if TAKE_TURNS:
+        take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
+    if TAKE_TURNS:
+        pass_turn(step, (WG + 1) % NUM_WG)
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
     if IS_MASKED:
@@ -310,6 +335,7 @@ def consume(
     STAGES: gl.constexpr,
     OWN_STAGING: gl.constexpr,
     LAZY_SUM: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     MASKED_LOOP: gl.constexpr,
@@ -335,6 +361,10 @@ def consume(
     ticket = gl.program_id(0)
     step = 0  # key blocks consumed so far
     turn = 0  # tiles done so far
+    if TAKE_TURNS:
+        # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
+        if WG == NUM_WG - 1:
+            pass_turn(step, 0)
     while ticket < num_tiles:
         off_b, off_h, _, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
         # -- key blocks: [0, n_full) are seen by every row of this warpgroup, [n_full, n_seen) by some, the rest by none --
@@ -373,11 +403,18 @@ def consume(
             mbarrier.arrive(k_empty.index(step % STAGES), count=1)
             mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
             mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            if TAKE_TURNS:
+                take_turn(step, WG)
+                pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        if TAKE_TURNS:
+            take_turn(step, WG)
         scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)
+        if TAKE_TURNS:
+            pass_turn(step, (WG + 1) % NUM_WG)
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(qk, rows_m, (n_seen - 1) * BLOCK_N, seqlen_k, causal_offset, BLOCK_N, QK_LAYOUT)
@@ -411,7 +448,10 @@ def consume(
                     QK_LAYOUT,
                     O_LAYOUT,
                     P_LAYOUT,
+                    WG,
+                    NUM_WG,
                     LAZY_SUM,
+                    TAKE_TURNS,
                     IS_MASKED=True,
                 )
                 step += 1
@@ -440,7 +480,10 @@ def consume(
                 QK_LAYOUT,
                 O_LAYOUT,
                 P_LAYOUT,
+                WG,
+                NUM_WG,
                 LAZY_SUM,
+                TAKE_TURNS,
                 IS_MASKED=False,
             )
             step += 1
@@ -521,6 +564,7 @@ def attention_fwd(
     PRODUCER_REGS: gl.constexpr,
     OWN_STAGING: gl.constexpr,
     LAZY_SUM: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     MASKED_LOOP: gl.constexpr,
@@ -591,6 +635,7 @@ def attention_fwd(
                         STAGES,
                         OWN_STAGING,
                         LAZY_SUM,
+                        TAKE_TURNS,
                         PACK,
                         EVEN_K,
                         MASKED_LOOP,
@@ -627,6 +672,7 @@ def attention_fwd(
                         STAGES,
                         OWN_STAGING,
                         LAZY_SUM,
+                        TAKE_TURNS,
                         PACK,
                         EVEN_K,
                         MASKED_LOOP,
@@ -699,6 +745,7 @@ def attention_fwd(
                         STAGES,
                         OWN_STAGING,
                         LAZY_SUM,
+                        TAKE_TURNS,
                         PACK,
                         EVEN_K,
                         MASKED_LOOP,
@@ -735,6 +782,7 @@ def attention_fwd(
                         STAGES,
                         OWN_STAGING,
                         LAZY_SUM,
+                        TAKE_TURNS,
                         PACK,
                         EVEN_K,
                         MASKED_LOOP,
@@ -771,6 +819,7 @@ def attention_fwd(
                         STAGES,
                         OWN_STAGING,
                         LAZY_SUM,
+                        TAKE_TURNS,
                         PACK,
                         EVEN_K,
                         MASKED_LOOP,
@@ -831,6 +880,7 @@ def launch(
     SECTION,
     OWN_STAGING,
     LAZY_SUM,
+    TAKE_TURNS,
 ):
     """Launch on the current device's current stream.
 
@@ -873,15 +923,21 @@ def launch(
         PRODUCER_REGS,
         OWN_STAGING,
         LAZY_SUM,
+        TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
         causal_offset % rows != 0 or BLOCK_N % rows != 0,
     )
+    # A known kernel is launched without Triton's look-up, which takes longer than small problems do. It specialises on
+    # the constants, and on whether lse is aligned: nothing else of the arguments is looked at.
+    key = (q.device, lse.data_ptr() % 16 == 0, *constants)
+    kernel = _kernels.get(key)
+    box = describe if kernel is None else redirect
     arguments = (
-        describe(q, seqlen_q, pack, rows, 128),
-        describe(k, seqlen_k, 1, BLOCK_N, 128),
-        describe(v, seqlen_k, 1, BLOCK_N, 128),
-        describe(o, seqlen_q, pack, rows, 128),
+        box(q, seqlen_q, pack, rows, 128),
+        box(k, seqlen_k, 1, BLOCK_N, 128),
+        box(v, seqlen_k, 1, BLOCK_N, 128),
+        box(o, seqlen_q, pack, rows, 128),
         lse,
         ticket_counter(q.device),
         sm_scale * 1.4426950408889634,  # log2(e): exponentials are taken in base 2
@@ -894,11 +950,8 @@ def launch(
         num_packs,
         SECTION,
     )
-    # A known kernel is launched without Triton's look-up, which takes longer than small problems do. It specialises on
-    # the constants, and on whether lse is aligned: nothing else of the arguments is looked at.
-    key = (q.device, lse.data_ptr() % 16 == 0, *constants)
-    if key in _kernels:
-        _kernels[key][grid](*arguments, *constants)
+    if kernel is not None:
+        kernel[grid](*arguments, *constants)
         return
     # fp fusion is said aloud: Triton 3.10 changes the default.
     kernel = attention_fwd[grid](*arguments, *constants, num_warps=4, enable_fp_fusion=True)
@@ -925,6 +978,24 @@ def describe(x, seqlen, heads, rows, columns):
     strides = [stride_b if batch > 1 else 8, stride_h if num_heads > 1 else 8, stride_n if x.shape[1] > 1 else 8, 1]
     box = [1, heads, rows, columns]
     return TensorDescriptor(x, [batch, num_heads, seqlen, head_dim], strides, box, swizzled(heads, rows, columns))
+
+
+_descriptors = {}
+
+
+def redirect(x, *box):
+    """`describe`, whose checks take 8 microseconds, made once for all tensors of the same sizes and strides."""
+    key = (x.shape, x.stride(), *box)
+    fields = _descriptors.get(key)
+    if fields is None:
+        if len(_descriptors) >= 1024:
+            _descriptors.clear()
+        fields = _descriptors[key] = {**vars(describe(x, *box)), "base": None}
+    if x.data_ptr() % 16:
+        raise ValueError(f"a tensor's address must be a multiple of 16 bytes, got {x.data_ptr() % 16} beyond one")
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=x)
+    return descriptor
 
 
 @functools.cache

@@ -36,11 +36,12 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """The hyperbolic tangent of fp32, from exp2."""
+def soft_cap(scores, softcap):
+    """softcap * tanh(scores / softcap), the hyperbolic tangent from exp2."""
+    x = scores / softcap
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2|x|), never above 1
     y = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0.0, -y, y)
+    return softcap * tl.where(x < 0.0, -y, y)
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def attend(
         # -- scores, fp32 --
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         qk *= sm_scale
-        qk = softcap * tanh(qk / softcap)
+        qk = soft_cap(qk, softcap)
         distance = (offs_m + seqlen_k - seqlen_q)[:, None] - (start_n + offs_n)[None, :]
         qk -= slope * tl.abs(distance).to(tl.float32)
         bias_ptrs = bias_rows + (first + offs_n)[None, :] * stride_bias_n
@@ -291,7 +292,7 @@ def attention_fwd(
     first_block = kv_start // BLOCK_N * BLOCK_N
     full_end = tl.minimum(kv_end, tl.maximum(start_m + causal_offset + window_right + 1, 0)) // BLOCK_N * BLOCK_N
     full_start = tl.cdiv(tl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N) * BLOCK_N
-    # Where the window is too narrow for a block that every row sees, both meet at any block between.
+    # Where no block is seen by every row, both meet at any block between.
     full_start = tl.minimum(full_start, tl.maximum(full_end, first_block))
     full_end = tl.maximum(full_start, full_end)
 

@@ -170,7 +170,7 @@ def attention_fwd(
     first_block = kv_start // BLOCK_N * BLOCK_N
     full_end = tl.minimum(kv_end, tl.maximum(start_m + causal_offset + window_right + 1, 0)) // BLOCK_N * BLOCK_N
     full_start = tl.cdiv(tl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N) * BLOCK_N
-    # Where the window is too narrow for a block that every row sees, both meet at any block between.
+    # Where no block is seen by every row, both meet at any block between.
     full_start = tl.minimum(full_start, tl.maximum(full_end, first_block))
     full_end = tl.maximum(full_start, full_end)
 

@@ -35,8 +35,9 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """The hyperbolic tangent of fp32, from exp2."""
+def soft_cap(scores, softcap):
+    """softcap * tanh(scores / softcap), the hyperbolic tangent from exp2."""
+    x = scores / softcap
     t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2|x|), never above 1
     y = (1.0 - t) / (1.0 + t)
     # Below 0.3 the difference above cancels; Taylor's series is exact to an ulp there.
@@ -46,7 +47,7 @@ def tanh(x):
     series = 2.0 / 15.0 + z * series
     series = -1.0 / 3.0 + z * series
     y = tl.where(tl.abs(x) < 0.3, tl.abs(x) * (1.0 + z * series), y)
-    return tl.where(x < 0.0, -y, y)
+    return softcap * tl.where(x < 0.0, -y, y)
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def attend(
         # -- scores, fp32 --
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         qk *= sm_scale
-        qk = softcap * tanh(qk / softcap)
+        qk = soft_cap(qk, softcap)
         distance = (offs_m + seqlen_k - seqlen_q)[:, None] - (start_n + offs_n)[None, :]
         qk -= slope * tl.abs(distance).to(tl.float32)
         if IS_MASKED:
