@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashgen import accuracy
+from flashgen import accuracy, gradients
 from flashgen.cli.output import print_json, print_table
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
@@ -64,11 +64,18 @@ def _target() -> Target:
     return found if found.backend == "cuda" and found.arch == "sm_90" else Target.named("h100")
 
 
+_TENSORS = {
+    "attention_fwd": ("q", "k", "v", "o", "lse"),
+    "attention_bwd": ("dout", "dlse", "q", "k", "v", "out", "lse", "dq", "dk", "dv"),
+}
+
+
 def _launch(
-    text: str, config: KernelConfig, schedule: Schedule, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None,
-    **scalars: Any,
-) -> None:  # fmt: skip
-    simulate(text, {"q": q, "k": k, "v": v, "o": o, "lse": lse, **scalars, **dict(config)}, schedule=schedule)
+    text: str, spec: AttentionSpec, config: KernelConfig, schedule: Schedule, *tensors: Tensor | None, **scalars: Any
+) -> None:
+    """Simulate one launch; a backward in its ordered form, whose sums must be ordered."""
+    args = {**dict(zip(_TENSORS[spec.op], tensors, strict=True)), **scalars, **dict(config)}
+    simulate(text, args, schedule=schedule, ordered_sums=spec.op == "attention_bwd")
 
 
 def _simulated(
@@ -80,9 +87,9 @@ def _simulated(
     problems = [*accuracy.small_problems(spec), *([] if extra is None else [extra])]
     for schedule in SCHEDULES:
         row = {"spec": spec.key, "variant": variant.name, "config": config.label, "schedule": schedule}
-        launch = partial(_launch, text, config, schedule)
+        launch = partial(_launch, text, spec, config, schedule)
         try:
-            report = accuracy.check_launch(launch, spec, problems=problems)
+            report = gradients.check_launch(launch, spec, problems=problems)
         except SimulationError as error:
             yield {**row, "ok": False, "kind": error.kind, "message": str(error)}
         else:

@@ -28,6 +28,16 @@ def test_a_right_kernel_passes_under_every_schedule(capsys: pytest.CaptureFixtur
     assert all(row["ok"] and row["variant"] == "gluon_fwd_sm90" and 0 < row["ratio"] <= 1 for row in shown["checks"])
 
 
+def test_a_backward_is_simulated_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "attention_bwd-bf16-d64-causal"
+    code, out, _ = call(capsys, "check", key, "--simulate", "--json")
+    rows = json.loads(out)["checks"]
+    assert code == 0 and len(rows) == 4 and all(row["ok"] and row["variant"] == "gluon_bwd_sm90" for row in rows)
+    broken(monkeypatch, 'sem="release"', 'sem="relaxed"')
+    code, out, _ = call(capsys, "check", key, "--simulate", "--json")
+    assert code == 1 and {row["kind"] for row in json.loads(out)["checks"]} == {"unordered-sum"}
+
+
 def broken(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
     """Templates that render a broken kernel."""
     from flashgen.cli import simulation
