@@ -59,6 +59,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
         )
         return differentiated
     if operands.has_functions:
+        if any(torch._C._functorch.is_batchedtensor(x) for x in (q, k, v)):
+            raise not_built("vmap over flashgen.attention with score_mod, mask_mod or block_mask")
         with torch.no_grad():
             return forward(q, k, v, operands, scalars)
     result: tuple[Tensor, Tensor] = torch.ops.flashgen.attention_fwd(q, k, v, *flatten(operands, scalars))
@@ -83,7 +85,8 @@ class AttentionFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save what the backward needs."""
         q, k, v, functions, scalars, *tensors = inputs
-        ctx.save_for_backward(q, k, v, *output, *tensors[: len(TENSORS)])
+        # What score_mod captures is not taken from here, but autograd then notices when it was changed in place.
+        ctx.save_for_backward(q, k, v, *output, *tensors)
         ctx.functions, ctx.scalars = functions, scalars
         ctx.set_materialize_grads(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from flashgen import checks, probe
 from flashgen.block_ranges import mask_ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.mods.fingerprint import all_names, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
@@ -205,18 +207,17 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
         inner = list(value.values())
     elif isinstance(value, torch.nn.Module):
         inner = [*value.parameters(), *value.buffers()]
+    elif hasattr(value, "__func__"):
+        inner = [value.__func__, getattr(value, "__self__", None)]
     elif hasattr(value, "__code__"):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        names = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-        inner = [
-            *cells,
-            *(x for x in names if isinstance(x, Tensor) or hasattr(x, "__code__")),
-            *(value.__defaults__ or ()),
-        ]
-    elif hasattr(value, "__func__"):
-        inner = [value.__func__, value.__self__]
-    elif callable(value) and hasattr(value, "__dict__") and not isinstance(value, type):
-        inner = [*vars(value).values(), getattr(type(value).__call__, "__func__", type(value).__call__)]
+        inner = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        if not fixed(value):
+            names = [value.__globals__[name] for name in all_names(value.__code__) if name in value.__globals__]
+            inner += [*vars(value).values(), *(x for x in names if not isinstance(x, (types.ModuleType, type)))]
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and not fixed(value):
+        of_classes = [one for kind in type(value).__mro__ if not fixed(kind) for one in vars(kind).values()]
+        inner = [*vars(value).values(), *(x for x in of_classes if not isinstance(x, type))]
     for item in inner:
         yield from _walk(item, seen)
 

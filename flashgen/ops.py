@@ -56,15 +56,16 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
     operands.check(problem, q.device)
-    return operands.traced(problem, q.device) if _kernels_asked(q, scalars.backend) else problem
+    return operands.traced(problem, q.device) if _kernels_asked(q, scalars) else problem
 
 
-def _kernels_asked(q: Tensor, backend: str) -> bool:
+def _kernels_asked(q: Tensor, scalars: Scalars) -> bool:
     """Whether a generated kernel may run the call, so that mods are traced."""
     if torch.compiler.is_compiling():
         return False
-    asked = settings.read().backend if backend == "auto" else backend
-    return asked != "torch" and (q.device.type != "cpu" or asked != "auto")
+    asked = settings.read().backend if scalars.backend == "auto" else scalars.backend
+    named = scalars.config.startswith(("triton_", "gluon_"))  # an explicit configuration says which kernel
+    return asked != "torch" and (q.device.type != "cpu" or asked != "auto" or named)
 
 
 def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> Problem:
@@ -215,7 +216,10 @@ def backward(
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
-    problem = replace(problem_of(q, k, v, operands, scalars), requires_grad=True)
+    problem = problem_of(q, k, v, operands, scalars)
+    if _kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
+        problem = operands.traced(problem, q.device)
+    problem = replace(problem, requires_grad=True)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         dq, dk, dv, dsinks = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)

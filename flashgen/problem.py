@@ -370,7 +370,13 @@ def tma_addressable(tensor: Tensor) -> bool:
     """
     size = tensor.element_size()
     strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
-    return tensor.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+    try:
+        address = tensor.data_ptr()
+    except (
+        RuntimeError
+    ):  # inside torch.func.grad or vmap a tensor has no address; the operator asks again with what it wraps
+        return False
+    return address % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
 
 
 def _is_copied(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ it is then traced at each call, and nothing is ever stale.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import hashlib
@@ -115,12 +116,17 @@ class _Walk:
         elif isinstance(value, enum.Enum):
             self.parts.append(f"{type(value).__qualname__}.{value.name}")
             self.visit(value.value, name)
-        elif isinstance(value, type) or _fixed(value):
+        elif isinstance(value, torch.nn.Module):
+            self._object(value)  # torch's own ones, too, may carry attributes of the user's
+        elif isinstance(value, type) or fixed(value):
+            if not isinstance(value, (type, types.ModuleType)) and getattr(value, "__dict__", None):
+                self.unknown = True  # an instance of a library's class is what the user made of it
             self.parts.append(f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}")
             # A class of the user's may hold anything: its name alone does not say what it is.
-            self.unknown |= not _fixed(value) and value not in (int, float, bool)
+            self.unknown |= not fixed(value) and value not in (int, float, bool)
         elif isinstance(value, types.ModuleType):
             self.parts.append(f"module:{value.__name__}")
+            self.unknown = True  # what is read through it is not known here (`_globals` knows its names)
         else:
             self._object(value)
 
@@ -159,7 +165,9 @@ class _Walk:
                 elif isinstance(one, (property, staticmethod, classmethod)):
                     inner = one.fget if isinstance(one, property) else one.__func__
                     self.visit(inner, attribute)
-                elif isinstance(one, (*_PRIMITIVE, Tensor)) and not attribute.startswith("__"):
+                elif isinstance(one, types.MemberDescriptorType):  # a slot
+                    self.visit(getattr(value, attribute, None), attribute)
+                elif not attribute.startswith(("__", "_abc_")):
                     self.visit(one, attribute)
         module = isinstance(value, torch.nn.Module)
         for attribute, one in attributes.items():
@@ -173,6 +181,7 @@ class _Walk:
         self.parts.append(f"{value.__module__}.{value.__qualname__}" if library else "function")
         if not library:
             self.visit(value.__code__, "code")
+            self._mapping(value.__dict__)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
                 contents = cell.cell_contents
@@ -188,13 +197,13 @@ class _Walk:
 
     def _globals(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """What the code and the functions inside it may look up, by the names they use."""
-        names = _all_names(code)
+        names = all_names(code)
         for name in names:
             if name not in space:
                 continue
             found = space[name]
             self.parts.append(name)
-            if isinstance(found, types.ModuleType) and not _fixed(found):
+            if isinstance(found, types.ModuleType) and not fixed(found):
                 # Its attributes are as changeable as globals: those of a name that the code uses.
                 self.parts.append(found.__name__)
                 for attribute in names:
@@ -209,6 +218,9 @@ class _Walk:
             f"code:{value.co_code.hex()}:{value.co_names}:{value.co_varnames[: value.co_argcount]}:{value.co_flags}"
             f":{value.co_freevars}:{value.co_exceptiontable.hex() if sys.version_info >= (3, 11) else ''}"
         )
+        # What is imported inside is no global, and so is not seen.
+        imported = (step.argval for step in dis.get_instructions(value) if step.opname == "IMPORT_NAME")
+        self.unknown |= any(str(name).partition(".")[0] not in _FIXED for name in imported)
         for constant in value.co_consts:
             if isinstance(constant, frozenset):
                 self._all_primitive(constant)
@@ -216,12 +228,13 @@ class _Walk:
                 self.visit(constant, "constant")
 
 
-def _all_names(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _all_names(one)]
+def all_names(code: types.CodeType) -> tuple[str, ...]:
+    """The names that code and the functions inside it look up."""
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in all_names(one)]
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
-def _fixed(value: Any) -> bool:
+def fixed(value: Any) -> bool:
     """Whether something belongs to a library that does what its version says."""
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
     builtin = isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
