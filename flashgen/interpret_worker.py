@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -56,10 +57,18 @@ def _read(fd: int, count: int) -> bytes | None:
     return b"".join(parts)
 
 
+def _end_with_parent(parent: int) -> None:
+    """The pipe says so too, unless another process of a killed parent still holds its end."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main(requests: int, replies: int, arena: int, crash: int) -> None:
     """Serve requests until the parent is gone."""
     # Ctrl-C reaches the whole group: the parent decides what it means and kills this process if it must.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     # A kernel that reads outside the arena ends in a signal: leave the line it was on where the parent looks.
     faulthandler.enable(file=crash, all_threads=False)
     try:
