@@ -61,9 +61,11 @@ _KNOWN_GOOD: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
     ("gfx942", 256): (((32, 64, 64, 32, 4, 1), _FITS),),
 }
 # Go first where an option keeps values beside every score; on sm_90 the tiles above hold them.
-_BESIDE_SCORES: dict[int, tuple[tuple[_Tile, str], ...]] = {
-    64: (((32, 64, 64, 32, 8, 1), _COMPILED),),
-    128: (((32, 64, 64, 32, 8, 1), _COMPILED),),
+_BESIDE_SCORES: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
+    ("cuda", 64): (((32, 64, 64, 32, 8, 1), _COMPILED),),
+    ("cuda", 128): (((32, 64, 64, 32, 8, 1), _COMPILED),),
+    ("hip", 64): (((32, 64, 64, 32, 8, 1), _COMPILED),),
+    ("hip", 128): (((32, 64, 64, 32, 4, 1), _COMPILED),),
 }
 # fp32 is multiplied on the CUDA cores in full precision: everything larger spills.
 _FP32: _Tile = (16, 16, 16, 16, 4, 1)
@@ -167,7 +169,7 @@ class TritonBackward(Variant):
             widest = max(spec.block_head_dim_out, spec.block_head_dim_v)
             rows = _KNOWN_GOOD[(family(target), widest)]
             if signature(spec).inner and family(target) != "sm_90":
-                rows = (*_BESIDE_SCORES.get(widest, ()), *rows)
+                rows = (*_BESIDE_SCORES.get((target.backend, widest), ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
     def _tile(self, tile: _Tile) -> KernelConfig:

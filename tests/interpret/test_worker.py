@@ -40,6 +40,7 @@ def script(text: str, **kwargs: object) -> subprocess.Popen[str]:
     prologue = f"""
     import sys; sys.path.insert(0, {str(HERE)!r})
     import os, signal, threading, time, torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     from handwritten import COPY, kernel
     from flashgen import interpret
     def run(source, q):
