@@ -59,7 +59,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
         )
         return differentiated
     if operands.has_functions:
-        if any(torch._C._functorch.is_batchedtensor(x) for x in (q, k, v)):
+        # A compiler traces past this question; what it compiles is no tensor of vmap's.
+        if not torch.compiler.is_compiling() and any(torch._C._functorch.is_batchedtensor(x) for x in (q, k, v)):
             raise not_built("vmap over flashgen.attention with score_mod, mask_mod or block_mask")
         with torch.no_grad():
             return forward(q, k, v, operands, scalars)
