@@ -34,6 +34,18 @@ def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, con
     return _ranges(program, tensors, sizes, problem.device) if problem.device == "cpu" else None
 
 
+def ranges(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, block_m: int, block_n: int, *, turned: bool = False
+) -> Tensor | None:
+    """As `mask_ranges`, for any tile; turned: of blocks of keys, in blocks of queries."""
+    if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+        return None
+    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, block_m, block_n)
+    if tensors and problem.device != "cpu":
+        return None
+    return _ranges(program, tensors, sizes, problem.device, turned)
+
+
 class _ByDigest:
     """A program as a key of a cache."""
 
@@ -56,11 +68,14 @@ def _remembered(program: _ByDigest, sizes: tuple[Any, ...], device: str) -> Tens
     return _ranges(program.program, (), sizes, device)
 
 
-def _ranges(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[Any, ...], device: str) -> Tensor:
+def _ranges(
+    program: Any, tensors: tuple[Tensor, ...], sizes: tuple[Any, ...], device: str, turned: bool = False
+) -> Tensor:
     from flashgen import mods
 
     names = ("batch", "num_heads", "seqlen_q", "seqlen_k", "block_m", "block_n")
-    found = mods.key_ranges(program.mask, mods.arrays_of(tensors), **dict(zip(names, sizes, strict=True)))
+    analyse = mods.query_ranges if turned else mods.key_ranges
+    found = analyse(program.mask, mods.arrays_of(tensors), **dict(zip(names, sizes, strict=True)))
     rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
     stacked = torch.stack(rows, -1).int().contiguous().to(device)
     # A dimension of one counts for all: a stride of 0 says so.

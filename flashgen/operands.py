@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import checks, probe
-from flashgen.block_ranges import mask_ranges
+from flashgen import block_lists, checks, probe
+from flashgen.block_ranges import ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import all_names, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
+from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
@@ -133,7 +134,7 @@ class Operands:
         Raises:
             InvalidProblemError: an index of a mod surely leaves a tensor that it captures.
         """
-        if (self.score_mod is None and self.mask_mod is None) or self.block_mask is not None:
+        if not self.has_functions:
             return problem
         try:
             program, tensors = self._program(device)
@@ -147,16 +148,29 @@ class Operands:
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
 
-        return mods.program(self.score_mod, {} if self.mask_mod is None else {"mask_mod": self.mask_mod}, device)
+        masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
+        block = None if self.block_mask is None else self.block_mask.mask_mod
+        return mods.program(self.score_mod, masks, device, block)
 
     def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:
         """Captured tensors and the mask's ranges, by the names of the rendered launch."""
         if problem.mods is None:
             return {}
         program, tensors = self._program(torch.device(problem.device))
-        names = [captured(row.name) for row in program.captures]
-        ranges = None if config is None else mask_ranges(program, tensors, problem, config)
-        return {**dict(zip(names, tensors, strict=True)), "mask_ranges": ranges}
+        values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+        if self.block_mask is not None:
+            return values | block_lists.launch_values(self.block_mask, problem, tiles)
+        return values | _ranges(program, tensors, problem, tiles)
+
+    def captured_gradients(self, problem: Problem) -> dict[str, Tensor]:
+        """The captured tensors that want gradients, by what the rendered launch of a backward calls theirs."""
+        if problem.mods is None or self.score_mod is None:
+            return {}
+        program, tensors = self._program(torch.device(problem.device))
+        reached = {one.capture for one in program.derivative.contributions}
+        named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
+        return {name: x for number, (name, x) in enumerate(named) if number in reached}
 
     def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
@@ -176,11 +190,23 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config),
         }
-        wanted = signature(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         if not problem.varlen:  # packed sequences have offsets of their own
             values["causal_offset"] = problem.causal_offset
         return {"sm_scale": problem.scale, **values}
+
+
+def _ranges(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tiles: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Where a mask_mod leaves whole blocks out, for each walk of a kernel."""
+    found: dict[str, Any] = {"mask_ranges": None, "row_ranges": None}
+    if problem.has_mask_mod:
+        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
+            if walks in tiles:
+                found[name] = ranges(program, tensors, problem, *tiles[walks], turned=walks == "rows")
+    return found
 
 
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:
