@@ -136,7 +136,7 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
     Args:
         block_mask: as in `kinds`.
         problem: the call.
-        tiles: of `Variant.mask_tiles`: a tile of queries x keys for `keys` and, in a backward, for `rows`.
+        tiles: of `Variant.mask_tiles`: tiles of queries x keys.
     """
     parts = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     tensors = [x for x in (getattr(block_mask, name) for name in parts) if x is not None]
@@ -171,8 +171,9 @@ def _made(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int, int]]) 
     size_q, size_k = block_mask.BLOCK_SIZE
     values: dict[str, Any] = {"block_kinds": kinds(block_mask), "block_size_q": size_q, "block_size_k": size_k}
     for walks, prefix in (("keys", "key"), ("rows", "row")):
-        if walks in tiles:
-            found = listed(block_mask, problem, *tiles[walks], turned=walks == "rows")
+        tile = tiles.get("lists", tiles.get("keys")) if walks == "keys" else tiles.get(walks)
+        if tile is not None:
+            found = listed(block_mask, problem, *tile, turned=walks == "rows")
             values |= {f"{prefix}_blocks": found.blocks, f"{prefix}_counts": found.counts}
         else:
             values |= {f"{prefix}_blocks": None, f"{prefix}_counts": None}

@@ -219,7 +219,7 @@ def backward(
     problem = problem_of(q, k, v, operands, scalars)
     if _kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
         problem = operands.traced(problem, q.device)
-    problem = replace(problem, requires_grad=True)
+    problem = replace(problem, requires_grad=True, bias_grad=bias_grad)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         wanted = {"bias": bias_grad, "sinks": sinks_grad}

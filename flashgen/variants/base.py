@@ -161,7 +161,10 @@ class Variant:
         return signature(spec)
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
-        """(queries, keys) of the tiles that masks are judged for: `keys` of each block of queries, `rows` of each block of keys."""
+        """(queries, keys) of the tiles that masks are judged for: `keys` of each block of queries, `rows` of each block of keys.
+
+        `lists`, where it is given, is the tile of a block mask's lists of keys, else `keys` is.
+        """
         return {"rows" if self.op == "attention_bwd" else "keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
     def launch_options(self, problem: Problem) -> dict[str, Any]:

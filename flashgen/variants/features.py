@@ -74,6 +74,7 @@ FEATURES: Mapping[str, Feature] = {
         strides=_strides("block_kinds", "bhm") | _strides("key_blocks", "bhm") | _strides("key_counts", "bhm"),
         inner=(
             "key_blocks_ptr",
+            "start_m",
             "block_kinds_ptr",
             "stride_block_kinds_m",
             "block_size_q",

@@ -118,7 +118,7 @@ class TritonBackward(WithMods, Variant):
             inner |= dict.fromkeys(("b", "h", *spec.mods.program.parameters))
         if spec.modifies_scores:
             inner = {"sm_scale": None, **inner}
-        return replace(found, inner=tuple(inner))
+        return replace(found, launch=signature(spec).launch, inner=tuple(inner))
 
     def of_kernel(self, added: Signature, walks: str) -> Signature:
         """The part of a signature for the kernel that walks over `rows` (dK/dV) or over `keys` (dQ)."""
