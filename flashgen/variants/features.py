@@ -157,7 +157,7 @@ def elements(spec: AttentionSpec) -> Mapping[str, str]:
         return ELEMENTS
     rows = spec.mods.program.captures
     own = {f"{row.name}_ptr": _ELEMENT[row.dtype] for row in rows}
-    return MappingProxyType({**ELEMENTS, **own, **{f"d{row.name}_ptr": "fp32" for row in rows}})
+    return MappingProxyType({**ELEMENTS, **own, **{f"sum_of_{row.name}_ptr": "fp32" for row in rows}})
 
 
 _ELEMENT = {

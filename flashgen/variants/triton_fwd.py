@@ -8,7 +8,7 @@ from flashgen.config import KernelConfig, Tunable
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import triton_fwd_tiles
-from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
+from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant, head_dims
 from flashgen.variants.features import FEATURES
 from flashgen.variants.mod_text import WithMods
 
@@ -45,6 +45,11 @@ class TritonForward(WithMods, Variant):
                 f"needs compute capability 8.0 or newer (bf16 and asynchronous copies); {target.name} is {target.arch}"
             )
         return None
+
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
+        # A block mask's blocks are usually such that tiles divide them.
+        kind: dict[str, Tunable | None] = {"ONE_KIND": True} if spec.has_block_mask else {}
+        return {self.op: {**head_dims(spec), **config, **kind}}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
