@@ -254,6 +254,30 @@ def test_the_count_is_what_an_h200_measured() -> None:
             assert getattr(counted, figure) == pytest.approx(way["measured"][figure], rel=0.05), (chosen, figure)
 
 
+def test_a_file_of_figures_is_completed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory, path = example("training_memory"), tmp_path / "memory.json"
+    arguments = (
+        f"training_memory --batch 1 --seqlen 64 --hidden 32 --heads 2 --layers 1 --vocab 32 --steps 1 --json {path}"
+    )
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    ran: list[Strategy] = []
+    measure = memory.measure
+    monkeypatch.setattr(memory, "measure", lambda one, way, steps: ran.append(way) or measure(one, way, steps))
+    memory.main()
+    whole = json.loads(path.read_text())
+    assert len(ran) == len(whole["ways"]) == 8
+    path.write_text(json.dumps(whole | {"ways": whole["ways"][:5]}))
+    memory.main()
+    assert len(ran) == 8 + 3 and ran[8].attention == "flash" and ran[8].precision == "autocast"
+    assert json.loads(path.read_text())["ways"][:5] == whole["ways"][:5]
+    path.write_text(json.dumps(whole | {"device": "another"}))
+    memory.main()
+    assert len(ran) == 8 + 3 + 8
+    capsys.readouterr()
+
+
 def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example fails where the walk forgets what a softmax keeps."""
     memory = example("training_memory")
