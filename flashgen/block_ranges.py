@@ -43,22 +43,22 @@ def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, con
         packed sequences, whose lengths are on the device; and masks whose tensors are large, or are met for the first time while a CUDA
         graph is captured, which may not synchronise.
     """
-    return ranges(program, tensors, problem, config.BLOCK_M, config.BLOCK_N)
+    return ranges(program, tensors, problem, (config.BLOCK_M, config.BLOCK_N))
 
 
 def ranges(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, block_m: int, block_n: int, *, turned: bool = False
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], *, turned: bool = False
 ) -> Tensor | None:
     """As `mask_ranges`, for any tile.
 
     Args:
         program, tensors, problem: as there.
-        block_m, block_n: queries and keys of a tile.
+        tile: its queries and keys.
         turned: rows are blocks of keys, and the numbers count blocks of queries, as a backward for keys and values walks them.
     """
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return None
-    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, block_m, block_n)
+    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
     read = program.mask_reads
     if not read:
         return held(_of_code(_ByDigest(program), sizes, problem.device, turned), problem.device)

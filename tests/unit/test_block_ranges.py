@@ -173,7 +173,7 @@ def test_ranges_that_leave_nothing_out_need_no_comparison() -> None:
 
 def test_the_other_side_counts_queries_of_each_block_of_keys() -> None:
     program, tensors = documents(ids_of(50))
-    made = block_ranges.ranges(program, tensors, PROBLEM, 32, 16, turned=True)
+    made = block_ranges.ranges(program, tensors, PROBLEM, (32, 16), turned=True)
     one = mods.query_ranges(
         program.mask,
         mods.arrays_of(tensors),
@@ -194,7 +194,7 @@ def test_the_other_side_counts_queries_of_each_block_of_keys() -> None:
         assert not keys[: 32 * first].any() and not keys[32 * last :].any()
         assert keys[32 * full_first : 32 * full_last].all()
     tensors[0].numpy()[7] = 3
-    changed = block_ranges.ranges(program, tensors, PROBLEM, 32, 16, turned=True)
+    changed = block_ranges.ranges(program, tensors, PROBLEM, (32, 16), turned=True)
     assert changed is not None and changed[0, 0].tolist() == [[0, 8, 8, 8]] * 16
 
 
