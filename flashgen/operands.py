@@ -15,7 +15,7 @@ from flashgen import block_lists, checks, probe
 from flashgen.block_ranges import ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
-from flashgen.mods.fingerprint import all_names, fixed
+from flashgen.mods.fingerprint import all_names, fingerprint, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
@@ -23,6 +23,9 @@ from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
+
+_MOST_TRIED = 4096
+_tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +79,13 @@ class Operands:
                     f"{name} is a {type(value).__name__}: it must be a function, see FlexAttention."
                 )
 
-    def check(self, problem: Problem, device: torch.device) -> None:
+    def check(self, problem: Problem, device: torch.device, *, tried: bool = False) -> None:
         """Check shapes, dtypes and devices against the problem, and try the mods on a handful of zeros (`probe`).
+
+        Args:
+            problem: the call.
+            device: of q.
+            tried: the mods were tried before.
 
         Raises:
             InvalidProblemError: the message names the operand, what it is and what is allowed.
@@ -98,7 +106,7 @@ class Operands:
             checks.broadcasts("attn_mask", self.attn_mask, scores)
         if self.block_mask is not None:
             checks.block_mask(self.block_mask, scores, device)
-        if not self.has_functions or 0 in scores:
+        if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         if self.score_mod is not None:
             probe.score_mod(self.score_mod, device)
@@ -128,6 +136,23 @@ class Operands:
             captured=self.options_captured(),
         )
 
+    def check_traced(self, problem: Problem, device: torch.device) -> Problem:
+        """`check` and `traced`; mods that were tried once and have a trace, which depends on no content, are not tried again.
+
+        Raises:
+            InvalidProblemError: as of both.
+        """
+        key = None
+        if self.has_functions and self.block_mask is None:
+            key = fingerprint((self.score_mod, self.mask_mod), str(device), torch.get_default_dtype()).key
+        self.check(problem, device, tried=key in _tried)
+        traced = self.traced(problem, device)
+        if key is not None and traced.mods is not None and 0 not in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+            if len(_tried) >= _MOST_TRIED:
+                _tried.clear()
+            _tried[key] = None
+        return traced
+
     def traced(self, problem: Problem, device: torch.device) -> Problem:
         """The problem with its mods in the form that kernels have, or with the reason why they have none.
 
@@ -156,12 +181,11 @@ class Operands:
         """Captured tensors and the mask's ranges, by the names of the rendered launch."""
         if problem.mods is None:
             return {}
-        program, tensors = self._program(torch.device(problem.device))
-        values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+        values = _of_program(*self._program(torch.device(problem.device)), problem, config)
+        if self.block_mask is None:
+            return values
         tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
-        if self.block_mask is not None:
-            return values | block_lists.launch_values(self.block_mask, problem, tiles)
-        return values | _ranges(program, tensors, problem, tiles)
+        return values | block_lists.launch_values(self.block_mask, problem, tiles)
 
     def captured_gradients(self, problem: Problem) -> dict[str, Tensor]:
         """The captured tensors that want gradients, by what the rendered launch of a backward calls theirs."""
@@ -171,6 +195,21 @@ class Operands:
         reached = {one.capture for one in program.derivative.contributions}
         named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
         return {name: x for number, (name, x) in enumerate(named) if number in reached}
+
+    def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
+        """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.
+
+        For calls whose mods have the fingerprint of these: another content, even other tensors.
+        """
+        from flashgen import mods
+
+        device = torch.device(problem.device)
+        program, tensors = self._program(device)
+
+        def bind(walked: tuple[Tensor, ...]) -> dict[str, Any]:
+            return _of_program(program, mods.bound(program, walked, device), problem, config)
+
+        return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
@@ -197,16 +236,17 @@ class Operands:
         return {"sm_scale": problem.scale, **values}
 
 
-def _ranges(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tiles: dict[str, tuple[int, int]]
+def _of_program(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
-    """Where a mask_mod leaves whole blocks out, for each walk of a kernel."""
-    found: dict[str, Any] = {"mask_ranges": None, "row_ranges": None}
-    if problem.has_mask_mod:
+    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+    if problem.has_mask_mod and not problem.has_block_mask:
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
-            if walks in tiles:
-                found[name] = ranges(program, tensors, problem, *tiles[walks], turned=walks == "rows")
-    return found
+            tile = tiles.get(walks)
+            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
+    return values
 
 
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:

@@ -734,7 +734,7 @@ def launch(
     if deterministic and any(gradient is not None for gradient in summed):
         fixed = [None if x is None else torch.zeros(x.shape, dtype=torch.int64, device=x.device) for x in summed]
         passes.append((fixed, 3, 3))
-    for sums, sum_bias, mode in passes if programs > 0 else ():
+    for sums, sum_bias, _ in passes if programs > 0 else ():
         attention_bwd_dq[(programs,)](
             q,
             k,
