@@ -219,11 +219,10 @@ def options_of(log: list[dict[str, Any]]) -> dict[str, Any]:
 def tune_flex_one(head_dim: int) -> None:
     """In a process of its own: compile and run forward and backward once."""
     import torch
-
     from torch._inductor.select_algorithm import add_feedback_saver
 
     seen: list[dict[str, Any]] = []  # for releases that keep no log of FlexAttention's choices
-    add_feedback_saver(lambda timings, name, *rest: seen.append(choice_of(timings, name)))
+    add_feedback_saver(lambda timings, name, *rest, **more: seen.append(choice_of(timings, name)))
     start = time.monotonic()
     p = problem(LENGTHS[0], head_dim, "cuda")
     inputs = side_by_side.Inputs(p, "attention_bwd", cache=0, memory=0)
