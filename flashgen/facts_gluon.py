@@ -6,7 +6,7 @@ from typing import Any
 
 from flashgen.config import KernelConfig
 from flashgen.spec import AttentionSpec
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
 
 
 def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, constants_have_attributes: bool) -> Any:
@@ -25,6 +25,8 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
     fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
+    options = features.signature(spec)
+    pointers = {"lse_ptr": "fp32", "bias_ptr": spec.dtype, **features.ELEMENTS, **_captured(spec)}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -42,10 +44,22 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
             signature[name] = f"tensordesc<fp32{box},{layout!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
+            signature[name] = f"*{pointers.get(name, 'i32')}"
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in options.strides:
+            if name in features.UNIT_STRIDES:
+                signature[name], constants[(index,)] = "constexpr", 1
+            else:
+                signature[name], attributes[(index,)] = "i32", [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+            signature[name] = "fp32" if name.endswith("_scale") or name in features.FLOATS else "i32"
     if constants_have_attributes:
         attributes |= {path: [] for path in constants}
     return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))
+
+
+def _captured(spec: AttentionSpec) -> dict[str, str]:
+    """Element types of the tensors that mods capture, by pointer."""
+    names = {"bool": "i1", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+    rows = () if spec.mods is None else spec.mods.program.captures
+    return {f"{row.name}_ptr": names.get(row.dtype, row.dtype.replace("int", "i")) for row in rows}
