@@ -159,7 +159,7 @@ class GluonBackwardSm90(Variant):
             found["seqlen_q"] = ("seqlen_q", False)
         if spec.has_alibi:
             slope = "gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32)"
-            found |= {"slope": (slope, True), "alibi_shift": ("seqlen_k - seqlen_q", False)}
+            found |= {"start_n": ("start_n", False), "slope": (slope, True), "alibi_shift": ("seqlen_k - seqlen_q", False)}
         for name in ("bias", "attn_mask"):
             if getattr(spec, f"has_{name}"):
                 head = f"{name}_ptr + off_b.to(gl.int64) * stride_{name}_b + off_h.to(gl.int64) * stride_{name}_h"
