@@ -15,13 +15,16 @@ from flashgen import checks, probe
 from flashgen.block_ranges import mask_ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
-from flashgen.mods.fingerprint import all_names, fixed
+from flashgen.mods.fingerprint import all_names, fingerprint, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
+
+_MOST_TRIED = 4096
+_tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +78,13 @@ class Operands:
                     f"{name} is a {type(value).__name__}: it must be a function, see FlexAttention."
                 )
 
-    def check(self, problem: Problem, device: torch.device) -> None:
+    def check(self, problem: Problem, device: torch.device, *, tried: bool = False) -> None:
         """Check shapes, dtypes and devices against the problem, and try the mods on a handful of zeros (`probe`).
+
+        Args:
+            problem: the call.
+            device: of q.
+            tried: the mods were tried before.
 
         Raises:
             InvalidProblemError: the message names the operand, what it is and what is allowed.
@@ -97,7 +105,7 @@ class Operands:
             checks.broadcasts("attn_mask", self.attn_mask, scores)
         if self.block_mask is not None:
             checks.block_mask(self.block_mask, scores, device)
-        if not self.has_functions or 0 in scores:
+        if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         if self.score_mod is not None:
             probe.score_mod(self.score_mod, device)
@@ -127,6 +135,23 @@ class Operands:
             captured=self.options_captured(),
         )
 
+    def check_traced(self, problem: Problem, device: torch.device) -> Problem:
+        """`check` and `traced`; mods that were tried once and have a trace, which depends on no content, are not tried again.
+
+        Raises:
+            InvalidProblemError: as of both.
+        """
+        key = None
+        if self.has_functions and self.block_mask is None:
+            key = fingerprint((self.score_mod, self.mask_mod), str(device), torch.get_default_dtype()).key
+        self.check(problem, device, tried=key in _tried)
+        traced = self.traced(problem, device)
+        if key is not None and traced.mods is not None and 0 not in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+            if len(_tried) >= _MOST_TRIED:
+                _tried.clear()
+            _tried[key] = None
+        return traced
+
     def traced(self, problem: Problem, device: torch.device) -> Problem:
         """The problem with its mods in the form that kernels have, or with the reason why they have none.
 
@@ -153,10 +178,22 @@ class Operands:
         """Captured tensors and the mask's ranges, by the names of the rendered launch."""
         if problem.mods is None:
             return {}
-        program, tensors = self._program(torch.device(problem.device))
-        names = [captured(row.name) for row in program.captures]
-        ranges = None if config is None else mask_ranges(program, tensors, problem, config)
-        return {**dict(zip(names, tensors, strict=True)), "mask_ranges": ranges}
+        return _of_program(*self._program(torch.device(problem.device)), problem, config)
+
+    def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
+        """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.
+
+        For calls whose mods have the fingerprint of these: another content, even other tensors.
+        """
+        from flashgen import mods
+
+        device = torch.device(problem.device)
+        program, tensors = self._program(device)
+
+        def bind(walked: tuple[Tensor, ...]) -> dict[str, Any]:
+            return _of_program(program, mods.bound(program, walked, device), problem, config)
+
+        return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
@@ -181,6 +218,15 @@ class Operands:
         if not problem.varlen:  # packed sequences have offsets of their own
             values["causal_offset"] = problem.causal_offset
         return {"sm_scale": problem.scale, **values}
+
+
+def _of_program(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
+) -> dict[str, Any]:
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+    if problem.has_mask_mod:
+        values["mask_ranges"] = None if config is None else mask_ranges(program, tensors, problem, config)
+    return values
 
 
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:

@@ -8,8 +8,9 @@ BlockMask) cannot be an operator's argument: it runs the same code without the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -55,8 +56,10 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     """
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
-    operands.check(problem, q.device)
-    return operands.traced(problem, q.device) if _kernels_asked(q, scalars) else problem
+    if not _kernels_asked(q, scalars):
+        operands.check(problem, q.device)
+        return problem
+    return operands.check_traced(problem, q.device)
 
 
 def _kernels_asked(q: Tensor, scalars: Scalars) -> bool:
@@ -100,10 +103,30 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
 # -- forward --
 
 
+class _Ran(threading.local):
+    """What ran last on this thread: its plan, for who wants to remember it."""
+
+    plan: Plan | None = None
+
+
+_ran = _Ran()
+
+
+@contextmanager
+def watched() -> Iterator[_Ran]:
+    """The plan of the last forward that ran inside, as `.plan` until the end of the block; None where none did."""
+    _ran.plan = None
+    try:
+        yield _ran
+    finally:
+        _ran.plan = None
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Check, resolve and run; lse is empty where nobody wants it."""
     problem = checked(q, k, v, operands, scalars)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config))
+    _ran.plan = plan
     out, lse = _allocate(q, v, scalars)
     wanted = lse if problem.spec.has_lse else None
     if plan.backend == "torch":

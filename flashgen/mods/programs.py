@@ -61,6 +61,12 @@ class Program:
         lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    @cached_property
+    def mask_reads(self) -> tuple[int, ...]:
+        """The numbers of the captured tensors that the masks read."""
+        found = () if self.mask is None else ordered(self.mask)
+        return tuple(sorted({node.value for node in found if node.op == "load"}))
+
     @property
     def parameters(self) -> tuple[str, ...]:
         """The kernel's parameters for captured tensors: of each its pointer, strides and sizes."""
@@ -190,7 +196,7 @@ def program(
             if known is not None:
                 _cache.move_to_end(found.key)
         if known is not None:
-            return known, _bound(known, found.tensors, device)
+            return known, bound(known, found.tensors, device)
     made = _traced(score_mod, mask_mods, device, found.tensors, found.names)
     # A capture that the walk did not meet could not be bound anew: such a trace serves this call alone.
     if found.key is not None and all(row.tensor is None or row.constant for row in made.captures):
@@ -198,7 +204,7 @@ def program(
             _cache[found.key] = made
             while len(_cache) > _KEPT:
                 _cache.popitem(last=False)
-    return made, _bound(made, found.tensors, device)
+    return made, bound(made, found.tensors, device)
 
 
 def _traced(
@@ -231,14 +237,37 @@ def _traced(
     )
 
 
-def _bound(made: Program, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    bound = []
+def bound(made: Program, tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """What a program captures now, on the device, from the walk of the functions that it was traced from.
+
+    Raises:
+        InvalidProblemError: a tensor is gone.
+    """
+    found = []
     for row, source in zip(made.captures, made.sources, strict=True):
         tensor = tensors[source] if source >= 0 else row.tensor
         if tensor is None:
             raise InvalidProblemError(f"the tensor {row.name} that a mod captures is gone.")
-        bound.append(tensor.to(device))
-    return tuple(bound)
+        found.append(tensor if tensor.device == device else _moved(tensor, device))
+    return tuple(found)
+
+
+_numbers: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A 0-d tensor of the CPU on another device: each number once, so that its address tells its value and nothing is copied again."""
+    if tensor.dim() or tensor.device.type != "cpu" or tensor.requires_grad:
+        return tensor.to(device)
+    number = tensor.item()
+    key = (type(number), repr(number), tensor.dtype, device)
+    with _lock:
+        known = _numbers.get(key)
+        if known is None:
+            known = _numbers[key] = tensor.detach().to(device)
+            while len(_numbers) > _KEPT:
+                _numbers.popitem(last=False)
+    return known
 
 
 def _name(function: Any) -> str:
