@@ -14,7 +14,17 @@ from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
 from flashgen.variants.features import Signature, signature
 
 _COVERED_FLAGS = frozenset(
-    {"causal", "window", "softcap", "has_alibi", "has_sinks", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod"}
+    {
+        "causal",
+        "window",
+        "softcap",
+        "has_alibi",
+        "has_sinks",
+        "has_bias",
+        "has_attn_mask",
+        "has_score_mod",
+        "has_mask_mod",
+    }
 )
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
@@ -159,7 +169,11 @@ class GluonBackwardSm90(Variant):
             found["seqlen_q"] = ("seqlen_q", False)
         if spec.has_alibi:
             slope = "gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32)"
-            found |= {"start_n": ("start_n", False), "slope": (slope, True), "alibi_shift": ("seqlen_k - seqlen_q", False)}
+            found |= {
+                "start_n": ("start_n", False),
+                "slope": (slope, True),
+                "alibi_shift": ("seqlen_k - seqlen_q", False),
+            }
         for name in ("bias", "attn_mask"):
             if getattr(spec, f"has_{name}"):
                 head = f"{name}_ptr + off_b.to(gl.int64) * stride_{name}_b + off_h.to(gl.int64) * stride_{name}_h"

@@ -124,7 +124,9 @@ def drawn(case: Free, seed: int) -> dict[str, Tensor]:
 def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffers, dict[str, Any]]:
     """Buffers whose call has the options, and what the launch takes beside them."""
     p, operands = case.problem, drawn(case, seed)
-    options = [name for name in ("alibi", "sinks", "bias", "attn_mask", "score_mod", "mask_mod") if getattr(p, f"has_{name}")]
+    options = [
+        name for name in ("alibi", "sinks", "bias", "attn_mask", "score_mod", "mask_mod") if getattr(p, f"has_{name}")
+    ]
     plain = replace(
         p, op="attention_fwd", mods=None, window_size=(-1, -1), softcap=0.0, dropout_p=0.0,
         **{f"has_{name}": False for name in options},
@@ -151,7 +153,9 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     outputs = dict(buffers.outputs)
     values: dict[str, Any] = dict(operands)
     if case.sinks:
-        outputs["dsinks"], buffers.allocations["dsinks"] = place((p.num_heads_q,), torch.float32, "cpu", False, "dense", "o")
+        outputs["dsinks"], buffers.allocations["dsinks"] = place(
+            (p.num_heads_q,), torch.float32, "cpu", False, "dense", "o"
+        )
     values |= {"window_left": case.window[0], "window_right": case.window[1], "softcap": case.softcap}
     values |= {"dropout_p": case.dropout_p, "philox": torch.tensor(PHILOX)}
     if p.mods is not None:
@@ -178,7 +182,13 @@ def row_ranges(case: Free, program: Any, tensors: tuple[Tensor, ...]) -> Tensor 
 
 
 def launch(
-    case: Free, buffers: GradientBuffers, values: dict[str, Any], *, text: str | None = None, deterministic: bool = True, **options: Any
+    case: Free,
+    buffers: GradientBuffers,
+    values: dict[str, Any],
+    *,
+    text: str | None = None,
+    deterministic: bool = True,
+    **options: Any,
 ) -> Any:
     """Simulate a launch; `text` for a broken copy of the kernel."""
     arguments = {**buffers.inputs, **buffers.outputs, **buffers.scalars, **values, **case.config.to_dict()}
@@ -187,7 +197,9 @@ def launch(
     )
 
 
-def run(case: Free, seed: int = 0, *, deterministic: bool = True, dlse: bool | None = None, **options: Any) -> AccuracyReport:
+def run(
+    case: Free, seed: int = 0, *, deterministic: bool = True, dlse: bool | None = None, **options: Any
+) -> AccuracyReport:
     """Simulate one case and judge its gradients."""
     buffers, values = make(case, seed, dlse=seed % 2 == 0 if dlse is None else dlse)
     launch(case, buffers, values, deterministic=deterministic, seed=seed, **options)
