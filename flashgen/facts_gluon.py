@@ -25,8 +25,8 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
     fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
-    options = features.signature(spec)
-    pointers = {"lse_ptr": "fp32", "bias_ptr": spec.dtype, **features.ELEMENTS, **_captured(spec)}
+    options = variant.signature(spec)
+    pointers = {"lse_ptr": "fp32", "bias_ptr": spec.dtype, **features.elements(spec)}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -56,10 +56,3 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     if constants_have_attributes:
         attributes |= {path: [] for path in constants}
     return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))
-
-
-def _captured(spec: AttentionSpec) -> dict[str, str]:
-    """Element types of the tensors that mods capture, by pointer."""
-    names = {"bool": "i1", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-    rows = () if spec.mods is None else spec.mods.program.captures
-    return {f"{row.name}_ptr": names.get(row.dtype, row.dtype.replace("int", "i")) for row in rows}

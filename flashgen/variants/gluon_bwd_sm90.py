@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ _COVERED_FLAGS = frozenset(
         "has_mask_mod",
     }
 )
+_OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
@@ -125,6 +127,8 @@ class GluonBackwardSm90(Variant):
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod) and problem.mods is None:
             return "score_mod and mask_mod are traced where a call may run a kernel, and this one does not"
+        if problem.bias_grad:
+            return "the gradient of bias: not covered by this kernel yet"
         return None
 
     # -- what options add to the template --
@@ -132,12 +136,13 @@ class GluonBackwardSm90(Variant):
     def signature(self, spec: AttentionSpec) -> Signature:
         """The arguments that a spec's options add to `launch` and to the kernel; `inner` is what of them the consumers take."""
         found = signature(replace(spec, has_sinks=False))
-        renamed = {name: name.replace("mask_ranges", "row_ranges") for name in (*found.launch, *found.pointers)}
-        launch = tuple(dict.fromkeys(renamed[name] for name in found.launch))
-        pointers = {renamed[name]: value.replace("mask_ranges", "row_ranges") for name, value in found.pointers.items()}
-        strides = {name: value.replace("mask_ranges", "row_ranges") for name, value in found.strides.items()}
-        names = (*pointers, *found.scalars, *strides)
-        inner = tuple(name for name in names if name != "row_ranges_ptr" and not name.startswith("stride_ranges_"))
+
+        def kept(names: Mapping[str, str]) -> dict[str, str]:
+            return {name: value for name, value in names.items() if not name.removeprefix("stride_").startswith(_OF_ROWS)}
+
+        pointers, strides = kept(found.pointers), kept(found.strides)
+        inner = tuple(name for name in (*pointers, *found.scalars, *strides) if "row_ranges" not in name)
+        launch = tuple(name for name in signature(spec).launch if not name.startswith(_OF_ROWS))
         return replace(found, launch=launch, pointers=pointers, strides=strides, inner=inner)
 
     def is_free(self, spec: AttentionSpec) -> bool:

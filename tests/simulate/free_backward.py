@@ -151,7 +151,7 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     (result,) = same_precision(call)
     buffers.take(result.out, result.lse)
     outputs = dict(buffers.outputs)
-    values: dict[str, Any] = dict(operands)
+    values: dict[str, Any] = {**operands, "dbias": None}
     if case.sinks:
         outputs["dsinks"], buffers.allocations["dsinks"] = place(
             (p.num_heads_q,), torch.float32, "cpu", False, "dense", "o"
@@ -162,7 +162,7 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
         program, tensors = case.program()
         values |= {f"captured_{row.name}": x for row, x in zip(program.captures, tensors, strict=True)}
         values["row_ranges"] = row_ranges(case, program, tensors) if case.known else None
-    wanted = (*VARIANT.signature(p.spec).launch, *(["sinks"] if case.sinks else []))
+    wanted = (*VARIANT.signature(p.spec).launch, *(["dbias"] if case.bias else []))
     return replace(buffers, call=call, outputs=outputs), {name: values[name] for name in wanted}
 
 
