@@ -17,6 +17,7 @@ from flashgen.variants.features import Signature, signature
 _COVERED_FLAGS = frozenset(
     {
         "causal",
+        "dropout",
         "window",
         "softcap",
         "has_alibi",
@@ -74,6 +75,10 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((64, 64, 2, 1, 1, 24, False, True, True), _FITS),
         ((64, 64, 1, 1, 1, 24, False, True, False), _FITS),
     ),
+}
+# Go first where options keep values beside each score: at head dim 64 a step of 128 rows spills in its loop then.
+_BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (((64, 128, 2, 1, 2, 24, False, False, True), _FITS),),
 }
 # Beyond head dim 128 one tile fits, and p and ds leave no choice of order.
 _WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
@@ -138,7 +143,9 @@ class GluonBackwardSm90(Variant):
         found = signature(replace(spec, has_sinks=False))
 
         def kept(names: Mapping[str, str]) -> dict[str, str]:
-            return {name: value for name, value in names.items() if not name.removeprefix("stride_").startswith(_OF_ROWS)}
+            return {
+                name: value for name, value in names.items() if not name.removeprefix("stride_").startswith(_OF_ROWS)
+            }
 
         pointers, strides = kept(found.pointers), kept(found.strides)
         inner = tuple(name for name in (*pointers, *found.scalars, *strides) if "row_ranges" not in name)
@@ -147,7 +154,7 @@ class GluonBackwardSm90(Variant):
 
     def is_free(self, spec: AttentionSpec) -> bool:
         """Whether blocks of rows need a mask on both ends of those that do not, or positions must stay the call's own."""
-        of_positions = spec.has_alibi or spec.has_bias or spec.has_attn_mask
+        of_positions = spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.dropout
         return spec.window or spec.has_mask_mod or spec.has_score_mod or (spec.causal and of_positions)
 
     def row_arguments(self, spec: AttentionSpec) -> tuple[str, ...]:
@@ -184,6 +191,10 @@ class GluonBackwardSm90(Variant):
                 head = f"{name}_ptr + off_b.to(gl.int64) * stride_{name}_b + off_h.to(gl.int64) * stride_{name}_h"
                 found |= {"seqlen_k": ("seqlen_k", False), f"{name}_ptr": (head, True)}
                 found |= {f"stride_{name}_{x}": (f"stride_{name}_{x}", False) for x in "mn"}
+        if spec.dropout:
+            found |= {"philox_ptr": ("philox_ptr", False), "start_n": ("start_n", False)}
+            found["off_bh"] = ("(off_b * num_heads_kv + off_hkv) * group + member", True)
+            found |= {name: (name, False) for name in ("dropout_threshold", "dropout_scale")}
         if spec.mods is not None:
             found |= {"b": ("off_b", False), "h": ("off_h", True)}
             found |= {name: (name, False) for name in spec.mods.program.parameters}
@@ -199,7 +210,11 @@ class GluonBackwardSm90(Variant):
 
     def needs_rows(self, spec: AttentionSpec) -> bool:
         """Whether rows and heads matter where nothing is masked, too."""
-        return spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.has_score_mod
+        return spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout
+
+    def keeps_values(self, spec: AttentionSpec) -> bool:
+        """Whether a step holds more than scores and their gradient for each pair."""
+        return spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout
 
     def mod(self, spec: AttentionSpec, kind: str, score: str) -> Any:
         """The text of a spec's `score` or `mask` in a step, a `mods.Emission`; scores are keys x rows and called `score`."""
@@ -364,7 +379,10 @@ class GluonBackwardSm90(Variant):
         return self._of((64, 64, 2, 1, 1, 24, False, False, True))
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
-        rows = _PORTFOLIO[max(self.block_d(spec), self.block_dv(spec)), spec.causal]
+        width = max(self.block_d(spec), self.block_dv(spec))
+        rows = _PORTFOLIO[width, spec.causal]
+        if self.keeps_values(spec):
+            rows = (*_BESIDE_SCORES.get(width, ()), *rows)
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
 
     def _of(self, values: _Knobs) -> KernelConfig:
