@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashgen.config import KernelConfig
 from flashgen.problem import Problem
+from flashgen.variants import by_name
 
 
 def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig) -> Tensor | None:
@@ -28,7 +29,8 @@ def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, con
     """
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return None
-    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, config.BLOCK_M, config.BLOCK_N)
+    tile = by_name(config.variant).mask_tiles(config)["keys"]
+    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
     if not tensors:
         return _of_code(program, sizes, problem.device)
     return _ranges(program, tensors, sizes, problem.device) if problem.device == "cpu" else None

@@ -6,7 +6,22 @@ from typing import Any
 
 from flashgen.config import KernelConfig
 from flashgen.spec import AttentionSpec
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
+
+
+_ALIGNED = [["tt.divisibility", 16]]
+_OWN_ELEMENTS = {"lse_ptr": "fp32", "counter_ptr": "i32", "turn_ptr": "i32", "mask_ranges_ptr": "i32"}
+_KERNEL_NAMES = {
+    "bool": "i1", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
+    "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64",
+}  # fmt: skip
+
+
+def _element(name: str, spec: AttentionSpec) -> str:
+    """What a pointer of the kernel points to."""
+    captures = () if spec.mods is None else spec.mods.program.captures
+    own = {f"{row.name}_ptr": _KERNEL_NAMES[row.dtype] for row in captures}
+    return {**_OWN_ELEMENTS, **features.ELEMENTS, **own}.get(name, spec.dtype)
 
 
 def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, constants_have_attributes: bool) -> Any:
@@ -42,10 +57,19 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
             signature[name] = f"tensordesc<fp32{box},{layout!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = f"*{_element(name, spec)}"
+            attributes[(index,)] = _ALIGNED
+        elif name.endswith("_scale") or name in features.FLOATS:
+            signature[name] = "fp32"
+        elif "stride" in name and not parameter.do_not_specialize:
+            if name in features.UNIT_STRIDES:
+                signature[name] = "constexpr"
+                constants[(index,)] = 1
+            else:
+                signature[name] = "i32"
+                attributes[(index,)] = _ALIGNED
         else:
-            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+            signature[name] = "i32"
     if constants_have_attributes:
         attributes |= {path: [] for path in constants}
     return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))

@@ -148,6 +148,10 @@ class Variant:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
 
+    def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
+        """The tiles, rows x keys, for which a mask's ranges are worked out."""
+        return {"keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
+
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
         """The jit functions that `launch` calls, each with its compile-time arguments; the first has the main loop.
 

@@ -16,7 +16,7 @@ from flashgen.render import render
 from flashgen.spec import AttentionSpec, Mods
 from flashgen.variants import by_name
 
-PATH = GOLDEN / "mods" / "attention_fwd_tables_document.py"
+VARIANTS = ("triton_fwd", "gluon_fwd_sm90")
 DOCUMENTS = torch.zeros(64, dtype=torch.int32)
 TABLE = torch.zeros(4, 5)
 
@@ -37,21 +37,27 @@ def spec() -> AttentionSpec:
     )  # fmt: skip
 
 
-def test_the_golden(pytestconfig: pytest.Config) -> None:
-    text = render(spec(), by_name("triton_fwd")).text
+def path_of(variant: str) -> Path:
+    return GOLDEN / "mods" / f"{variant}_tables_document.py"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_golden(variant: str, pytestconfig: pytest.Config) -> None:
+    text, path = render(spec(), by_name(variant)).text, path_of(variant)
     if pytestconfig.getoption("update_golden"):
-        PATH.parent.mkdir(exist_ok=True)
-        PATH.write_text(text)
-    assert text == PATH.read_text(), "if that is what you meant: pytest tests/golden --update-golden"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), "if that is what you meant: pytest tests/golden --update-golden"
     for line in ("qk = qk * sigmoid(", "visible &= "):
         assert text.count(line) >= 1
 
 
-def test_it_is_formatted_and_clean() -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_formatted_and_clean(variant: str) -> None:
     beside = Path(sys.executable).parent / "ruff"
     program = str(beside) if beside.exists() else "ruff"
     for arguments in (["format", "--check"], ["check", "--select", "E9,F"]):
-        command = [program, *arguments, "--isolated", "--no-cache", "--line-length", "120", str(PATH)]
+        command = [program, *arguments, "--isolated", "--no-cache", "--line-length", "120", str(path_of(variant))]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
