@@ -8,7 +8,6 @@ from flashgen.config import KernelConfig
 from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name, features
 
-
 _ALIGNED = [["tt.divisibility", 16]]
 _OWN_ELEMENTS = {"lse_ptr": "fp32", "counter_ptr": "i32", "turn_ptr": "i32", "mask_ranges_ptr": "i32"}
 _KERNEL_NAMES = {

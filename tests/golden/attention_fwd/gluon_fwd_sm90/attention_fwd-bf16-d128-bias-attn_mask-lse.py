@@ -580,7 +580,7 @@ def consume(
             pass_turn(step, 0)
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
-        # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end), and all of [full_first, full_end) --
+        # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end) --
         start_cta = m_block * (NUM_WG * ROWS)
         start_m = start_cta + WG * ROWS
         n_first, n_end = tile_range(
@@ -591,7 +591,7 @@ def consume(
             ROWS,
             NUM_WG,
         )
-        first, full_first, full_end, end = key_range(
+        first, _, _, end = key_range(
             start_m,
             ROWS,
             seqlen_q,
