@@ -14,6 +14,7 @@ from flashgen.variants.gluon_options import Options, emission, helpers, options
 _COVERED_FLAGS = frozenset(
     {
         "causal", "has_lse", "window", "softcap", "has_alibi", "has_sinks", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod",
+        "dropout", "varlen",
     }
 )  # fmt: skip
 _WG_ROWS = 64  # query rows of a warpgroup

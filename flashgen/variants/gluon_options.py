@@ -12,8 +12,9 @@ from flashgen.errors import RenderError
 from flashgen.spec import AttentionSpec
 from flashgen.variants.features import Signature, signature
 
-# Options that differ from one query head to the next, so that heads of a group cannot share a tile.
-_PER_HEAD = ("has_alibi", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod", "dropout")
+# Options that differ from one query head to the next, so that heads of a group cannot share a tile; or lengths that nobody knows.
+_PER_HEAD = ("has_alibi", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod", "dropout", "varlen")
+_PACKED = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr")
 _PLAIN = ("causal", "has_lse")
 
 
@@ -26,7 +27,9 @@ class Options:
         signature: arguments of the kernel and of `launch`.
         score: what `modify_scores` takes beside the scores and where they are.
         mask: what `mask_scores` takes.
+        dropout: what `keep` takes beside the block of keys.
         ranges: what `key_range` takes.
+        varlen: whether sequences are packed, whose offsets and lengths each tile looks up.
         pack: whether heads of a group may share a tile.
         hides: whether a key may be hidden from all rows of a tile that loads it, and hold anything.
         masked_when: in which steps over keys the mask is applied: `True`, `is_masked`, or none where it is empty.
@@ -36,7 +39,9 @@ class Options:
     signature: Signature
     score: tuple[str, ...]
     mask: tuple[str, ...]
+    dropout: tuple[str, ...]
     ranges: tuple[str, ...]
+    varlen: bool
     pack: bool
     hides: bool
     masked_when: str
@@ -49,7 +54,13 @@ class Options:
     @property
     def inner(self) -> tuple[str, ...]:
         """What one step over keys takes."""
-        return tuple(dict.fromkeys((*self.score, *self.mask)))
+        return tuple(dict.fromkeys((*self.score, *self.mask, *self.dropout)))
+
+    @property
+    def looks_at_batch(self) -> bool:
+        """Whether a consumer of packed sequences needs the number of its sequence."""
+        names = {*self.inner, *self.ranges}
+        return not names.isdisjoint(("off_b", "slope", "bias_head", "attn_mask_head", "off_bh"))
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -57,13 +68,15 @@ class Options:
         added, found = self.signature, {}
         if "sm_scale" in self.score:
             found["sm_scale"] = "sm_scale"
-        if "alibi_shift" in self.score:
+        if "alibi_shift" in self.score and not self.varlen:
             found["alibi_shift"] = "alibi_shift"
-        if self.hides:  # what `recompute` reads without TMA
-            found |= {"k_ptr": "k", "v_ptr": "v"}
+        # What `recompute` reads, and what the end of a packed sequence is written by, without TMA.
+        plain = "kv" * self.hides + "o" * self.varlen
+        found |= {f"{x}_ptr": x for x in plain}
         found |= {**added.pointers, **added.scalars, **added.strides}
-        if self.hides:
-            found |= {f"stride_{x}{d}": f"{x}.stride({n})" for x in "kv" for n, d in enumerate("bnh")}
+        for x in plain:
+            letters = {1: "m" if x == "o" else "n", 2: "h"} if self.varlen else {0: "b", 1: "n", 2: "h"}
+            found |= {f"stride_{x}{letter}": f"{x}.stride({dim})" for dim, letter in letters.items()}
         return found
 
     @property
@@ -84,7 +97,9 @@ class Options:
     @property
     def loader(self) -> tuple[str, ...]:
         """What the kernel hands to its producer, beside the offset."""
-        return tuple(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset"))
+        packed = _PACKED if self.varlen else ()
+        packed += ("bottom_right",) if self.varlen and "causal_offset" in self.ranges else ()
+        return (*packed, *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")))
 
 
 def options(spec: AttentionSpec) -> Options:
@@ -94,9 +109,11 @@ def options(spec: AttentionSpec) -> Options:
         signature=signature(spec),
         score=_score(spec),
         mask=_mask(spec),
+        dropout=("philox_seed", "philox_offset", "off_bh", "start_m", "dropout_threshold") if spec.dropout else (),
         ranges=_ranges(spec),
+        varlen=spec.varlen,
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
-        hides=spec.window or spec.has_mask_mod or spec.has_attn_mask,
+        hides=spec.varlen or spec.window or spec.has_mask_mod or spec.has_attn_mask,
         masked_when="True" if spec.has_attn_mask else "is_masked" if spec.has_diagonal or spec.has_mask_mod else "",
     )
 

@@ -22,15 +22,18 @@ from judge import judge
 
 VARIANT, H100 = by_name("gluon_fwd_sm90"), Target.named("h100")
 _WIDE: dict[str, Any] = {
-    "backend": "gluon", "dtype": "bf16", "batch": 2, "seqlen_q": 150, "seqlen_k": 333, "heads_kv": 1, "group": 2,
+    "backend": "gluon", "dtype": "bf16", "batch": 1, "seqlen_q": 150, "seqlen_k": 333, "heads_kv": 1, "group": 2,
     "head_dim": 64, "head_dim_v": 64, "lse": True, "tile": (192, 128), "seed": 3,
 }  # fmt: skip
-_NARROW = {**_WIDE, "tile": (128, 64), "head_dim": 128, "head_dim_v": 128, "dtype": "fp16", "batch": 1}
+_NARROW = {**_WIDE, "tile": (128, 64), "head_dim": 128, "head_dim_v": 128, "dtype": "fp16"}
+_PACKED = {
+    **_WIDE, "batch": 1, "lengths": ((130, 300, 170), (0, 5, 5), (40, 3, 0), (201, 190, 66)), "seqused": True, "causal": True,
+}  # fmt: skip
 
 CASES: dict[str, Case] = {
     "window": Case(**{**_WIDE, "window": (100, 40)}),
     "window, small blocks": Case(**{**_NARROW, "window": (100, 40)}),
-    "causal window": Case(**{**_WIDE, "window": (70, 5), "causal": True, "seqlen_q": 400, "batch": 1}),
+    "causal window": Case(**{**_WIDE, "window": (70, 5), "causal": True, "seqlen_q": 400}),
     "narrow window, top-left": Case(**{**_NARROW, "window": (3, 2), "top_left": True, "seqlen_q": 300}),
     "a window on one side": Case(**{**_WIDE, "window": (-1, 4), "lse": False}),
     "a window on the other side": Case(**{**_NARROW, "window": (4, -1)}),
@@ -43,7 +46,7 @@ CASES: dict[str, Case] = {
     "sinks": Case(**{**_WIDE, "sinks": True, "causal": True, "seqlen_q": 400}),
     "sinks of heads that share a tile": Case(**{**_NARROW, "sinks": True, "seqlen_q": 5, "group": 8, "lse": False}),
     "sinks and no keys": Case(**{**_WIDE, "sinks": True, "seqlen_k": 0}),
-    "bias": Case(**{**_WIDE, "bias": "bhij", "batch": 1}),
+    "bias": Case(**{**_WIDE, "bias": "bhij"}),
     "bias of -inf, broadcast": Case(**{**_NARROW, "bias": "1hi1", "bias_inf": True}),
     "bias of keys, after a cap": Case(**{**_WIDE, "bias": "j", "softcap": 0.5, "causal": True}),
     "attn_mask": Case(**{**_WIDE, "attn_mask": "bhij"}),
@@ -56,9 +59,18 @@ CASES: dict[str, Case] = {
     "score_mod": Case(**{**_WIDE, "score_mod": "relative", "causal": True}),
     "score_mod with a table": Case(**{**_NARROW, "score_mod": "gated", "group": 3}),
     "score_mod and softcap": Case(**{**_WIDE, "score_mod": "squared", "softcap": 0.5, "seqlen_q": 20, "group": 4}),
+    "dropout": Case(**{**_WIDE, "dropout_p": 0.3, "causal": True}),
+    "dropout in a window": Case(**{**_NARROW, "dropout_p": 0.6, "window": (40, 10)}),
+    "packed": Case(**_PACKED),
+    "packed, top-left": Case(**{**_PACKED, "top_left": True, "seqused": False, "tile": (128, 64)}),
+    "packed, not causal": Case(**{**_PACKED, "causal": False, "lse": False}),
+    "packed, everything": Case(**{
+        **_PACKED, "alibi": "bh", "bias": "b1ij", "sinks": True, "dropout_p": 0.4, "window": (90, 2), "softcap": 2.0,
+        "mask_mod": "thirds", "score_mod": "table", "attn_mask": "1hij", "group": 1,
+    }),
     "everything": Case(**{
         **_WIDE, "window": (120, 20), "softcap": 2.0, "alibi": "bh", "sinks": True, "bias": "1h1j", "attn_mask": "b1ij", "score_mod": "table",
-        "mask_mod": "thirds", "batch": 1,
+        "mask_mod": "thirds",
     }),
     "a padded head dim": Case(**{**_WIDE, "head_dim": 40, "head_dim_v": 56, "window": (50, 50), "alibi": "h", "strides": "padded"}),
     "a negative scale": Case(**{**_NARROW, "scale": -0.2, "window": (50, 50), "layout": "bhsd"}),
