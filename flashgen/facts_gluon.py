@@ -9,18 +9,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name, features
 
 _ALIGNED = [["tt.divisibility", 16]]
-_OWN_ELEMENTS = {"lse_ptr": "fp32", "counter_ptr": "i32", "turn_ptr": "i32", "mask_ranges_ptr": "i32"}
-_KERNEL_NAMES = {
-    "bool": "i1", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
-    "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64",
-}  # fmt: skip
-
-
-def _element(name: str, spec: AttentionSpec) -> str:
-    """What a pointer of the kernel points to."""
-    captures = () if spec.mods is None else spec.mods.program.captures
-    own = {f"{row.name}_ptr": _KERNEL_NAMES[row.dtype] for row in captures}
-    return {**_OWN_ELEMENTS, **features.ELEMENTS, **own}.get(name, spec.dtype)
+_OWN_ELEMENTS = {"lse_ptr": "fp32", "counter_ptr": "i32", "turn_ptr": "i32"}
 
 
 def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, constants_have_attributes: bool) -> Any:
@@ -39,6 +28,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
     fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
+    elements = {**_OWN_ELEMENTS, **features.elements(spec)}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -56,7 +46,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
             signature[name] = f"tensordesc<fp32{box},{layout!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{_element(name, spec)}"
+            signature[name] = f"*{elements.get(name, spec.dtype)}"
             attributes[(index,)] = _ALIGNED
         elif name.endswith("_scale") or name in features.FLOATS:
             signature[name] = "fp32"

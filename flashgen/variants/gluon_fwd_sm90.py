@@ -123,8 +123,8 @@ class GluonForwardSm90(Variant):
         return helpers(spec)
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
-        """The tile of a mask's ranges is one warpgroup's."""
-        return {"keys": (_WG_ROWS, int(config.BLOCK_N))}
+        """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""
+        return {"keys": (_WG_ROWS, int(config.BLOCK_N)), "lists": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
     def block_d(self, spec: AttentionSpec) -> int:
         """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""

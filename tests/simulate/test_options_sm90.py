@@ -101,7 +101,7 @@ def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranges_are_those_of_a_warpgroup() -> None:
     """64 rows whatever the tile: what the template divides by."""
     config = VARIANT.default(flashgen.AttentionSpec.from_key("attention_fwd-bf16-d64-mask_mod"), H100)
-    assert VARIANT.mask_tiles(config) == {"keys": (64, config.BLOCK_N)}
+    assert VARIANT.mask_tiles(config) == {"keys": (64, config.BLOCK_N), "lists": (config.BLOCK_M, config.BLOCK_N)}
     mask, tensors = program(None, {"mask_mod": lambda b, h, i, j: j <= i}, torch.device("cpu"))
     found = key_ranges(
         mask.mask, arrays_of(tensors), batch=1, num_heads=1, seqlen_q=200, seqlen_k=200, block_m=64, block_n=64
