@@ -97,8 +97,7 @@ class Options:
     @property
     def loader(self) -> tuple[str, ...]:
         """What the kernel hands to its producer, beside the offset."""
-        packed = _PACKED if self.varlen else ()
-        packed += ("bottom_right",) if self.varlen and "causal_offset" in self.ranges else ()
+        packed = [*_PACKED, *(["bottom_right"] if "causal_offset" in self.ranges else [])] if self.varlen else []
         return (*packed, *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")))
 
 
