@@ -135,6 +135,12 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
     keywords = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
     if case.backend == "triton" and not t.q.is_cuda:
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
+    if case.backend == "gluon" and case.tile[0] > 64:  # else the default: two or three warpgroups of 64 rows
+        keywords["config"] = {
+            "BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "STAGES": 2, "SECTION": 2, "OWN_STAGING": True,
+            "CONSUMER_REGS": 240 if case.tile[0] == 128 else 160, "PRODUCER_REGS": 24 if case.tile[0] == 128 else 32,
+            "LAZY_SUM": case.tile[0] == 128, "TAKE_TURNS": case.tile[0] == 192,
+        }  # fmt: skip
     with _settings(t, tile, case):
         if case.lengths:
             ends, used = _offsets(case, t.q.device)
