@@ -76,10 +76,29 @@ def run(batches: int = 60) -> dict[str, float]:
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, k)]
     trained = [x.clone().requires_grad_() for x in (q, k, k)]
     figures = {"torch.empty_like(q)": microseconds(lambda: torch.empty_like(q), batches=batches)}
+    bias, hidden = torch.randn(8, 128, 128), torch.rand(128, 128) > 0.5
+    ids, table = torch.arange(128, dtype=torch.int32) // 40, torch.randn(8, 256)
+    ends = torch.tensor([0, 60, 128], dtype=torch.int32)
+    mods: dict[str, Any] = {"backend": "triton"}  # by name: for CPU tensors nothing else traces a mod
     calls: dict[str, Callable[[], object]] = {
         "attention(q, k, v, causal=True)": lambda: flashgen.attention(q, k, k, causal=True),
         "... with return_lse": lambda: flashgen.attention(q, k, k, causal=True, return_lse=True),
         "... layout bhsd": lambda: flashgen.attention(*heads_first, causal=True, layout="bhsd"),
+        "attention(q, k, v, bias=)": lambda: flashgen.attention(q, k, k, bias=bias),
+        "... attn_mask=": lambda: flashgen.attention(q, k, k, attn_mask=hidden),
+        "... dropout_p=0.1": lambda: flashgen.attention(q, k, k, dropout_p=0.1),
+        "... mask_mod= of numbers, a new lambda each time": lambda: flashgen.attention(
+            q, k, k, mask_mod=lambda b, h, i, j: (i - j < 40) & (i >= j), **mods
+        ),
+        "... mask_mod= that reads document ids": lambda: flashgen.attention(
+            q, k, k, mask_mod=lambda b, h, i, j: ids[i] == ids[j], **mods
+        ),
+        "... score_mod= that reads a table": lambda: flashgen.attention(
+            q, k, k, score_mod=lambda s, b, h, i, j: s + table[h, i - j + 128], **mods
+        ),
+        "varlen_attention(q, k, v, cu_seqlens)": lambda: flashgen.varlen_attention(
+            q[0], k[0], k[0], ends, ends, 68, 68
+        ),
     }
     with fake_h100() as launches, torch.no_grad():
         for name, call in calls.items():

@@ -85,26 +85,20 @@ def attention(
         BuildError: the kernel could not be compiled or run.
         DatabaseError: the user's tuning database is corrupt or unreadable.
     """
-    key, known = None, warm.table()
-    if not torch.compiler.is_compiling() and (
-        alibi_slopes is None and sinks is None and bias is None and attn_mask is None and score_mod is None
-        and mask_mod is None and block_mask is None and config is None and not isinstance(dropout_p, Tensor) and dropout_p == 0
-    ):  # fmt: skip
+    call, known = None, warm.table()
+    if not torch.compiler.is_compiling() and block_mask is None and not isinstance(dropout_p, Tensor):
         options = (
-            causal,
-            causal_alignment,
-            softmax_scale,
-            window_size,
-            softcap,
-            return_lse,
-            deterministic,
-            layout,
-            backend,
-        )
-        key = warm.key_of(q, k, v, options)
-        bound = None if key is None else warm.find(key)
-        if bound is not None:
-            out, lse = bound(q, k, v)
+            causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, layout, backend, dropout_p,
+            None if config is None else warm.frozen(config),
+        )  # fmt: skip
+        given: tuple[Tensor | None, ...] = ()
+        if not (alibi_slopes is None and sinks is None and bias is None and attn_mask is None):
+            given = (alibi_slopes, sinks, bias, attn_mask)
+        mods = () if score_mod is None and mask_mod is None else (score_mod, mask_mod)
+        call = warm.key_of(q, k, v, options, given, mods)
+        bound = None if call is None else warm.find(call)
+        if call is not None and bound is not None and (generator is None or warm.draws_from(generator, q, dropout_p)):
+            out, lse = bound(q, k, v, given, call.tensors, generator)
             return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
     operands, scalars = _arguments(
         q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
@@ -112,11 +106,22 @@ def attention(
         mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, layout=layout, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = autograd.run(q, k, v, operands, scalars)
-    if key is not None and warm.unseen(key):
-        problem = ops.problem_of(q, k, v, operands, scalars)
-        warm.bind(key, dispatch.resolve(problem, backend=backend), known)
-    return (out, lse) if return_lse else out
+    return _run(call, known, q, k, v, operands, scalars)
+
+
+def _run(
+    call: warm.Call | None, known: warm.Table, q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The long way, after which a call of this kind may take the short one."""
+    if call is None or not warm.unseen(call):
+        out, lse = autograd.run(q, k, v, operands, scalars)
+    else:
+        with ops.watched() as ran:
+            out, lse = autograd.run(q, k, v, operands, scalars)
+            plan = ran.plan
+        if plan is not None:
+            warm.bind(call, plan, known, operands)
+    return (out, lse) if scalars.return_lse else out
 
 
 def explain(
@@ -259,6 +264,19 @@ def varlen_attention(
     Raises:
         InvalidProblemError, UnsupportedProblemError, BuildError, DatabaseError: as `attention()`.
     """
+    call, known = None, warm.table()
+    if not torch.compiler.is_compiling() and not isinstance(dropout_p, Tensor):
+        options = (
+            causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, backend, dropout_p,
+            max_seqlen_q, max_seqlen_k, None if config is None else warm.frozen(config),
+        )  # fmt: skip
+        given = (alibi_slopes, sinks, bias, attn_mask, cu_seqlens_q, cu_seqlens_k, seqused_k)
+        mods = () if score_mod is None and mask_mod is None else (score_mod, mask_mod)
+        call = warm.key_of(q, k, v, options, given, mods)
+        bound = None if call is None else warm.find(call)
+        if call is not None and bound is not None and (generator is None or warm.draws_from(generator, q, dropout_p)):
+            out, lse = bound(q, k, v, given, call.tensors, generator)
+            return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     operands, scalars = _arguments(
         q, k, v, packing, seqused_k=seqused_k, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale,
@@ -266,8 +284,7 @@ def varlen_attention(
         score_mod=score_mod, mask_mod=mask_mod, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
         deterministic=deterministic, backend=backend, config=config,
     )  # fmt: skip
-    out, lse = autograd.run(q, k, v, operands, scalars)
-    return (out, lse) if return_lse else out
+    return _run(call, known, q, k, v, operands, scalars)
 
 
 def decode_attention(

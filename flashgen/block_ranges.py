@@ -1,15 +1,31 @@
-"""Where a mask_mod leaves whole blocks of keys out, or hides nothing in them: four numbers for each block of queries."""
+"""Where a mask_mod leaves whole blocks of keys out, or hides nothing in them: four numbers for each block of queries.
+
+A mask of numbers alone is analysed once for each digest and sizes. One that reads tensors (document ids) is analysed for what they
+hold: they are copied to the host once, and a copy of them stays on the device. Each later call compares the tensors with that copy *on
+the device* and takes the ranges only where nothing differs, else those that mask every block: nothing synchronises, an in-place write
+that nobody counts (another library's kernel, the replay of a graph) is never met with stale ranges, and a captured graph stays right.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashgen.config import KernelConfig
 from flashgen.problem import Problem
+
+_T = TypeVar("_T")
+
+_KEPT = 64  # contents of captured tensors whose ranges are remembered
+_MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
 
 
 def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig) -> Tensor | None:
@@ -24,14 +40,29 @@ def mask_ranges(program: Any, tensors: tuple[Tensor, ...], problem: Problem, con
     Returns:
         int32 (batch or 1, num_heads or 1, blocks of queries, 4) on the problem's device: first block of keys, first and end of those
         where nothing is hidden, end. None where that is not known and every block is masked element by element:
-        packed sequences, whose lengths are on the device, and masks that read tensors on a GPU, which would synchronise.
+        packed sequences, whose lengths are on the device; and masks whose tensors are large, or are met for the first time while a CUDA
+        graph is captured, which may not synchronise.
+    """
+    return ranges(program, tensors, problem, (config.BLOCK_M, config.BLOCK_N))
+
+
+def ranges(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], *, turned: bool = False
+) -> Tensor | None:
+    """As `mask_ranges`, for any tile.
+
+    Args:
+        program, tensors, problem: as there.
+        tile: its queries and keys.
+        turned: rows are blocks of keys, and the numbers count blocks of queries, as a backward for keys and values walks them.
     """
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return None
-    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, config.BLOCK_M, config.BLOCK_N)
-    if not tensors:
-        return _of_code(program, sizes, problem.device)
-    return _ranges(program, tensors, sizes, problem.device) if problem.device == "cpu" else None
+    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
+    read = program.mask_reads
+    if not read:
+        return held(_of_code(_ByDigest(program), sizes, problem.device, turned), problem.device)
+    return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, turned)
 
 
 class _ByDigest:
@@ -47,22 +78,152 @@ class _ByDigest:
         return isinstance(other, _ByDigest) and self.program.digest == other.program.digest
 
 
-def _of_code(program: Any, sizes: tuple[Any, ...], device: str) -> Tensor:
-    return _remembered(_ByDigest(program), sizes, device)
-
-
 @lru_cache(maxsize=256)
-def _remembered(program: _ByDigest, sizes: tuple[Any, ...], device: str) -> Tensor:
-    return _ranges(program.program, (), sizes, device)
+def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, turned: bool) -> Tensor:
+    return _analysed(program.program, (), sizes, device, turned)
 
 
-def _ranges(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[Any, ...], device: str) -> Tensor:
+# -- masks that read tensors --
+
+
+@dataclass(slots=True)
+class _Known:
+    """The ranges of one content.
+
+    Attributes:
+        versions: PyTorch's counters of in-place writes; None of a tensor that has none (inference mode).
+        storages: weak references to the tensors' memory: another tensor may come to lie at its address.
+        copies: what the tensors held, as integers, on their device; none where the ranges leave nothing out anyway.
+        precise: the ranges of that content.
+        masked: ranges that mask every block.
+    """
+
+    versions: tuple[int | None, ...]
+    storages: tuple[StorageWeakRef, ...]
+    copies: tuple[Tensor, ...]
+    precise: Tensor
+    masked: Tensor
+
+    def current(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The ranges for what the tensors hold when the device gets there."""
+        if not self.copies:
+            return self.masked
+        same: Tensor | None = None
+        for tensor, copy in zip(tensors, self.copies, strict=True):
+            equal = (_bits(tensor) == copy).all()
+            same = equal if same is None else same & equal
+        return broadcast(torch.where(same, self.precise, self.masked))  # type: ignore[arg-type]
+
+
+_contents: OrderedDict[tuple[Any, ...], _Known] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _of_contents(
+    program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...], turned: bool
+) -> Tensor | None:
+    if any(x.is_neg() or x.is_conj() or x.layout != torch.strided for x in read):
+        return None
+    device = read[0].device  # all are beside q
+    places = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in read)
+    key = (program.digest, sizes, turned, str(device), places)
+    with _lock:
+        known = _contents.get(key)
+        if known is not None:
+            _contents.move_to_end(key)
+    versions = tuple(_version(x) for x in read)
+    alive = known is not None and not any(storage.expired() for storage in known.storages)
+    if known is None or not alive or (known.versions != versions and not _capturing(device)):
+        # A capture takes what is known of an older content, too: where the tensors differ every block is masked.
+        if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
+            return None
+        known = _remember(key, program, read, tensors, sizes, turned, versions)
+    held(known, str(device))
+    with torch.no_grad():
+        return known.current(read)
+
+
+def _remember(
+    key: tuple[Any, ...], program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...],
+    turned: bool, versions: tuple[int | None, ...],
+) -> _Known:  # fmt: skip
+    device = str(read[0].device)
+    with torch.no_grad():
+        # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
+        kept = {id(x): x.detach().clone() for x in read}
+        frozen = tuple(kept.get(id(x), x) for x in tensors)
+        precise = _analysed(program, frozen, sizes, device, turned)
+        masked = _everything(precise, sizes, turned)
+        known = _Known(
+            versions=versions,
+            storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
+            copies=() if torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
+            precise=precise,
+            masked=masked,
+        )
+    with _lock:
+        for old in [old for old, one in _contents.items() if any(storage.expired() for storage in one.storages)]:
+            del _contents[old]
+        _contents[key] = known
+        while len(_contents) > _KEPT:
+            _contents.popitem(last=False)
+    return known
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers, in which a NaN equals itself."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach() if x.dtype == words else x.detach().view(words)
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_held: dict[int, Any] = {}
+
+
+def held(value: _T, device: str) -> _T:
+    """A value whose memory a graph under capture will read at every replay: it is kept for good, whatever is forgotten."""
+    if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
+        _held[id(value)] = value
+    return value
+
+
+def _everything(precise: Tensor, sizes: tuple[int, ...], turned: bool) -> Tensor:
+    """Every block visited, none known to be full."""
+    _, _, seqlen_q, seqlen_k, block_m, block_n = sizes
+    last = -(-seqlen_q // block_m) if turned else -(-seqlen_k // block_n)
+    made = torch.full(precise.shape, last, dtype=torch.int32, device=precise.device)
+    made[..., 0] = 0
+    return made
+
+
+# -- the analysis --
+
+
+def _analysed(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, turned: bool) -> Tensor:
     from flashgen import mods
 
     names = ("batch", "num_heads", "seqlen_q", "seqlen_k", "block_m", "block_n")
-    found = mods.key_ranges(program.mask, mods.arrays_of(tensors), **dict(zip(names, sizes, strict=True)))
+    analyse: Callable[..., Any] = mods.query_ranges if turned else mods.key_ranges
+    tables = mods.arrays_of(tensors, program.mask_reads)
+    found = analyse(program.mask, tables, **dict(zip(names, sizes, strict=True)))
     rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
-    stacked = torch.stack(rows, -1).int().contiguous().to(device)
-    # A dimension of one counts for all: a stride of 0 says so.
-    steps = [0 if stacked.shape[dim] == 1 else stacked.stride(dim) for dim in (0, 1)]
-    return stacked.as_strided(stacked.shape, (*steps, *stacked.stride()[2:]))
+    return broadcast(torch.stack(rows, -1).int().contiguous().to(device))
+
+
+def broadcast(table: Tensor) -> Tensor:
+    """A table whose batch or heads of one count for all: a stride of 0 says so."""
+    steps = [0 if table.shape[dim] == 1 else table.stride(dim) for dim in (0, 1)]
+    return table.as_strided(table.shape, (*steps, *table.stride()[2:]))
+
+
+def forget() -> None:
+    """Drop what was remembered of tensors."""
+    with _lock:
+        _contents.clear()

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import checks, probe
-from flashgen.block_ranges import mask_ranges
+from flashgen import block_lists, checks, probe
+from flashgen.block_ranges import ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
-from flashgen.mods.fingerprint import all_names, fixed
+from flashgen.mods.fingerprint import all_names, fingerprint, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
+from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
+
+_MOST_TRIED = 4096
+_tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +79,13 @@ class Operands:
                     f"{name} is a {type(value).__name__}: it must be a function, see FlexAttention."
                 )
 
-    def check(self, problem: Problem, device: torch.device) -> None:
+    def check(self, problem: Problem, device: torch.device, *, tried: bool = False) -> None:
         """Check shapes, dtypes and devices against the problem, and try the mods on a handful of zeros (`probe`).
+
+        Args:
+            problem: the call.
+            device: of q.
+            tried: the mods were tried before.
 
         Raises:
             InvalidProblemError: the message names the operand, what it is and what is allowed.
@@ -97,7 +106,7 @@ class Operands:
             checks.broadcasts("attn_mask", self.attn_mask, scores)
         if self.block_mask is not None:
             checks.block_mask(self.block_mask, scores, device)
-        if not self.has_functions or 0 in scores:
+        if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         if self.score_mod is not None:
             probe.score_mod(self.score_mod, device)
@@ -127,13 +136,30 @@ class Operands:
             captured=self.options_captured(),
         )
 
+    def check_traced(self, problem: Problem, device: torch.device) -> Problem:
+        """`check` and `traced`; mods that were tried once and have a trace, which depends on no content, are not tried again.
+
+        Raises:
+            InvalidProblemError: as of both.
+        """
+        key = None
+        if self.has_functions and self.block_mask is None:
+            key = fingerprint((self.score_mod, self.mask_mod), str(device), torch.get_default_dtype()).key
+        self.check(problem, device, tried=key in _tried)
+        traced = self.traced(problem, device)
+        if key is not None and traced.mods is not None and 0 not in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+            if len(_tried) >= _MOST_TRIED:
+                _tried.clear()
+            _tried[key] = None
+        return traced
+
     def traced(self, problem: Problem, device: torch.device) -> Problem:
         """The problem with its mods in the form that kernels have, or with the reason why they have none.
 
         Raises:
             InvalidProblemError: an index of a mod surely leaves a tensor that it captures.
         """
-        if (self.score_mod is None and self.mask_mod is None) or self.block_mask is not None:
+        if not self.has_functions:
             return problem
         try:
             program, tensors = self._program(device)
@@ -147,16 +173,43 @@ class Operands:
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
 
-        return mods.program(self.score_mod, {} if self.mask_mod is None else {"mask_mod": self.mask_mod}, device)
+        masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
+        block = None if self.block_mask is None else self.block_mask.mask_mod
+        return mods.program(self.score_mod, masks, device, block)
 
     def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:
         """Captured tensors and the mask's ranges, by the names of the rendered launch."""
         if problem.mods is None:
             return {}
+        values = _of_program(*self._program(torch.device(problem.device)), problem, config)
+        if self.block_mask is None:
+            return values
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+        return values | block_lists.launch_values(self.block_mask, problem, tiles)
+
+    def captured_gradients(self, problem: Problem) -> dict[str, Tensor]:
+        """The captured tensors that want gradients, by what the rendered launch of a backward calls theirs."""
+        if problem.mods is None or self.score_mod is None:
+            return {}
         program, tensors = self._program(torch.device(problem.device))
-        names = [captured(row.name) for row in program.captures]
-        ranges = None if config is None else mask_ranges(program, tensors, problem, config)
-        return {**dict(zip(names, tensors, strict=True)), "mask_ranges": ranges}
+        reached = {one.capture for one in program.derivative.contributions}
+        named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
+        return {name: x for number, (name, x) in enumerate(named) if number in reached}
+
+    def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
+        """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.
+
+        For calls whose mods have the fingerprint of these: another content, even other tensors.
+        """
+        from flashgen import mods
+
+        device = torch.device(problem.device)
+        program, tensors = self._program(device)
+
+        def bind(walked: tuple[Tensor, ...]) -> dict[str, Any]:
+            return _of_program(program, mods.bound(program, walked, device), problem, config)
+
+        return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
@@ -176,11 +229,24 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config),
         }
-        wanted = signature(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         if not problem.varlen:  # packed sequences have offsets of their own
             values["causal_offset"] = problem.causal_offset
         return {"sm_scale": problem.scale, **values}
+
+
+def _of_program(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
+) -> dict[str, Any]:
+    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+    if problem.has_mask_mod and not problem.has_block_mask:
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
+            tile = tiles.get(walks)
+            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
+    return values
 
 
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:

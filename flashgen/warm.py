@@ -1,14 +1,15 @@
 """Warm calls: what the first call of a kind worked out, kept in one dict, so that the next one only allocates and launches.
 
-A kind is everything that checks, dispatch and launch depend on: shapes, strides, dtypes, devices, alignment, options, and the raw FLASHGEN_*
-variables. A call that autograd records, that something traces, or that brings operands of its own goes the long way, through the
-operators. Nothing is decided here that the long way did not decide first: `bind` remembers, `find` looks up.
+A kind is everything that checks, dispatch and launch depend on: shapes, strides, dtypes, devices and alignment of all tensors, options,
+the fingerprint of score_mod and mask_mod (code, closures, globals, shapes of what they capture), and the raw FLASHGEN_* variables. A call
+that autograd records, that something traces, or that brings a BlockMask goes the long way, through the operators. Nothing is decided here
+that the long way did not decide first: `bind` remembers, `find` looks up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +18,39 @@ from torch.nn import Parameter
 
 from flashgen import dispatch, ops, settings
 from flashgen.build import build
+from flashgen.config import KernelConfig
+from flashgen.mods.fingerprint import fingerprint
 from flashgen.operands import Operands
 from flashgen.render import render
 from flashgen.variants import by_name
 
 Key = tuple[Any, ...]
-Bound = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 _MOST = (
     4096  # kinds that are remembered; when there are more, all are forgotten and the live ones come back by themselves
 )
-_bound: dict[Key, Bound | None] = {}  # None: seen, and to go the long way every time
 _ORDINARY = (Tensor, Parameter)  # exactly these: a subclass may mean anything
-_PLAIN = (type(None), bool, int, float, str, tuple)
+_PLAIN = (type(None), bool, int, float, str, tuple, KernelConfig)
+_FIXED = (type(None), bool, int, float, str)  # what a launch takes that no later call of the kind changes
 _environment = settings.raw
+_grads = torch.is_grad_enabled
+
+
+class Call(NamedTuple):
+    """A call that may be warm.
+
+    Attributes:
+        key: its kind.
+        tensors: what its mods capture, in the order of their walk.
+    """
+
+    key: Key
+    tensors: tuple[Tensor, ...] = ()
+
+
+Bound = Callable[..., tuple[Tensor, Tensor | None]]
+Table = dict[Key, Bound | None]
+_bound: Table = {}  # None: seen, and to go the long way every time
 
 
 def _nobody_listens() -> bool:
@@ -46,18 +66,22 @@ def _nobody_listens() -> bool:
     )
 
 
-def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
+def key_of(
+    q: Any, k: Any, v: Any, options: tuple[Any, ...], operands: tuple[Any, ...] = (), mods: tuple[Any, ...] = ()
+) -> Call | None:
     """The kind of a call that may be warm, or None where it has to go the long way.
 
     Args:
         q, k, v: of the call, not checked yet.
         options: every other argument that a kernel can honour, as given.
+        operands: tensors beside them, each in its place, None where there is none.
+        mods: score_mod and mask_mod, where one is given.
     """
     if (
         type(q) not in _ORDINARY
         or type(k) not in _ORDINARY
         or type(v) not in _ORDINARY
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or (_grads() and (q.requires_grad or k.requires_grad or v.requires_grad))
         # A lazily negated view (the imaginary part of a conjugate) holds the values of the tensor before the minus.
         or q.is_neg()
         or k.is_neg()
@@ -66,63 +90,145 @@ def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
     ):
         return None
     try:
-        return (
+        key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, options, _environment(),
         )  # fmt: skip
+        if not operands and not mods:
+            return Call(key)
+        return _with_operands(key, operands, mods)
     except RuntimeError:  # sparse and nested tensors have no strides: the long way says what is wrong
         return None
 
 
-def find(key: Key) -> Bound | None:
+def _with_operands(key: Key, operands: tuple[Any, ...], mods: tuple[Any, ...]) -> Call | None:
+    words: list[Any] = [*key]
+    for x in operands:
+        if x is None:
+            words.append(None)
+        elif type(x) not in _ORDINARY or (_grads() and x.requires_grad) or x.is_neg():
+            return None
+        else:
+            words += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+    if not mods:
+        return Call(tuple(words))
+    found = fingerprint(mods)
+    if found.key is None:
+        return None
+    words += (found.key, torch.get_default_dtype())
+    for x in found.tensors:  # their types, shapes and strides are part of the fingerprint
+        if type(x) not in _ORDINARY or (_grads() and x.requires_grad) or x.is_neg():
+            return None
+        words.append(x.data_ptr() & 15)
+    return Call(tuple(words), tuple(found.tensors))
+
+
+def frozen(config: Any) -> Any:
+    """A `config=` as part of a key: a dict by its items and their types, since 1 and True are equal."""
+    return tuple((name, type(value), value) for name, value in config.items()) if type(config) is dict else config
+
+
+def draws_from(generator: Any, q: Tensor, dropout_p: Any) -> bool:
+    """Whether a generator is one that a warm call may take: the long way says what is wrong with others."""
+    return type(generator) is torch.Generator and (not dropout_p or generator.device.type == q.device.type)
+
+
+def find(call: Call) -> Bound | None:
     """The bound launch of a kind that was seen before."""
     try:
-        return _bound.get(key)
+        return _bound.get(call.key)
     except TypeError:  # an option that cannot be hashed: the long way says what is wrong with it, or takes it
         return None
 
 
-def unseen(key: Key) -> bool:
+_OPTIONS = 13  # where the options stand in a key
+
+
+def unseen(call: Call) -> bool:
     """Whether a kind is to be bound, once its first call went the long way."""
-    return all(isinstance(option, _PLAIN) for option in key[-2]) and key not in _bound
+    return all(isinstance(option, _PLAIN) for option in call.key[_OPTIONS]) and call.key not in _bound
 
 
-def bind(key: Key, plan: dispatch.Plan, known: dict[Key, Bound | None]) -> None:
+def bind(call: Call, plan: dispatch.Plan, known: Table, operands: Operands | None = None) -> None:
     """Remember how a kind of call is launched, after the long way ran it.
 
     Only generated kernels on a GPU are launched from here: everything else takes far longer than the checks do.
 
     Args:
-        key: of `key_of`.
+        call: of `key_of`.
         plan: what the call ran.
         known: `table()` as it was before the call: after a `forget()` meanwhile nobody reads it any more.
+        operands: what the call brought along.
     """
     kept = plan.backend != "torch" and plan.target.backend != "cpu" and not plan.problem.copies
-    launcher = _launcher(plan) if kept else None
+    launcher = _launcher(plan, operands or Operands()) if kept else None
     if len(known) >= _MOST:
         known.clear()
-    known[key] = launcher
+    known[call.key] = launcher
 
 
-def _launcher(plan: dispatch.Plan) -> Bound:
-    problem = plan.problem
-    launch = build(render(problem.spec, by_name(plan.variant))).launch
-    scalars = {**Operands().launch_values(problem, plan.config), **plan.config}
-    heads_first = problem.layout == "bhsd"
+# Fields of `Operands` in the order in which `key_of` and `run` get them; those behind the first four are of packed sequences.
+OPERANDS = ("alibi_slopes", "sinks", "bias", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+
+
+def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
+    problem, variant = plan.problem, by_name(plan.variant)
+    launch = build(render(problem.spec, variant)).launch
+    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **plan.config}
+    given = tuple(
+        (name, place)
+        for place, name in enumerate(OPERANDS)
+        if values.get(name) is not None and values[name] is getattr(operands, name)
+    )
+    drawn = "philox" in values
+    per_call = {name for name, _ in given} | ({"philox"} if drawn else set())
+    bound: tuple[str, ...] = ()
+    rebind = None
+    if problem.mods is not None:
+        names, rebind = operands.binder(problem, plan.config)
+        bound = tuple(names & values.keys())
+        per_call |= names
+    fixed = {name: value for name, value in values.items() if name not in per_call}
+    if not all(isinstance(value, _FIXED) for value in fixed.values()):
+        return None  # made from what the call brought along, in a way that is not known here
+    heads_first, varlen = problem.layout == "bhsd", problem.varlen
     rows = (problem.num_heads_q, problem.seqlen_q)
     shape = (problem.batch, *(rows if heads_first else rows[::-1]), problem.head_dim_v)
     lse_shape = (problem.batch, *rows) if problem.return_lse else None
+    dropout_p, with_lse = problem.dropout_p, problem.return_lse
     empty, float32 = torch.empty, torch.float32
     several = torch.cuda.device_count() > 1
+    simple = not per_call
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        operands: tuple[Tensor | None, ...] = (),
+        tensors: tuple[Tensor, ...] = (),
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         device = q.device
-        out = empty(shape, dtype=q.dtype, device=device)
-        lse = None if lse_shape is None else empty(lse_shape, dtype=float32, device=device)
-        if heads_first:
-            q, k, v, o = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2)
+        if varlen:
+            total, heads, _ = q.shape
+            o = out = empty((total, heads, v.shape[-1]), dtype=q.dtype, device=device)
+            lse = empty((heads, total), dtype=float32, device=device) if with_lse else None
         else:
-            o = out
+            out = empty(shape, dtype=q.dtype, device=device)
+            lse = None if lse_shape is None else empty(lse_shape, dtype=float32, device=device)
+            if heads_first:
+                q, k, v, o = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2)
+            else:
+                o = out
+        scalars = fixed
+        if not simple:
+            scalars = {**fixed, **{name: operands[place] for name, place in given}}
+            if drawn:
+                scalars["philox"] = ops.draw_philox(q, dropout_p, generator)
+            if rebind is not None:
+                made = rebind(tensors)
+                for name in bound:
+                    scalars[name] = made[name]
         try:
             if several and device.type == "cuda" and torch.cuda.current_device() != device.index:
                 with torch.cuda.device(device):
@@ -136,7 +242,7 @@ def _launcher(plan: dispatch.Plan) -> Bound:
     return run
 
 
-def table() -> dict[Key, Bound | None]:
+def table() -> Table:
     """What is remembered now."""
     return _bound
 

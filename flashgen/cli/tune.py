@@ -18,10 +18,12 @@ from flashgen.store import Record, open_store, portfolios, seeds
 from flashgen.target import Target
 from flashgen.tuner import STRATEGIES, TuneResult, choose_mode, devices, portfolio
 from flashgen.tuner import tune as run_tuner
+from flashgen.tuner.ahead import ahead
 from flashgen.tuner.context import choose_variant
 from flashgen.tuner.plan import plan
 from flashgen.tuner.progress import clock_time
 from flashgen.tuner.run import with_gradients
+from flashgen.tuner.worker import MeasuringWorker
 
 
 @click.command()
@@ -66,6 +68,15 @@ def tune(as_json: bool, **values: Any) -> int:
     if values["train"]:
         problems = _pairs(problems)
     target = target_of(values["target_name"])
+    if values["plan"]:
+        return _run(problems, target, values, as_json, None)
+    with ahead(values["mode"], values["cluster"]) as worker:
+        return _run(problems, target, values, as_json, worker)
+
+
+def _run(
+    problems: list[Problem], target: Target | None, values: dict[str, Any], as_json: bool, worker: MeasuringWorker | None
+) -> int:  # fmt: skip
     left_out: list[dict[str, str]] = []
     if values["cluster"] is None or target is not None:  # else the cluster says what its GPUs are
         problems, left_out = _coverable(problems, target or devices.installed())
@@ -85,6 +96,7 @@ def tune(as_json: bool, **values: Any) -> int:
         resume=values["resume"],
         retry_failed=values["retry_failed"],
         cluster=values["cluster"],
+        worker=worker,
     )
     written: tuple[Path, ...] = ()
     if values["seeds_folder"] is not None:
@@ -166,7 +178,8 @@ def _plan(
     stored: list[Record] = []
     if values["database"] is not None or (env.database_path is not None and env.database_path.exists()):
         with contextlib.suppress(DatabaseError), open_store(where) as store:
-            stored = store.trials(op=problems[0].spec.op)
+            for op in sorted({problem.spec.op for problem in problems}):
+                stored += store.trials(op=op)
     plans = [
         plan(
             problem, target, mode=mode, max_trials=values["trials"], workers=values["workers"], stored=stored,

@@ -120,13 +120,20 @@ class _Loads:
         )
 
 
-def arrays_of(tensors: Sequence[Tensor]) -> list[Array]:
-    """Captured tensors for the analysis: NumPy's view of what lies on the CPU, a copy of the rest."""
+def arrays_of(tensors: Sequence[Tensor], read: Sequence[int] | None = None) -> list[Array]:
+    """Captured tensors for the analysis: NumPy's view of what lies on the CPU, a copy of the rest.
+
+    Args:
+        tensors: by number.
+        read: the numbers that are wanted, None for all; in the place of the others stands None.
+    """
     return [
         np.asarray(
             (tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 2 else tensor).detach().cpu()
         )
-        for tensor in tensors
+        if read is None or number in read
+        else None
+        for number, tensor in enumerate(tensors)
     ]
 
 

@@ -214,24 +214,48 @@ class _Walk:
                 self.visit(found, name)
 
     def _code(self, value: types.CodeType) -> None:
-        self.parts.append(
-            f"code:{value.co_code.hex()}:{value.co_names}:{value.co_varnames[: value.co_argcount]}:{value.co_flags}"
-            f":{value.co_freevars}:{value.co_exceptiontable.hex() if sys.version_info >= (3, 11) else ''}"
+        text, unknown = _code_text(value)
+        self.parts.append(text)
+        self.unknown |= unknown
+
+
+_MOST_CODES = 4096
+_codes: dict[int, tuple[types.CodeType, str, bool]] = {}  # by id, with the code itself, so that no id is given twice
+_names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
+
+
+def _code_text(code: types.CodeType) -> tuple[str, bool]:
+    """What code computes, as text, and whether that is not all; code never changes, so each is read once."""
+    known = _codes.get(id(code))
+    if known is None:
+        walk = _Walk()
+        walk.parts.append(
+            f"code:{code.co_code.hex()}:{code.co_names}:{code.co_varnames[: code.co_argcount]}:{code.co_flags}"
+            f":{code.co_freevars}:{code.co_exceptiontable.hex() if sys.version_info >= (3, 11) else ''}"
         )
         # What is imported inside is no global, and so is not seen.
-        imported = (step.argval for step in dis.get_instructions(value) if step.opname == "IMPORT_NAME")
-        self.unknown |= any(str(name).partition(".")[0] not in _FIXED for name in imported)
-        for constant in value.co_consts:
+        imported = (step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
+        walk.unknown |= any(str(name).partition(".")[0] not in _FIXED for name in imported)
+        for constant in code.co_consts:
             if isinstance(constant, frozenset):
-                self._all_primitive(constant)
+                walk._all_primitive(constant)
             else:
-                self.visit(constant, "constant")
+                walk.visit(constant, "constant")
+        if len(_codes) >= _MOST_CODES:
+            _codes.clear()
+        known = _codes[id(code)] = (code, hashlib.sha256("\x1f".join(walk.parts).encode()).hexdigest(), walk.unknown)
+    return known[1], known[2]
 
 
 def all_names(code: types.CodeType) -> tuple[str, ...]:
     """The names that code and the functions inside it look up."""
-    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in all_names(one)]
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
+    known = _names.get(id(code))
+    if known is None:
+        inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in all_names(one)]
+        if len(_names) >= _MOST_CODES:
+            _names.clear()
+        known = _names[id(code)] = (code, tuple(dict.fromkeys((*code.co_names, *inner))))
+    return known[1]
 
 
 def fixed(value: Any) -> bool:

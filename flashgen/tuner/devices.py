@@ -13,11 +13,14 @@ from flashgen.tuner.worker import Device
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
+def has_driver() -> bool:
+    """Whether a process of this host might reach a GPU."""
+    return sys.platform != "linux" or any(Path(path).exists() for path in _DRIVERS)
+
+
 def installed() -> Target:
     """The target of this host's current GPU, or the CPU."""
-    if sys.platform == "linux" and not any(Path(path).exists() for path in _DRIVERS):
-        return Target.named("cpu")
-    return Target.detect()
+    return Target.detect() if has_driver() else Target.named("cpu")
 
 
 def local(target: Target, most: int | None) -> list[Device]:

@@ -49,11 +49,14 @@ class LocalPlace:
         device: where.
         workers: compiling processes; None for one per core.
         study: an Optuna storage, or None.
+        worker: the device's measuring process where it was started already; None to make one.
     """
 
-    def __init__(self, device: Device, *, workers: int | None = None, study: str | None = None) -> None:
+    def __init__(
+        self, device: Device, *, workers: int | None = None, study: str | None = None, worker: MeasuringWorker | None = None
+    ) -> None:  # fmt: skip
         self.name = device.visible or device.kind
-        self._worker = MeasuringWorker(device)
+        self._worker = worker or MeasuringWorker(device)
         self._compiler = CompilePool(workers)
         self._device, self._study = device, study
 

@@ -17,6 +17,7 @@ from flashgen.problem import Problem
 from flashgen.store import Record, Store, open_store, select
 from flashgen.target import Target
 from flashgen.tuner import devices, policy, strategies
+from flashgen.tuner.ahead import ahead
 from flashgen.tuner.condemned import FAILED, condemned
 from flashgen.tuner.context import Context, Event, choose_variant, legal_list, require_space, source_of
 from flashgen.tuner.interrupts import two_stage
@@ -26,7 +27,7 @@ from flashgen.tuner.progress import reporter
 from flashgen.tuner.result import Mode, ProblemResult, TuneResult
 from flashgen.tuner.saving import Writer, recover
 from flashgen.tuner.search import check_strategy
-from flashgen.tuner.worker import Device, DeviceLostError
+from flashgen.tuner.worker import Device, DeviceLostError, MeasuringWorker
 
 _FINAL_STATUSES = (
     "ok",
@@ -59,6 +60,7 @@ def tune(
     trial_timeout_s: float = 60.0,
     on_event: Callable[[Event], None] | None = None,
     variant: str | None = None,
+    worker: MeasuringWorker | None = None,
 ) -> TuneResult:
     """Tune problems; see `flashgen.tune` for the common arguments.
 
@@ -76,6 +78,7 @@ def tune(
         trial_timeout_s: after which a candidate is killed while it is measured.
         on_event: called with every step of progress, instead of the progress bar.
         variant: name of the one to tune; None for the first that covers the problem, which is what dispatch takes.
+        worker: a measuring process of this host's current device that is coming up (`ahead`); None to start one here.
 
     Raises:
         InvalidProblemError: a value is out of range, or no target can be found.
@@ -91,6 +94,7 @@ def tune(
     start = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(two_stage())
+        early = worker or stack.enter_context(ahead(mode, cluster, provider))
         places: list[Place] = []
         if cluster is not None:
             where, places = _on_cluster(stack, cluster, target, mode, provider, workers)
@@ -108,7 +112,8 @@ def tune(
         if way == "measured" and not places:
             here = [Device(kind="cpu")] * (workers or 1) if provider == "cpu" else devices.local(where, workers)
             for device in here:
-                place = LocalPlace(device, workers=workers, study=study)
+                mine, early = (early, None) if early is not None and early.device == device else (None, early)
+                place = LocalPlace(device, workers=workers, study=study, worker=mine)
                 stack.callback(place.close)
                 place.prepare()
                 places.append(place)

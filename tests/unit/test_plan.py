@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from store_support import make
 from test_tuner_run import GOOD, Compiler
 
 from flashgen import KernelConfig, Problem, Target
-from flashgen.store import Record
+from flashgen.cli.main import run
+from flashgen.store import Record, open_store
 from flashgen.tuner import predicted, tune
 from flashgen.tuner.context import choose_variant, legal_list, source_of
 from flashgen.tuner.plan import ProblemPlan, plan
@@ -101,3 +103,25 @@ def test_a_plan_without_the_gpu_counts_what_is_compiled(
     planned = plan(problem, H100, mode="predicted", max_trials=trials, workers=1, stored=[])
     tune(problem, target=H100, mode="predicted", max_trials=trials, progress=False)
     assert len(compiler.asked) == planned.trials <= planned.legal
+
+
+def test_a_plan_knows_the_stored_trials_of_every_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a pair the second is of another operation: its rows are looked up too."""
+    monkeypatch.delenv("FLASHGEN_DB", raising=False)
+    with open_store(write=True) as store:
+        store.add(
+            [
+                make(op=op, spec_key=key, variant=variant, facts={"compile_s": seconds}, session=op)
+                for op, key, variant, seconds in (
+                    ("attention_fwd", "attention_fwd-fp32-d128-causal-lse", "triton_fwd", 3.0),
+                    ("attention_bwd", "attention_bwd-fp32-d128-causal", "triton_bwd", 77.0),
+                )
+            ]
+        )
+    words = ["tune", "--plan", "--train", "--preset", "llama3-8b", "--dtype", "fp32", "--target", "h100", "--json"]
+    assert run([*words, "--mode", "predicted", "--trials", "5", "--workers", "1"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["problems"]
+    assert "at 3.0 s (median of 1 trials of your database)" in first["basis"]
+    assert "at 77.0 s (median of 1 trials of your database)" in second["basis"]
