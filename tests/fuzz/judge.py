@@ -18,12 +18,12 @@ import flashgen
 from flashgen import accuracy, dispatch, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
+from flashgen.operands import Operands
 from flashgen.problem import Problem
 from flashgen.reference import Call, Result, exact, same_precision
 from flashgen.torch_blocked import blocked
 from flashgen.variants.triton_bwd import TritonBackward
 
-BLOCK_MASK_TILE = (16, 8)
 # A unit of one run may be small by luck; see `same_precision`.
 HONEST_RUNS = 8
 
@@ -47,10 +47,12 @@ def judge(case: Case, device: str = "cpu") -> str | None:
     if any(not torch.equal(x.cpu(), before[name]) for name, x in there.allocations.items()):
         return "an input's memory was written"
     for name, x in first.items():
-        # Unless they are asked to repeat, the Hopper backward's sums of dq have no fixed order.
-        if not _same_bits(x, second[name]) and not (
-            name == "dq" and case.backend == "gluon" and not deterministic(case)
-        ):
+        # Unless they are asked to repeat, the Hopper backward's sums of dq and those of biases and captured tensors have no fixed order.
+        loose = not case.deterministic and (
+            (name == "dq" and case.backend == "gluon")
+            or (device != "cpu" and name not in ("out", "lse", "dq", "dk", "dv"))
+        )
+        if not loose and not _same_bits(x, second[name]):
             return f"{name} differs between two runs"
     want = _joined(case, calls, [exact(call) for call in calls])
     runs = zip(*(same_precision(call, runs=HONEST_RUNS) for call in calls), strict=True)
@@ -72,11 +74,6 @@ def moved(t: Tensors, device: str) -> Tensors:
     return replace(t, allocations=allocations, **views, **others)
 
 
-def deterministic(case: Case) -> bool:
-    """Whether a case's call asks for gradients that repeat; every second does."""
-    return case.seed % 2 == 0
-
-
 def covered(case: Case, device: str = "cpu") -> bool:
     """Whether some variant of the case's backend takes it, its backward included where the case has one."""
     tensors = make(case) if device == "cpu" else moved(make(case), device)
@@ -87,6 +84,8 @@ def covered(case: Case, device: str = "cpu") -> bool:
             ends, used = _offsets(case, tensors.q.device)
             sizes = (case.sizes["i"], case.sizes["j"])
             problem = Problem.from_packed(tensors.q, tensors.k, tensors.v, *ends, *sizes, seqused_k=used, **args)
+            mods = Operands(score_mod=args["score_mod"], mask_mod=args["mask_mod"])
+            problem = mods.traced(problem, torch.device("cpu")) if case.backend != "torch" else problem
             dispatch.resolve(problem, backend=case.backend)  # type: ignore[arg-type]
         else:
             args |= {"block_mask": _block_mask(case, tensors.q.device)}
@@ -133,11 +132,15 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
         leaves["captured0"] = t.table
     named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
     t = replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
-    keywords = options(case, t) | {"backend": case.backend}
-    if t.q.is_cuda:
-        keywords["deterministic"] = deterministic(case)
-    elif case.backend == "triton":
+    keywords = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
+    if case.backend == "triton" and not t.q.is_cuda:
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
+    if case.backend == "gluon" and case.tile[0] > 64:  # else the default: two or three warpgroups of 64 rows
+        keywords["config"] = {
+            "BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "STAGES": 2, "SECTION": 2, "OWN_STAGING": True,
+            "CONSUMER_REGS": 240 if case.tile[0] == 128 else 160, "PRODUCER_REGS": 24 if case.tile[0] == 128 else 32,
+            "LAZY_SUM": case.tile[0] == 128, "TAKE_TURNS": case.tile[0] == 192,
+        }  # fmt: skip
     with _settings(t, tile, case):
         if case.lengths:
             ends, used = _offsets(case, t.q.device)
@@ -208,7 +211,7 @@ def _block_mask(case: Case, device: Any) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(
-        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(device), BLOCK_SIZE=BLOCK_MASK_TILE
+        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(device), BLOCK_SIZE=case.block_size
     )  # fmt: skip
 
 
