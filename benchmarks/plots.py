@@ -1,4 +1,7 @@
-"""Pictures of the tables' CSVs: TFLOP/s over the length, every contestant with its p10 to p90; of free-form attention bars by kind.
+"""Pictures of the tables' CSVs, with every contestant and its p10 to p90.
+
+TFLOP/s over the length, a panel a head dim and mask; of free-form attention (`hopper_freeform.py`) bars by kind, a panel an
+operation, head dim and length.
 
     python benchmarks/plots.py benchmarks/results/h200_forward.csv benchmarks/results/h200_forward.png
 
