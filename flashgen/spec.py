@@ -32,10 +32,12 @@ class Mods:
     Attributes:
         digest: of all that a kernel's text takes from them.
         program: a `flashgen.mods.Program`, which writes that text.
+        samples: what it captures, for instance: tensors for tuning and checks (`Problem.modified`); none in a call.
     """
 
     digest: str
     program: Any = field(compare=False, repr=False)
+    samples: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,7 +170,7 @@ _lock = threading.Lock()
 
 
 def program(
-    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device
+    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device | None
 ) -> tuple[Program, tuple[Tensor, ...]]:
     """The program of a call and the tensors that it captures now.
 
@@ -179,7 +179,7 @@ def program(
     Args:
         score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), or None.
         mask_mods: mask_mod(b, h, q_idx, kv_idx) by the name that a message is to use, e.g. `block_mask.mask_mod`.
-        device: of q.
+        device: of q; None for the CPU.
 
     Returns:
         (program, tensors): the tensors in the order of `Program.captures`, on the device.
@@ -188,7 +188,7 @@ def program(
         UnsupportedProblemError: an operation that kernels do not have; names it and the user's line.
         InvalidProblemError: see `trace`.
     """
-    functions = (score_mod, *mask_mods.values())
+    functions, device = (score_mod, *mask_mods.values()), device or torch.device("cpu")
     found = fingerprint(functions, *mask_mods, str(device), torch.get_default_dtype())
     if found.key is not None:
         with _lock:
