@@ -5,6 +5,8 @@ VENV ?= .venv
 # a machine without a GPU needs no gigabytes of CUDA. Where pip is offered both builds, it takes the CPU one by itself.
 TORCH_INSTALL ?= torch==2.13.0
 TORCH_INDEX ?=
+# Processes that share the tests; a GPU is nobody's to share, its times least of all.
+JOBS ?= $(if $(wildcard /proc/driver/nvidia/version),0,2)
 # The oldest and the newest Triton that a rendered text must compile with.
 TRITONS ?= 3.6.0 3.9.0
 # make fuzz SEEDS=first:count, or FUZZ_SECONDS=600 for as many as fit
@@ -32,7 +34,7 @@ quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check,
 	$(VENV)/bin/flashgen quickstart --output .cache
 
 test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason where there is none
-	$(PY) -m pytest -q -rs --durations=10
+	$(PY) -m pytest -q -rs --durations=10 -n $(JOBS) --dist worksteal
 
 check: lint ## format, lint, strict types, and the fast tests
 	$(PY) -m pytest -q -m "not slow and not gpu" tests/unit tests/golden

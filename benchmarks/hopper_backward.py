@@ -1,157 +1,104 @@
-"""The Hopper backward beside its peers on a Hopper GPU: bf16, 16k tokens, hidden size 2048; sums of dq in any and in a fixed order.
+"""The backward beside its peers on a Hopper GPU: bf16, 16k tokens, hidden size 2048, through the harness of `flashgen bench`.
 
-    python benchmarks/hopper_backward.py --csv benchmarks/results/h100_backward.csv
+    python benchmarks/hopper_backward.py --dry-run
+    python benchmarks/hopper_backward.py --csv benchmarks/results/h200_backward.csv --budget-s 540
+    python benchmarks/hopper_backward.py --csv benchmarks/results/h200_backward_portable.csv --backend triton --lengths 2048,8192
 
-Every contestant computes dq, dk and dv of one output; peers through autograd, this kernel without it. All take turns, call by call, in an
-order shuffled every round; a ratio is the median of its rounds' ratios. The kernel runs with its default configuration.
+Head dims 64, 128, 256 x lengths 2k to 16k x full and causal, then 192/128 at two lengths: 28 cells. Every contestant computes dq, dk and dv of one
+output through autograd; flashgen twice, `flashgen` in its fastest order of sums and `flashgen-ordered` with `deterministic=True`, whose bits repeat.
+Cells and budget are `hopper_forward.py`'s, `--compile` too. Exit code 0 done, 1 something is wrong or cells are left, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
-import csv
-import itertools
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import side_by_side
 
-from flashgen.build import build
-from flashgen.render import render
-from flashgen.spec import AttentionSpec
-from flashgen.target import Target
-from flashgen.variants import by_name
+from flashgen.peers import NAMES, Flashgen, choose
+from flashgen.problem import Problem
 
-BACKWARD, FORWARD, H100 = by_name("gluon_bwd_sm90"), by_name("gluon_fwd_sm90"), Target.named("h100")
 TOKENS, HIDDEN = 16384, 2048
-WIDTHS = ((128, 128), (64, 64), (256, 256), (192, 128))
-COLUMNS = [
-    "step",
-    "head_dim",
-    "seqlen",
-    "causal",
-    "contestant",
-    "median_ms",
-    "p10_ms",
-    "p90_ms",
-    "tflops",
-    "cudnn_time_over_this",
-    "rounds",
-]
-Call = Callable[[], Any]
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+WIDTHS = ((128, 128), (64, 64), (256, 256))
+LENGTHS = (4096, 8192, 2048, 16384)
+UNEQUAL, UNEQUAL_LENGTHS = (192, 128), (8192, 2048)
 
 
-def sdpa(backend: SDPBackend, inputs: Inputs, causal: bool) -> Call:
-    """PyTorch's backward with one backend."""
-    q, k, v, dout = (x.transpose(1, 2) for x in inputs)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with sdpa_kernel(backend):
-        out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-
-def fa4(inputs: Inputs, causal: bool) -> Call:
-    """FlashAttention 4's, where it is installed."""
-    from flash_attn.cute import flash_attn_func
-
-    *qkv, dout = inputs
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out = flash_attn_func(*leaves, causal=causal)
-    out = out[0] if isinstance(out, tuple) else out
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-
-def ours(inputs: Inputs, causal: bool, deterministic: bool) -> Call:
-    """The rendered kernel; out and lse are the Hopper forward's."""
-    q, k, v, dout = inputs
-    shape = {"dtype": "bf16", "head_dim": q.shape[3], "head_dim_v": v.shape[3], "causal": causal}
-    spec = AttentionSpec(op="attention_bwd", **shape)  # type: ignore[arg-type]
-    forward = AttentionSpec(has_lse=True, **shape)  # type: ignore[arg-type]
-    scalars = {"sm_scale": q.shape[3] ** -0.5, "causal_offset": 0}
-    out, lse = torch.empty_like(dout), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
-    build(render(forward, FORWARD)).launch(q, k, v, out, lse, **scalars, **FORWARD.default(forward, H100))
-    launch, config = build(render(spec, BACKWARD)).launch, BACKWARD.default(spec, H100)
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
-    return lambda: launch(dout, None, q, k, v, out, lse, *gradients, **scalars, **config, deterministic=deterministic)
-
-
-def contestants(inputs: Inputs, causal: bool) -> dict[str, Call]:
-    """Those that run these inputs, each called once."""
-    makers: dict[str, Callable[[], Call]] = {
-        "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION, inputs, causal),
-        "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION, inputs, causal),
-        "fa4": lambda: fa4(inputs, causal),
-        "fast": lambda: ours(inputs, causal, False),
-        "ordered": lambda: ours(inputs, causal, True),
-    }
-    found = {}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-            found[name]()
-            torch.cuda.synchronize()
-        except (ImportError, RuntimeError) as error:
-            click.echo(f"  {name} does not run: {error}", err=True)
-            found.pop(name, None)
-    return found
-
-
-def times_of(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round; two rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names, generator = list(calls), torch.Generator().manual_seed(1)
-    for number in range(rounds + 2):
-        marks = []
-        for index in torch.randperm(len(names), generator=generator).tolist():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            calls[names[index]]()
-            end.record()
-            marks.append((names[index], start, end))
-        torch.cuda.synchronize()
-        for name, start, end in marks:
-            if number >= 2:
-                times[name].append(start.elapsed_time(end))
-    return times
+def cells(device: str, lengths: Sequence[int] = LENGTHS) -> Iterator[Problem]:
+    """All problems, the most telling first; unequal head dims last, since few peers take them."""
+    plain = [(length, widths) for length in LENGTHS for widths in WIDTHS]
+    for length, (head_dim, head_dim_v) in (*plain, *((length, UNEQUAL) for length in UNEQUAL_LENGTHS)):
+        if length not in lengths:
+            continue
+        for causal in (True, False):
+            heads = HIDDEN // head_dim_v
+            yield Problem(
+                dtype="bf16",
+                batch=TOKENS // length,
+                seqlen_q=length,
+                seqlen_k=length,
+                num_heads_q=heads,
+                num_heads_kv=heads,
+                head_dim=head_dim,
+                head_dim_v=head_dim_v,
+                causal=causal,
+                device=device,
+            )
 
 
 @click.command()
-@click.option("--csv", "path", type=click.Path(path_type=Path), required=True, help="Written anew.")
-@click.option("--lengths", default="8192,2048", show_default=True)
-@click.option("--rounds", type=click.IntRange(min=3), default=21, show_default=True)
-def main(path: Path, lengths: str, rounds: int) -> None:
-    """Time the backward of some cells beside cuDNN, FlashAttention 2 and, where installed, 4."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no GPU here.")
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# {torch.cuda.get_device_name()}, torch {torch.__version__}; bf16, {TOKENS} tokens, hidden {HIDDEN}\n"
+@click.option(
+    "--csv", "path", type=click.Path(path_type=Path), help="Append to this file; its cells are not run again."
+)
+@click.option("--budget-s", type=click.FloatRange(min=1), default=540.0, show_default=True, help="Wall-clock seconds.")
+@click.option("--peers", default="fa4,sdpa-cudnn,sdpa-flash", show_default=True, help=f"Of {', '.join(NAMES)}, or all.")
+@click.option("--backend", default="auto", show_default=True, help="Of flashgen.")
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--head-dim", type=click.Choice(["64", "128", "192", "256"]), help="Cells of this one alone.")
+@click.option("--lengths", default=",".join(map(str, LENGTHS)), show_default=True, help="Cells of these alone.")
+@click.option("--dry-run", is_flag=True, help="List the cells that would run, and run none.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the list as JSON.")
+@click.option("--compile", "ahead", is_flag=True, help="Compile alone, all kernels side by side.")
+@click.option("--prepare", "shard", type=int, hidden=True, help="One kernel's cells, called once.")
+def main(
+    path: Path | None,
+    budget_s: float,
+    peers: str,
+    backend: str,
+    rounds: int,
+    head_dim: str | None,
+    lengths: str,
+    dry_run: bool,
+    as_json: bool,
+    ahead: bool,
+    shard: int | None,
+) -> int:
+    """Time the backward of 28 cells beside every installed peer."""
+    chosen = [int(length) for length in lengths.split(",")]
+    if odd := sorted(set(chosen) - set(LENGTHS)):
+        raise click.BadParameter(
+            f"{odd[0]} is no length of this table, which has {', '.join(map(str, sorted(LENGTHS)))}."
         )
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for (d, dv), seqlen, causal in itertools.product(WIDTHS, map(int, lengths.split(",")), (True, False)):
-            batch, heads = TOKENS // seqlen, HIDDEN // min(d, dv)
-            q, k, v, dout = (
-                torch.randn(batch, seqlen, heads, width, device="cuda", dtype=torch.bfloat16)
-                for width in (d, d, dv, dv)
-            )
-            times = times_of(contestants((q, k, v, dout), causal), rounds)
-            flops = 2 * batch * heads * seqlen**2 * (3 * d + 2 * dv) / (2 if causal else 1)
-            for name, taken in times.items():
-                low, middle, high = (sorted(taken)[i] for i in (rounds // 10, rounds // 2, rounds - 1 - rounds // 10))
-                peer = times.get("cudnn", [float("nan")] * rounds)
-                ratio = statistics.median(theirs / mine for theirs, mine in zip(peer, taken, strict=True))
-                figures = (f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}", f"{flops / middle / 1e9:.1f}", f"{ratio:.4f}")
-                writer.writerow(["speed", d, seqlen, int(causal), name, *figures, rounds])
-                click.echo(
-                    f"D{d} S{seqlen} {'causal' if causal else 'full'} {name}: {figures[0]} ms, {figures[3]} TFLOP/s"
-                )
-            file.flush()
+    todo = side_by_side.missing(list(cells("cuda", chosen)), "attention_bwd", path)
+    todo = [problem for problem in todo if head_dim in (None, str(problem.head_dim))]
+    if dry_run:
+        side_by_side.show(todo, as_json)
+        return 0
+    side_by_side.need_gpu()
+    own = [Flashgen(backend), Flashgen(backend, deterministic=True)]
+    contestants = [
+        *(own[:1] if backend == "triton" else own),
+        *choose(peers.split(",")),
+    ]  # triton's has one order of sums
+    if shard is not None:
+        side_by_side.prepare(side_by_side.shards(todo)[shard], "attention_bwd", contestants)
+        return 0
+    if ahead:
+        return side_by_side.prepare_apart(len(side_by_side.shards(todo)))
+    return side_by_side.run(todo, "attention_bwd", contestants, path=path, budget_s=budget_s, rounds=rounds)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(side_by_side.exit_code(main))

@@ -1,6 +1,6 @@
 """`resolve`: which variant runs a problem, with which configuration, and why.
 
-The order of configurations is the contract's: explicit, measured in the user's database, measured and shipped,
+The order of configurations is fixed: explicit, measured in the user's database, measured and shipped,
 predicted (the user's, then shipped), default. Nothing is tuned or predicted during a call; answers are memoised.
 """
 

@@ -60,6 +60,12 @@ class Case:
     config: KernelConfig
     values: accuracy.Values = "normal"
 
+    @property
+    def size(self) -> int:
+        """Scores, masked ones included: what a run costs."""
+        p = self.problem
+        return p.batch * p.num_heads_q * p.seqlen_q * p.seqlen_k
+
 
 # What to run, and with which knobs where the variant has them; three CTAs share the tiles.
 _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values], ...] = (
@@ -143,7 +149,8 @@ class Study:
         self._cases = self._choose(variant, target)
         self._references: dict[int, tuple[accuracy.Pair, accuracy.Pair]] = {}
         self._works: dict[int, Work] = {}
-        self._lines: set[int] | None = None
+        self._lines: dict[int, set[int]] = {}  # case -> the lines of the text that it runs
+        self._running = 0
 
     def _choose(self, variant: Variant, target: Target) -> tuple[Case, ...]:
         """The problems to run."""
@@ -155,7 +162,7 @@ class Study:
         Raises:
             AccuracyError: the original itself fails.
         """
-        for number in range(len(self._cases)):
+        for number in self._order(text):
             try:
                 right, work = self._run(text, number, schedule, seed)
             except SimulationError as error:
@@ -168,23 +175,40 @@ class Study:
 
     def reaches(self, mutant: Mutant) -> bool:
         """Whether any case runs the mutant's line: an arm that is compiled out for this spec breaks nothing."""
-        if self._lines is None:
-            self._lines = set()
+        return any(mutant.line in lines for lines in self._lines_by_case().values())
+
+    def _order(self, text: str) -> list[int]:
+        """All cases: those that run a line which differs from the original's first, and of these the smallest.
+
+        Nearly every broken copy is found by a case that runs the break, and the rest need not run then.
+        """
+        numbers = list(range(len(self._cases)))
+        old, new = self.text.splitlines(), text.splitlines()
+        if len(old) != len(new) or old == new:
+            return numbers
+        broken = {line for line, pair in enumerate(zip(old, new, strict=True), 1) if pair[0] != pair[1]}
+        lines = self._lines_by_case()
+        return sorted(numbers, key=lambda number: (not broken & lines[number], self._cases[number].size))
+
+    def _lines_by_case(self) -> dict[int, set[int]]:
+        """Case -> the lines of the original that run in it; found once."""
+        if not self._lines:
             before = threading.gettrace()
             threading.settrace(self._trace)
             try:
                 for number in range(len(self._cases)):
+                    self._running, self._lines[number] = number, set()
                     self._run(self.text, number, "eager", 0)
             finally:
                 threading.settrace(before)  # type: ignore[arg-type]
-        return mutant.line in self._lines
+        return self._lines
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Note the lines of the kernel's text that run."""
         if not frame.f_code.co_filename.startswith("<flashgen simulation"):
             return None
-        if event == "line" and self._lines is not None:
-            self._lines.add(frame.f_lineno)
+        if event == "line":
+            self._lines[self._running].add(frame.f_lineno)
         return self._trace
 
     def _work(self, number: int) -> Work:

@@ -417,5 +417,5 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def not_built(name: str) -> UnsupportedProblemError:
-    """The error of a public name or option that exists in the contract and is not built yet."""
+    """The error of a public name or option that is reserved and not built yet."""
     return UnsupportedProblemError(f"{name} is not supported by this version of flashgen: nothing covers it yet.")

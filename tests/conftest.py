@@ -12,6 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# One thread a process, where no GPU waits for its references: what tests compute is small, and threads that spin while they
+# wait for each other took most of the time of many tests. Before torch and NumPy are loaded, and for processes of tests, too.
+if not Path("/proc/driver/nvidia/version").exists():
+    for _library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
 if importlib.util.find_spec("flashgen") is None:
     # A bare checkout: tests and the processes they start import the package from it.
     sys.path.insert(0, str(ROOT))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from flashgen.problem import Layout, Problem
 
+if TYPE_CHECKING:
+    from flashgen.peers.judge import Judge
+
 BenchOp = Literal["attention_fwd", "attention_bwd"]
 OPS: tuple[BenchOp, ...] = ("attention_fwd", "attention_bwd")
 Call = Callable[[], Any]
+BACKWARD_FLOPS = 2.5  # five products to the forward's two, FlashAttention-2, section 4.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class Peer(ABC):
 
     name: str
     layout: ClassVar[Layout] = "bshd"
+    computes: Hashable = None  # which function of the inputs; peers of one function share their references
 
     @abstractmethod
     def available(self, device: str) -> str | None:
@@ -60,6 +65,16 @@ class Peer(ABC):
     def detail(self, problem: Problem, op: BenchOp) -> str:
         """What runs inside, where there is a choice, e.g. the configuration."""
         return ""
+
+    def judge(self, problem: Problem, op: BenchOp, tensors: Tensors) -> Judge:
+        """What holds results on one copy of the inputs (layout bshd) against fp64: the problem's own attention, if not overridden."""
+        from flashgen.peers.judge import Judge
+
+        return Judge(problem, op, tensors)
+
+    def flops(self, problem: Problem, op: BenchOp) -> float:
+        """Of one call: products over visible pairs."""
+        return problem.flops * (1.0 if op == "attention_fwd" else BACKWARD_FLOPS)
 
     def prepare(self, problem: Problem, op: BenchOp, copies: list[Tensors]) -> list[Call]:
         """One call per copy of the inputs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,14 +24,13 @@ from flashgen.bench.rounds import (
 )
 from flashgen.bench.timing import Measurement, summarise
 from flashgen.errors import UnsupportedProblemError
-from flashgen.peers.base import BenchOp, Call, Peer, beyond_plain
+from flashgen.peers.base import BACKWARD_FLOPS, BenchOp, Call, Peer, beyond_plain
 from flashgen.peers.inputs import Inputs
 from flashgen.peers.judge import PEER_SLACK, Judge
 from flashgen.peers.own import Flashgen
 from flashgen.problem import Problem
 
 TWIN = "flashgen (A/A)"
-BACKWARD_FLOPS = 2.5  # five products to the forward's two, FlashAttention-2, section 4.1
 SHORT_MS = 0.05  # below it a launch's host time may exceed the kernel's
 
 Status = Literal["ok", "loose", "wrong", "failed", "unsupported", "absent", "not run"]
@@ -130,6 +129,7 @@ def compare(
     rounds: int = 30,
     seed: int = 0,
     cuda_graph: bool = False,
+    warm_up_ms: tuple[float, float] = (200.0, 2000.0),
     clock: Clock | None = None,
     inputs: Inputs | None = None,
     expired: Callable[[], bool] = lambda: False,
@@ -144,6 +144,7 @@ def compare(
         rounds: samples of each.
         seed: of the inputs and the shuffles.
         cuda_graph: capture each call and time replays: host time vanishes.
+        warm_up_ms: the least and the most of the warm-up.
         clock: events on a GPU, the host's clock elsewhere, where not given.
         inputs: drawn here where not given.
         expired: True ends the measurement early, keeping what there is.
@@ -167,7 +168,7 @@ def compare(
         )
     inputs = inputs or Inputs(problem, op, seed=seed)
     result.copies, result.overflows = inputs.copies, inputs.overflows
-    entrants = _Entrants(result, inputs, cuda_graph, say)
+    entrants = _Entrants(result, inputs, cuda_graph, warm_up_ms, say)
     for peer, entry in zip(contestants, result.contestants, strict=True):
         if entry.status == "ok":
             entrants.admit(peer, entry)
@@ -175,7 +176,7 @@ def compare(
         entrants.run(
             clock or (EventClock() if problem.device.startswith("cuda") else WallClock()), rounds, seed, expired
         )
-    _summarise(result, rounds)
+    _summarise(result, rounds, {peer.name: peer.flops(problem, op) for peer in contestants})
     return result
 
 
@@ -195,14 +196,20 @@ def _enter(peer: Peer, problem: Problem, op: BenchOp) -> Contestant:
 class _Entrants:
     """The contestants that run: their calls, and the judges of the first and the last copy of the inputs."""
 
-    def __init__(self, result: Comparison, inputs: Inputs, cuda_graph: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        result: Comparison,
+        inputs: Inputs,
+        cuda_graph: bool,
+        warm_up_ms: tuple[float, float],
+        say: Callable[[str], None],
+    ) -> None:
         self.result, self.inputs, self.cuda_graph, self.say = result, inputs, cuda_graph, say
+        self.warm_up_ms = warm_up_ms
         self.calls: dict[str, list[Call]] = {}
         self.peers: dict[str, Peer] = {}
-        copies = inputs.of("bshd")
-        self._first = Judge(result.problem, result.op, copies[0])
-        self._last = Judge(result.problem, result.op, copies[-1])
-        result.coverage = self._first.coverage
+        self._judges: dict[tuple[Hashable, int], Judge] = {}
+        result.coverage = Judge(result.problem, result.op, inputs.of("bshd")[0]).coverage
 
     def admit(self, peer: Peer, entry: Contestant) -> None:
         """Prepare a contestant and judge its first result."""
@@ -217,7 +224,7 @@ class _Entrants:
             entry.status, entry.message = "failed", f"{type(error).__name__}: {text[0] if text else ''}"
             return
         entry.prepare_s = time.perf_counter() - start
-        if self._holds(self._first, peer, entry, outcome):
+        if self._holds(0, peer, entry, outcome):
             self.calls[entry.name] = calls
             self.peers[entry.name] = peer
 
@@ -225,9 +232,12 @@ class _Entrants:
         calls = peer.prepare(self.result.problem, self.result.op, self.inputs.of(peer.layout))
         return [_graphed(call) for call in calls] if self.cuda_graph else calls
 
-    def _holds(self, judge: Judge, peer: Peer, entry: Contestant, outcome: Any) -> bool:
+    def _holds(self, copy: int, peer: Peer, entry: Contestant, outcome: Any) -> bool:
+        key = (peer.computes, copy)
+        if key not in self._judges:
+            self._judges[key] = peer.judge(self.result.problem, self.result.op, self.inputs.of("bshd")[copy])
         slack = 1.0 if isinstance(peer, Flashgen) else PEER_SLACK
-        judgement, used, message = judge.judge(outcome, peer.layout, slack=slack)
+        judgement, used, message = self._judges[key].judge(outcome, peer.layout, slack=slack)
         entry.budget_used = max(used, entry.budget_used or 0.0)
         if judgement == "wrong" or entry.status == "ok":
             entry.status, entry.message = judgement, message
@@ -243,7 +253,10 @@ class _Entrants:
             result.contestants.append(entries[TWIN])
         self.say(f"{', '.join(self.calls)}: {rounds} rounds")
         result.gpu_before = _state(result.problem)
-        timed = run_rounds(self.calls, clock=clock, rounds=rounds, seed=seed, expired=expired)
+        least, most = self.warm_up_ms
+        timed = run_rounds(
+            self.calls, clock=clock, rounds=rounds, seed=seed, least_ms=least, most_ms=most, expired=expired
+        )
         result.gpu_after = _state(result.problem)
         result.warm_up_rounds, result.settled = timed.warm_up_rounds, timed.settled
         result.interrupted, result.expired = timed.interrupted, timed.expired
@@ -251,7 +264,7 @@ class _Entrants:
             entry = entries[name]
             if not samples:
                 entry.status, entry.message = "not run", "interrupted" if timed.interrupted else "the time was over"
-            elif name == TWIN or self._holds(self._last, self.peers[name], entry, self.calls[name][-1]()):
+            elif name == TWIN or self._holds(-1, self.peers[name], entry, self.calls[name][-1]()):
                 entry.samples = samples
 
 
@@ -283,14 +296,15 @@ def _graphed(call: Call) -> Call:
     return replay
 
 
-def _summarise(result: Comparison, rounds: int) -> None:
+def _summarise(result: Comparison, rounds: int, flops: dict[str, float]) -> None:
     baseline = result.baseline
+    flops = {**flops, TWIN: flops[baseline.name]}
     for entry in result.contestants:
         if not entry.samples:
             continue
         entry.time = summarise(entry.samples, result.protocol)
         seconds = entry.time.latency_ms / 1e3
-        entry.tflops, entry.gbps = result.flops / seconds / 1e12, result.moved_bytes / seconds / 1e9
+        entry.tflops, entry.gbps = flops[entry.name] / seconds / 1e12, result.moved_bytes / seconds / 1e9
         if entry is not baseline and baseline.samples:
             entry.ratio = pairwise_ratio(entry.samples, baseline.samples)
     twin = next((entry.ratio for entry in result.contestants if entry.name == TWIN), None)

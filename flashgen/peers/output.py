@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def check_csv(path: Path) -> None:
+def check_csv(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Refuse a file that rows cannot be appended to, before any work.
 
     Raises:
@@ -40,8 +40,8 @@ def check_csv(path: Path) -> None:
         return
     with path.open(newline="") as file:
         found = next(csv.reader(file), [])
-    if tuple(found) != COLUMNS:
-        odd = sorted(set(found) ^ set(COLUMNS)) or ["their order"]
+    if tuple(found) != tuple(columns):
+        odd = sorted(set(found) ^ set(columns)) or ["their order"]
         raise InvalidProblemError(
             f"--csv {path} has another header than {PROTOCOL_SIDE_BY_SIDE}'s, it differs in {', '.join(odd)}: "
             "rows are only ever appended to a file of the same columns. Name another file."
@@ -54,34 +54,44 @@ def append_csv(path: Path, comparison: Comparison, environment: Environment) -> 
     Raises:
         InvalidProblemError: as `check_csv`.
     """
-    check_csv(path)
+    append_rows(path, [row(comparison, entry, environment) for entry in comparison.contestants])
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
+    """Append rows of these columns, with the header where the file is new.
+
+    Raises:
+        InvalidProblemError: as `check_csv`.
+    """
+    check_csv(path, columns)
     new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
-        writer.writerows(_row(comparison, entry, environment) for entry in comparison.contestants)
+        writer.writerows(rows)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of such a file.
 
     Raises:
         InvalidProblemError: as `check_csv`.
     """
-    check_csv(path)
+    check_csv(path, columns)
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _row(comparison: Comparison, entry: Contestant, environment: Environment) -> dict[str, Any]:
-    row: dict[str, Any] = {name: getattr(comparison.problem, name) for name in _SIZES}
-    row |= {
+def row(comparison: Comparison, entry: Contestant, environment: Environment) -> dict[str, Any]:
+    """One contestant as `COLUMNS` name it."""
+    found: dict[str, Any] = {name: getattr(comparison.problem, name) for name in _SIZES}
+    found |= {
         name: getattr(comparison, name) for name in ("protocol", "op", "cuda_graph", "copies", "overflows", "settled")
     }
-    row |= {name: getattr(entry, name) for name in ("version", "detail", "status", "message", "verdict")}
+    found |= {name: getattr(entry, name) for name in ("version", "detail", "status", "message", "verdict")}
     figures: dict[str, float | None] = {
         "budget_used": entry.budget_used,
         "prepare_s": entry.prepare_s,
@@ -96,10 +106,10 @@ def _row(comparison: Comparison, entry: Contestant, environment: Environment) ->
         figures |= {"p10_ms": entry.time.latency_p10_ms, "p90_ms": entry.time.latency_p90_ms}
     if entry.ratio is not None:
         figures |= {f"ratio_{name}": getattr(entry.ratio, name) for name in ("median", "p10", "p90", "low", "high")}
-    row |= {name: "" if value is None else f"{value:.6g}" for name, value in figures.items()}
+    found |= {name: "" if value is None else f"{value:.6g}" for name, value in figures.items()}
     machine = {name: getattr(environment, name) for name in ("date", "device", "gpu", "driver", "cpu", "threads")}
     versions = {name: environment.versions.get(name, "") for name in _LIBRARIES}
-    return row | machine | versions | {"contestant": entry.name, "samples": len(entry.samples)}
+    return found | machine | versions | {"contestant": entry.name, "samples": len(entry.samples)}
 
 
 def document(

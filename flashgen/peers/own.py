@@ -20,11 +20,18 @@ INTERPRETED = "CPU tensors would run in Triton's interpreter, which is for check
 
 
 class Flashgen(Peer):
-    """`flashgen.attention`, as a user calls it."""
+    """`flashgen.attention`, as a user calls it.
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+    Args:
+        backend: of the call.
+        deterministic: gradients must repeat bit for bit; the name then ends in `-ordered`, after its fixed order of sums.
+    """
+
+    def __init__(self, backend: str = "auto", *, deterministic: bool = False) -> None:
+        self.backend, self.deterministic = backend, deterministic
         self.name = "flashgen" if backend == "auto" else f"flashgen-{backend}"
+        if deterministic:
+            self.name += "-ordered"
 
     def available(self, device: str) -> str | None:
         return None
@@ -43,7 +50,8 @@ class Flashgen(Peer):
         return None
 
     def _plan(self, problem: Problem, op: BenchOp) -> Plan:
-        return resolve(replace(problem, requires_grad=op == "attention_bwd"), backend=self.backend)
+        asked = replace(problem, requires_grad=op == "attention_bwd", deterministic=self.deterministic)
+        return resolve(asked, backend=self.backend)
 
     def detail(self, problem: Problem, op: BenchOp) -> str:
         plan = self._plan(problem, op)
@@ -59,6 +67,7 @@ class Flashgen(Peer):
             "causal": problem.causal,
             "causal_alignment": problem.causal_alignment,
             "softmax_scale": problem.softmax_scale,
+            "deterministic": self.deterministic or None,  # None: as torch is told
             "backend": self.backend,
         }
 

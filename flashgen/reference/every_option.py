@@ -96,7 +96,7 @@ class Call:
         return seen & self.mask_mod(b, h, i, j) if self.mask_mod is not None else seen
 
     def modified(self, scaled: Tensor, bias: Tensor | None, captured: tuple[Tensor, ...]) -> Tensor:
-        """Everything between scale * q.k and the masks, in the order of the contract."""
+        """Everything between scale * q.k and the masks, in the order that the public functions promise."""
         b, h, i, j = self.indices
         s = torch.tanh(scaled / self.softcap) * self.softcap if self.softcap else scaled
         if self.score_mod is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def read(source: str | Path | KernelSource) -> tuple[str, str]:
 
 
 class _Torch(ModuleType):
-    """torch on the CPU: uninitialised tensors are poisoned, and the device has `processors` of them."""
+    """torch on the CPU, whatever device is named; that device has `processors` of them."""
 
     def __init__(self, processors: int) -> None:
         import torch
@@ -72,10 +72,7 @@ class _Torch(ModuleType):
         return getattr(self._real, name)
 
     def empty(self, *args: Any, **kwargs: Any) -> Any:
-        return _poisoned(self._real.empty(*args, **{**kwargs, "device": "cpu"}))
-
-    def empty_like(self, *args: Any, **kwargs: Any) -> Any:
-        return _poisoned(self._real.empty_like(*args, **kwargs))
+        return self._real.empty(*args, **{**kwargs, "device": "cpu"})
 
 
 @contextmanager
@@ -85,6 +82,26 @@ def _nothing() -> Iterator[None]:
 
 def _poisoned(tensor: Any) -> Any:
     return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(0x5A)
+
+
+def poisoning() -> AbstractContextManager[Any]:
+    """While it lasts, tensors of this thread that torch would leave uninitialised are poisoned: `new_empty`, `empty_like`, ...
+
+    What stands in such memory differs from run to run, so that a kernel that reads it would fail now and then.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    makers = {
+        torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided,
+    }  # fmt: skip
+
+    class Poisoning(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            return _poisoned(made) if func in makers else made
+
+    return Poisoning()
 
 
 class Loaded:

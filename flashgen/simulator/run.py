@@ -168,7 +168,8 @@ def _call(loaded: load.Loaded, entry: str, grid: Any, args: dict[str, Any]) -> N
     except TypeError as error:
         raise InvalidProblemError(f"args do not fit {entry}{inspect.signature(function)}: {error}.") from error
     try:
-        function(**args)
+        with load.poisoning():
+            function(**args)
     except (SimulationError, InvalidProblemError):
         raise
     except Exception as error:

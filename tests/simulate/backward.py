@@ -9,14 +9,25 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-# Head dims that do not fill their tiles, causal and full, and the kernel of wide head dims.
-SPECS = ("attention_bwd-bf16-d40-dv24-causal", "attention_bwd-bf16-d40-dv24", "attention_bwd-bf16-d192-dv136-causal")
-SAMPLED = SPECS[::2]
+# Every text that the template has: narrow ones, whose head dims fill their tiles or not, and wide ones of one panel and two;
+# causal and full. A study runs ordered and unordered sums of each.
+SPECS = (
+    "attention_bwd-bf16-d40-dv24-causal",
+    "attention_bwd-bf16-d40-dv24",
+    "attention_bwd-bf16-d192-dv136-causal",
+    "attention_bwd-bf16-d64-causal",
+    "attention_bwd-fp16-d128",
+    "attention_bwd-bf16-d128-causal",
+    "attention_bwd-fp16-d256",
+    "attention_bwd-bf16-d192-dv128-causal",
+)
+SAMPLED = ("attention_bwd-bf16-d40-dv24-causal", "attention_bwd-bf16-d192-dv136-causal")
 
 # Survivors, with the reason why they are no defects.
 _MASKED_MORE = "a block is masked as well that needs no mask, which changes nothing there"
 _ALWAYS = {"row_blocks: comparison off by one: start_n + BLOCK_N > seqlen_k": _MASKED_MORE}
 _CAUSAL = {"row_blocks: ± 1 dropped: start_n + BLOCK_N - 1": _MASKED_MORE}
+_FULL = {"consume: stage + 1: step % (full - begin)": "rows do not matter to the mask of a full kernel"}
 _NARROW = {"attend: stage + 1: step % DS_STAGES": "the same buffers in another order: nothing else names them"}
 _WIDE = {
     "produce: late wait: mbarrier.wait(rows_empty.index(stage), phase ^ 1)": (
@@ -27,13 +38,12 @@ _WIDE = {
     ),
 }
 REVIEWED: dict[str, dict[str, str]] = {
-    "attention_bwd-bf16-d40-dv24-causal": {**_ALWAYS, **_CAUSAL, **_NARROW},
-    "attention_bwd-bf16-d40-dv24": {
+    key: {
         **_ALWAYS,
-        **_NARROW,
-        "consume: stage + 1: step % (full - begin)": "rows do not matter to the mask of a full kernel",
-    },
-    "attention_bwd-bf16-d192-dv136-causal": {**_ALWAYS, **_CAUSAL, **_WIDE},
+        **(_CAUSAL if "causal" in key else _FULL),
+        **(_WIDE if any(f"d{dim}" in key for dim in (192, 256)) else _NARROW),
+    }
+    for key in SPECS
 }
 
 

@@ -266,3 +266,34 @@ def test_each_warpgroup_waits_for_its_own_products(schedule: str) -> None:
     assert multiply(met, 8) == 128 * 64 * 128
     with pytest.raises(sim.SharedRaceError, match="may still be being read"):
         multiply(TWO_WARPGROUPS, 8)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "x.new_empty(x.shape)",
+        "torch.empty(x.shape, device=x.device)",
+        "torch.empty_like(x)",
+        "x.new_empty_strided((64,), (1,))",
+        "torch.empty_strided((64,), (1,))",
+    ],
+)
+def test_what_a_launch_leaves_uninitialised_is_poison(made: str) -> None:
+    """Else a kernel that reads it is right in one run and wrong in another."""
+    text = f"""
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+@gluon.jit
+def copy(x_ptr, y_ptr):
+    i = gl.arange(0, 64, layout={LAYOUT})
+    gl.store(y_ptr + i, gl.load(x_ptr + i))
+
+def launch(x, y):
+    scratch = {made}
+    copy[(1,)](scratch, y)
+"""
+    y = torch.zeros(64)
+    sim.simulate(text, {"x": torch.zeros(64), "y": y})
+    assert y.isnan().all()

@@ -258,8 +258,13 @@ def test_on_this_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def hopper() -> Any:
-    spec = importlib.util.spec_from_file_location("hopper_forward", ROOT / "benchmarks" / "hopper_forward.py")
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("hopper_forward", monkeypatch)
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -298,3 +303,66 @@ def test_the_hopper_script_needs_a_gpu_to_measure(hopper: Any, monkeypatch: pyte
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(click.ClickException, match="no GPU here"):
         hopper.main([], standalone_mode=False)
+
+
+# -- benchmarks/hopper_backward.py --
+
+
+@pytest.fixture
+def backward(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("hopper_backward", monkeypatch)
+
+
+def test_the_backward_script_lists_its_cells(backward: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert backward.main(["--dry-run", "--json"], standalone_mode=False) == 0
+    cells = [cell["problem"] for cell in json.loads(capsys.readouterr().out)]
+    assert len(cells) == 28 == len(set(cells)) and sum("causal" in cell for cell in cells) == 14
+    assert all("d192-dv128" in cell for cell in cells[-4:]) and not any("d192" in cell for cell in cells[:-4])
+    assert backward.main(["--dry-run", "--lengths", "2048", "--head-dim", "64"], standalone_mode=False) == 0
+    assert capsys.readouterr().out.endswith("\n2 cells\n")
+    with pytest.raises(click.BadParameter, match="5 is no length of this table"):
+        backward.main(["--dry-run", "--lengths", "5"], standalone_mode=False)
+
+
+def test_a_forward_row_is_no_backward_cell(backward: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    first = next(iter(backward.cells("cuda")))
+    small = replace(first, batch=1, seqlen_q=8, seqlen_k=8, num_heads_q=1, num_heads_kv=1, device="cpu")
+    for op, left in (("attention_fwd", 28), ("attention_bwd", 27)):
+        found = compare(small, op, [Flashgen()], clock=Tick(), rounds=2)  # type: ignore[arg-type]
+        found.problem = first
+        output.append_csv(tmp_path / "both.csv", found, Environment.read("cpu"))
+        assert backward.main(["--dry-run", "--csv", str(tmp_path / "both.csv")], standalone_mode=False) == 0
+        assert capsys.readouterr().out.endswith(f"\n{left} cells\n")
+
+
+def test_a_shard_is_what_compiles_one_kernel(hopper: Any) -> None:
+    cells = list(hopper.cells("cuda"))
+    shards = hopper.side_by_side.shards(cells)
+    assert len(shards) == 8 and sorted(str(p) for shard in shards for p in shard) == sorted(map(str, cells))
+    assert all(len({(p.spec.key, p.num_heads_q // p.num_heads_kv) for p in shard}) == 1 for shard in shards)
+
+
+def test_cells_are_timed_until_the_budget_is_spent(
+    hopper: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On small problems of this CPU, with a clock that says a second a cell."""
+    cells = [
+        replace(p, batch=1, seqlen_q=n, seqlen_k=n, num_heads_q=1, num_heads_kv=1, device="cpu", dtype="fp32")
+        for n, p in enumerate(list(hopper.cells("cuda"))[:3], start=8)
+    ]
+    now = iter(range(1000))
+    shared = hopper.side_by_side
+    monkeypatch.setattr(shared, "need_gpu", lambda: None)
+    monkeypatch.setattr(shared.time, "monotonic", lambda: float(next(now)))
+    machine = Environment.read("cpu")
+    monkeypatch.setattr(shared.Environment, "read", classmethod(lambda cls, device: machine))
+    real = shared.compare
+    monkeypatch.setattr(shared, "compare", lambda p, op, who, **rest: real(p, op, who, clock=Tick(), **rest))
+    path = tmp_path / "few.csv"
+    options: dict[str, Any] = {"path": path, "rounds": 2}
+    assert shared.run(cells, "attention_fwd", [Flashgen()], budget_s=5.0, **options) == 1
+    assert "cells left: the budget of 5 s is spent" in capsys.readouterr().err
+    left = shared.missing(cells, "attention_fwd", path)
+    assert 0 < len(left) < 3
+    assert shared.run(left, "attention_fwd", [Flashgen()], budget_s=500.0, **options) == 0
+    assert shared.missing(cells, "attention_fwd", path) == []

@@ -416,3 +416,14 @@ def test_peers_by_name() -> None:
 
 def test_loading_the_peers_loads_no_library() -> None:
     assert not {"flash_attn", "flash_attn_interface", "flash_attn_3"} & {name.split(".")[0] for name in sys.modules}
+
+
+def test_the_ordered_flashgen_asks_for_gradients_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashgen.peers import own
+
+    asked: list[Any] = []
+    real = own.attention
+    monkeypatch.setattr(own, "attention", lambda *x, **rest: asked.append(rest["deterministic"]) or real(*x, **rest))
+    found = run(SMALL, Flashgen("torch", deterministic=True), op="attention_bwd")
+    assert [entry.name for entry in found.contestants] == ["flashgen-torch", "flashgen-torch-ordered", TWIN]
+    assert [entry.status for entry in found.contestants] == ["ok", "ok", "ok"] and set(asked) == {None, True}

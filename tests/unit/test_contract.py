@@ -1,4 +1,4 @@
-"""Every public name and option of the contract exists; what is not built says so by name; bad input is explained."""
+"""Every public name and option exists; what is not built says so by name; bad input is explained."""
 
 from __future__ import annotations
 
