@@ -34,6 +34,7 @@ class Operands:
     Attributes:
         philox: (2,) int64 seed and offset of dropout, on the tensors' device.
         cu_seqlens_q, cu_seqlens_k, seqused_k: of packed sequences.
+        traced_as: the mods' program and what it captures, where they were traced elsewhere; None to trace them here.
     """
 
     alibi_slopes: Tensor | None = None
@@ -47,6 +48,7 @@ class Operands:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
+    traced_as: tuple[Any, tuple[Tensor, ...]] | None = None
 
     @property
     def has_functions(self) -> bool:
@@ -172,6 +174,8 @@ class Operands:
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
 
+        if self.traced_as is not None:
+            return self.traced_as
         return mods.program(self.score_mod, {} if self.mask_mod is None else {"mask_mod": self.mask_mod}, device)
 
     def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:

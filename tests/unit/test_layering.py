@@ -47,6 +47,7 @@ ROWS = (
     ("probe", "scalars"),
     ("block_ranges",),
     ("operands",),
+    ("samples",),
     ("ops",),
     ("autograd",),
     ("warm",),
