@@ -340,14 +340,14 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
+            signature[name] = f"*{_element(name, spec)}"
             attributes[(index,)] = aligned
         elif name in features.FLOATS:
             signature[name] = "fp32"
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 1 if name in features.UNIT_STRIDES else 16))
+            form = specialised((strides or {}).get(name, 1 if name in _unit_strides(spec) else 16))
             signature[name] = form.removesuffix(_DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1
@@ -356,6 +356,29 @@ def _signature(
     if _constants_have_attributes(kernel):
         attributes |= {path: [] for path in constants}
     return signature, constants, dict(sorted(attributes.items()))
+
+
+# What Triton calls the elements of captured tensors.
+_TRITON = {"bool": "i1", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8"}
+_TRITON |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
+
+
+def _captures(spec: AttentionSpec) -> dict[str, Any]:
+    return {} if spec.mods is None else {row.name: row for row in spec.mods.program.captures}
+
+
+def _element(pointer: str, spec: AttentionSpec) -> str:
+    """The type of what a pointer points at."""
+    row = _captures(spec).get(pointer.removesuffix("_ptr"))
+    if row is not None:
+        return _TRITON[row.dtype]
+    return features.ELEMENTS.get(pointer, "fp32" if pointer in _FP32_POINTERS else spec.dtype)
+
+
+def _unit_strides(spec: AttentionSpec) -> tuple[str, ...]:
+    """Strides that are 1 in a contiguous operand."""
+    last = (f"{name}_stride{len(row.shape) - 1}" for name, row in _captures(spec).items())
+    return (*features.UNIT_STRIDES, *last)
 
 
 def _constants_have_attributes(kernel: Any) -> bool:

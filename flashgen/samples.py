@@ -19,7 +19,7 @@ from torch import Tensor
 from flashgen import accuracy, gradients
 from flashgen.accuracy import AccuracyReport, Buffers, Strides
 from flashgen.config import KernelConfig
-from flashgen.coverage import options_of
+from flashgen.coverage import undrawn
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.operands import Operands
 from flashgen.problem import Problem
@@ -30,24 +30,6 @@ from flashgen.variants import by_name
 _HONEST_RUNS = 4  # the error of one may be small by luck; see `same_precision`
 _MOST_BYTES = 1 << 30  # of a bias or mask that differs from head to head; a larger one is shared by all heads
 _PHILOX = (0x1234_5678_9ABC_DEF0, 7)
-
-
-def has_options(spec: AttentionSpec) -> bool:
-    """Whether a kernel takes more than q, k, v and a causal mask, so that it is judged here."""
-    return bool(options_of(spec))
-
-
-def refusal(spec: AttentionSpec) -> str | None:
-    """Why nothing can be drawn for a spec's options, or None: some are data that no problem names."""
-    if spec.varlen:
-        return "packed sequences are not drawn: their lengths are the user's"
-    if spec.has_block_mask:
-        return "a BlockMask is not drawn: give its mask_mod instead"
-    if (spec.has_score_mod or spec.has_mask_mod) and spec.mods is None:
-        return "score_mod and mask_mod are code: give a problem that has them, Problem.modified(score_mod=..., mask_mod=...)"
-    if spec.mods is not None and len(spec.mods.samples) != len(spec.mods.program.captures):
-        return "what score_mod and mask_mod read is not known: give a problem made by Problem.modified()"
-    return None
 
 
 def operands(problem: Problem, *, device: str | torch.device = "cpu", seed: int = 0) -> Operands:
@@ -64,9 +46,9 @@ def operands(problem: Problem, *, device: str | torch.device = "cpu", seed: int 
         functions of PyTorch.
 
     Raises:
-        UnsupportedProblemError: see `refusal`.
+        UnsupportedProblemError: see `coverage.undrawn`.
     """
-    why = refusal(problem.spec)
+    why = undrawn(problem.spec)
     if why is not None:
         raise UnsupportedProblemError(f"{problem} cannot be tried alone: {why}.")
     p, generator = problem, torch.Generator().manual_seed(seed + 77)
@@ -142,6 +124,25 @@ def launch_values(problem: Problem, given: Operands, config: KernelConfig) -> di
     return {**given.launch_values(problem, config), **by_name(config.variant).launch_options(problem)}
 
 
+def strides(problem: Problem) -> dict[str, int]:
+    """The strides of what `operands` draws as the rendered launch passes them, by the kernel's names."""
+    p, pairs = problem, problem.seqlen_q * problem.seqlen_k
+    several = p.num_heads_q * pairs * p.spec.itemsize <= _MOST_BYTES
+    found = {"stride_alibi_b": 0, "stride_alibi_h": 1, "stride_sinks": 1, "stride_ranges_b": 0, "stride_ranges_h": 0}
+    for name, heads in (("bias", pairs if several and p.num_heads_q > 1 else 0), ("attn_mask", 0)):
+        letters = dict(zip("bhmn", (0, heads, p.seqlen_k, 1), strict=True))
+        found |= {f"stride_{name}_{letter}": step for letter, step in letters.items()}
+    if p.mods is not None:
+        for row, sample in zip(p.mods.program.captures, p.mods.samples, strict=True):
+            found |= {f"{row.name}_stride{dim}": step for dim, step in enumerate(sample.contiguous().stride())}
+        if p.has_mask_mod:  # of tiles of 128 rows: what 16 divides there it divides of most
+            depends, rows = p.mods.program.mask.depends, -(-p.seqlen_q // 128) * 4
+            heads = p.num_heads_q if "h" in depends else 1
+            found["stride_ranges_h"] = rows if heads > 1 else 0
+            found["stride_ranges_b"] = heads * rows if "b" in depends and p.batch > 1 else 0
+    return found
+
+
 # -- the error budget --
 
 
@@ -206,7 +207,7 @@ def check_launch(
         The first report that is not ok, its message naming the problem; else the one with the largest ratio.
 
     Raises:
-        UnsupportedProblemError: see `refusal`.
+        UnsupportedProblemError: see `coverage.undrawn`.
     """
     kinds, worst = tuple(strides), None
     run = _backward if like.op == "attention_bwd" else _forward

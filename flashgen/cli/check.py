@@ -9,6 +9,7 @@ import click
 
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import config_of, generated_variant, problem_options, problems_of, spec_of, take
+from flashgen.coverage import has_options
 from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.spec import DTYPES, AttentionSpec
@@ -89,7 +90,7 @@ def _check(spec: AttentionSpec, extra: Problem | None, target: Target, config_te
     config = variant.default(spec, target) if given is None else variant.parse_config(given, spec, target)
     source, values = render(spec, variant), dict[str, Any](config)
     like = samples.of_spec(spec) if extra is None else extra
-    with_options = samples.has_options(spec)
+    with_options = has_options(spec)
     small = samples.small_problems(like) if with_options else accuracy.small_problems(spec)
     problems = [*small, *([] if extra is None else [extra])]
     device = "cpu" if target.backend == "cpu" else "cuda"

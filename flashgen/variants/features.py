@@ -77,6 +77,7 @@ ELEMENTS: Mapping[str, str] = {
     "alibi_slopes_ptr": "fp32",
     "attn_mask_ptr": "i1",
     "philox_ptr": "i64",
+    "mask_ranges_ptr": "i32",
 }
 UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
 
