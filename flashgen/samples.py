@@ -159,7 +159,37 @@ def small_problems(like: Problem) -> tuple[Problem, ...]:
         "has_score_mod",
     )
     options = {name: getattr(like, name) for name in (*names, "has_mask_mod", "mods", "op")}
-    return tuple(replace(one, **options) for one in accuracy.small_problems(like.spec))
+    return within((replace(one, **options) for one in accuracy.small_problems(like.spec)), like)
+
+
+def within(problems: Iterable[Problem], like: Problem) -> tuple[Problem, ...]:
+    """The problems that stay inside of what the mods of `like` captured, which is as large as its own sizes ask for.
+
+    A call beyond it is refused before any launch, so that kernels do not look where no row or key leads them. What is too large gets the
+    heads and batch of `like`; what then still is, is left out.
+    """
+    if like.mods is None:
+        return tuple(problems)
+    found: list[Problem | None] = []
+    for one in problems:
+        same: dict[str, Any] = {"batch": like.batch, "num_heads_q": like.num_heads_q, "num_heads_kv": like.num_heads_kv}
+        shorter: dict[str, Any] = {
+            name: min(getattr(one, name), getattr(like, name)) for name in ("seqlen_q", "seqlen_k")
+        }
+        fitting = (one, replace(one, **same), replace(one, **same, **shorter))
+        found += [next(filter(_is_inside, fitting), None)]
+    return tuple(dict.fromkeys(one for one in found if one is not None))
+
+
+def _is_inside(problem: Problem) -> bool:
+    """Whether no index of the mods surely leaves what they read."""
+    assert problem.mods is not None
+    sizes: dict[str, int] = {name: getattr(problem, name) for name in ("batch", "seqlen_q", "seqlen_k")}
+    try:
+        problem.mods.program.check_bounds(problem.mods.samples, num_heads=problem.num_heads_q, **sizes)
+    except InvalidProblemError:
+        return False
+    return True
 
 
 def of_spec(spec: AttentionSpec) -> Problem:
@@ -211,7 +241,7 @@ def check_launch(
     """
     kinds, worst = tuple(strides), None
     run = _backward if like.op == "attention_bwd" else _forward
-    for index, problem in enumerate(small_problems(like) if problems is None else problems):
+    for index, problem in enumerate(small_problems(like) if problems is None else within(problems, like)):
         report = run(launch, replace(problem, device=str(device)), config, seed + index, kinds[index % len(kinds)])
         report = replace(report, message=f"{problem}: {report.message}")
         if not report.ok:

@@ -116,6 +116,21 @@ def test_equal_problems_of_other_contents_are_not_confused() -> None:
         assert report.ok, report.message
 
 
+def test_no_problem_leaves_what_the_mods_read() -> None:
+    """A kernel does not look whether a head has a row in a table: calls for which none is there never come to it."""
+    narrow, short = torch.randn(2, 700), torch.arange(128) // 9
+    problem = BASE.modified(
+        score_mod=lambda s, b, h, i, j: s + narrow[h, i - j + 330], mask_mod=lambda b, h, i, j: short[i] >= short[j]
+    )
+    assert problem.mods is not None
+    found = samples.small_problems(problem)
+    assert len(found) >= 4 and all(one.num_heads_q <= 2 and max(one.seqlen_q, one.seqlen_k) <= 128 for one in found)
+    assert {one.num_heads_q for one in found} == {1, 2}
+    per_batch = torch.zeros(1)
+    one = replace(BASE, batch=1).modified(score_mod=lambda s, b, h, i, j: s + per_batch[b])
+    assert [p.batch for p in samples.within([replace(one, batch=2)], one)] == [1]
+
+
 def test_what_is_drawn_is_the_same_everywhere_and_finite() -> None:
     problem = replace(BASE, has_bias=True, has_sinks=True, has_alibi=True, has_attn_mask=True, dropout_p=0.1)
     one, other = (samples.operands(problem, seed=4) for _ in range(2))
