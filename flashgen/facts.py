@@ -330,6 +330,7 @@ def _signature(
     kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
+    elements = features.elements(spec)
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -340,7 +341,7 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = f"*{_element(name, spec)}"
+            signature[name] = f"*{elements.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
         elif name in features.FLOATS:
             signature[name] = "fp32"
@@ -358,26 +359,10 @@ def _signature(
     return signature, constants, dict(sorted(attributes.items()))
 
 
-# What Triton calls the elements of captured tensors.
-_TRITON = {"bool": "i1", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "uint8": "u8"}
-_TRITON |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
-
-
-def _captures(spec: AttentionSpec) -> dict[str, Any]:
-    return {} if spec.mods is None else {row.name: row for row in spec.mods.program.captures}
-
-
-def _element(pointer: str, spec: AttentionSpec) -> str:
-    """The type of what a pointer points at."""
-    row = _captures(spec).get(pointer.removesuffix("_ptr"))
-    if row is not None:
-        return _TRITON[row.dtype]
-    return features.ELEMENTS.get(pointer, "fp32" if pointer in _FP32_POINTERS else spec.dtype)
-
-
 def _unit_strides(spec: AttentionSpec) -> tuple[str, ...]:
     """Strides that are 1 in a contiguous operand."""
-    last = (f"{name}_stride{len(row.shape) - 1}" for name, row in _captures(spec).items())
+    rows = () if spec.mods is None else spec.mods.program.captures
+    last = (f"{row.name}_stride{len(row.shape) - 1}" for row in rows)
     return (*features.UNIT_STRIDES, *last)
 
 

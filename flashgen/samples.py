@@ -143,6 +143,17 @@ def strides(problem: Problem) -> dict[str, int]:
     return found
 
 
+def sums(problem: Problem, given: Operands) -> dict[str, Tensor | None]:
+    """What a backward adds to beside dq, dk and dv, by the names of its launch: zeros in fp32; None where nobody wants it."""
+    wanted = {"dsinks": given.sinks, **given.captured_gradients(problem)}
+    if problem.bias_grad:
+        wanted["dbias"] = given.bias
+    found: dict[str, Tensor | None] = {"dbias": None} if problem.has_bias else {}
+    return found | {
+        name: torch.zeros(x.shape, dtype=torch.float32, device=x.device) for name, x in wanted.items() if x is not None
+    }
+
+
 # -- the error budget --
 
 
@@ -158,7 +169,7 @@ def small_problems(like: Problem) -> tuple[Problem, ...]:
         "has_attn_mask",
         "has_score_mod",
     )
-    options = {name: getattr(like, name) for name in (*names, "has_mask_mod", "mods", "op")}
+    options = {name: getattr(like, name) for name in (*names, "has_mask_mod", "bias_grad", "mods", "op")}
     return within((replace(one, **options) for one in accuracy.small_problems(like.spec)), like)
 
 
@@ -315,17 +326,18 @@ def _backward(
     buffers = gradients.make_gradient_buffers(
         problem, seed=seed, device=problem.device, strides=strides, dlse=dlse, drawn=_drawn
     )  # fmt: skip
-    values = launch_values(problem, given, config)
-    if given.sinks is not None:
-        values["dsinks"] = torch.zeros(given.sinks.shape, dtype=torch.float32, device=given.sinks.device)
-    launch(*buffers.arguments, **values)
+    totals = sums(problem, given)
+    launch(*buffers.arguments, **launch_values(problem, given, config), **totals)
     judged = _gradient_references(replace(problem, device="cpu"), _contents(problem), seed, strides, dlse)
     report = buffers.check((judged.oracle, judged.honest))
-    if given.sinks is not None and report.ok:
-        unit, *others = (run.gradients["sinks"] for run in judged.honest)
-        sums, true = values["dsinks"].cpu(), judged.oracle.gradients["sinks"]
-        other = accuracy.check(sums, None, (true, None), (unit, None), problem.dtype, gradient=True, others=others)
-        report = max(report, replace(other, message=f"dsinks: {other.message}"), key=lambda r: (not r.ok, r.ratio))
+    for name in ("sinks", "bias"):
+        total = totals.get(f"d{name}")
+        if total is not None:
+            unit, *others = (run.gradients[name] for run in judged.honest)
+            oracle = (judged.oracle.gradients[name], None)
+            other = accuracy.check(total.cpu(), None, oracle, (unit, None), problem.dtype, gradient=True, others=others)
+            other = replace(other, message=f"d{name}: {other.message}")
+            report = max(report, other, key=lambda one: (not one.ok, one.ratio))
     return report
 
 

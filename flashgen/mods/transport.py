@@ -18,7 +18,7 @@ from flashgen.mods.trace import Capture
 
 def to_json(program: Program, samples: Sequence[Tensor]) -> dict[str, Any]:
     """What `from_json` reads: nodes in order, roots and captures by number, samples as bytes."""
-    roots = [root for root in (program.score, program.mask) if root is not None]
+    roots = [root for root in (program.score, program.mask, program.block) if root is not None]
     nodes = ordered(*roots)
     numbers = {id(node): number for number, node in enumerate(nodes)}
 
@@ -29,6 +29,7 @@ def to_json(program: Program, samples: Sequence[Tensor]) -> dict[str, Any]:
         "nodes": [[node.op, node.dtype, _value(node.value), [numbers[id(arg)] for arg in node.args]] for node in nodes],
         "score": number(program.score),
         "mask": number(program.mask),
+        "block": number(program.block),
         "captures": [{**asdict(replace(row, tensor=None)), "shape": list(row.shape)} for row in program.captures],
         "title": program.title,
         "digest": program.digest,
@@ -46,10 +47,11 @@ def from_json(data: Mapping[str, Any]) -> tuple[Program, tuple[Tensor, ...]]:
     for op, dtype, value, args in data["nodes"]:
         # As it was, not simplified once more: the text must not change on the way.
         nodes.append(graph._share(op, tuple(nodes[arg] for arg in args), dtype, _number(value)))
-    score, mask = (None if data[name] is None else nodes[data[name]] for name in ("score", "mask"))
+    score, mask, block = (None if data[name] is None else nodes[data[name]] for name in ("score", "mask", "block"))
     program = Program(
         score=score,
         mask=mask,
+        block=block,
         captures=tuple(Capture(**{**row, "shape": tuple(row["shape"])}) for row in data["captures"]),
         sources=tuple(range(len(data["captures"]))),
         title=data["title"],

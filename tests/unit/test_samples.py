@@ -37,13 +37,12 @@ PROBLEMS: dict[str, Problem] = {
     "softcap": replace(BASE, softcap=4.0),
     "alibi": replace(BASE, has_alibi=True),
     "sinks": replace(BASE, has_sinks=True),
-    "bias": replace(BASE, has_bias=True),
+    "bias": replace(BASE, has_bias=True, bias_grad=True),
     "attn_mask": replace(BASE, has_attn_mask=True),
     "dropout": replace(BASE, dropout_p=0.3),
     "mask_mod": BASE.modified(mask_mod=document),
     "score_mod": BASE.modified(score_mod=table),
 }
-NOT_BACKWARD = ("bias",)  # its own gradient is one of the outputs that a kernel would have
 
 
 def spoiled(options: Any, name: str) -> Any:
@@ -86,11 +85,14 @@ def kernel(problem: Problem, fault: str = "") -> Callable[..., None]:
     def backward(*tensors: Any, **values: Any) -> None:
         *inputs, dq, dk, dv = tensors
         given = options(values, inputs[3].shape[1] - inputs[2].shape[1])
-        *found, sums = torch_blocked.backward(*inputs, given, sinks_grad="dsinks" in values)
+        wanted = {"sinks_grad": "dsinks" in values, "bias_grad": values.get("dbias") is not None}
+        *found, sums = torch_blocked.backward(*inputs, given, **wanted)
         for into, gradient in zip((dq, dk, dv), found, strict=True):
             into.copy_(gradient)
         if "dsinks" in values and sums.sinks is not None:
             values["dsinks"].copy_(sums.sinks)
+        if wanted["bias_grad"] and sums.bias is not None:
+            values["dbias"].copy_(sums.bias)
 
     return backward if problem.op == "attention_bwd" else forward
 
