@@ -250,6 +250,9 @@ def check_launch(
     Raises:
         UnsupportedProblemError: see `coverage.undrawn`.
     """
+    why = undrawn(like.spec)
+    if why is not None:
+        raise UnsupportedProblemError(f"{like.spec.key} cannot be checked alone: {why}.")
     kinds, worst = tuple(strides), None
     run = _backward if like.op == "attention_bwd" else _forward
     for index, problem in enumerate(small_problems(like) if problems is None else within(problems, like)):

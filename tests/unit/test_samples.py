@@ -161,6 +161,8 @@ def test_what_no_problem_names_is_refused_with_the_reason(spec: dict[str, Any], 
     assert coverage.undrawn(one) is not None
     with pytest.raises(UnsupportedProblemError, match=why):
         samples.operands(samples.of_spec(one))
+    with pytest.raises(UnsupportedProblemError, match=why):
+        samples.check_launch(lambda *_, **__: None, samples.of_spec(one), CONFIG)
 
 
 def test_a_key_with_mods_names_a_spec_that_nothing_renders() -> None:
