@@ -52,7 +52,7 @@ def test_mods_are_tried_where_their_tensors_are_not() -> None:
         probe.mask_mod(
             "mask_mod", lambda b, h, i, j: (ids[i] == ids[j]) & torch.stack([ids[i] > 0, ids[i] > 1])[0], cpu
         )
-        with pytest.raises(InvalidProblemError, match="returns torch.int32"):
+        with pytest.raises(InvalidProblemError, match=r"returns torch\.int32"):
             probe.mask_mod("mask_mod", lambda b, h, i, j: ids[i], cpu)
         with pytest.raises(InvalidProblemError, match="reduces"):
             probe.score_mod(lambda s, b, h, i, j: (s + table[h, j]).sum(-1, keepdim=True), cpu)
