@@ -15,7 +15,7 @@ import numpy as np
 
 Array = Any
 _STEP = 1 << 13  # positions that are computed at once
-_SAMPLE = 64  # of how many positions one value is kept, of functions that grow or fall throughout
+_SAMPLES = 1 << 12  # values that are kept of functions that grow or fall throughout
 
 
 class Line:
@@ -29,6 +29,9 @@ class Line:
     def __init__(self, at: Callable[[Array], Array], first: int, last: int) -> None:
         self.at, self.first, self.last = at, first, last
         # Positions whose bounds are kept together: a divisor of every tile, and few numbers in all.
+        self._step = (
+            1 << ((last - first) // _SAMPLES).bit_length()
+        )  # of how many positions one value is a sample; divides _STEP
         self._chunk = min(64, max(8, 1 << ((last - first + 1) // 2048).bit_length()))
 
     def steps(self) -> Iterator[tuple[int, Array]]:
@@ -44,7 +47,7 @@ class Line:
         before: Any = None
         samples: list[Array] = []
         for _, values in self.steps():
-            samples.append(values[::_SAMPLE].copy())
+            samples.append(values[:: self._step].copy())
             if before is not None:
                 rises, falls = rises and before <= values[0], falls and before >= values[0]
             rises = rises and bool(np.all(values[1:] >= values[:-1]))
@@ -123,11 +126,13 @@ class Line:
         """
         samples = sign * self._samples.astype(np.float64 if self._samples.dtype.kind == "f" else np.int64)
         place = np.searchsorted(samples, limit, side=side)
-        reach = self.first + place * _SAMPLE  # fine from here on, where there is such a sample; not before the last one
+        reach = (
+            self.first + place * self._step
+        )  # fine from here on, where there is such a sample; not before the last one
         low, high = np.asarray(low), np.asarray(high)
-        below = np.maximum(low - 1, np.minimum(reach - _SAMPLE, high))  # not fine; fine
+        below = np.maximum(low - 1, np.minimum(reach - self._step, high))  # not fine; fine
         above = np.maximum(np.where(place < len(samples), np.minimum(high + 1, reach), high + 1), below + 1)
-        for _ in range(_SAMPLE.bit_length()):
+        for _ in range((self._step - 1).bit_length()):
             middle = (below + above) >> 1
             inside = (middle > below) & (middle < above)
             good = fine(np.clip(middle, self.first, self.last))

@@ -10,16 +10,23 @@ import torch
 
 from flashgen import probe
 from flashgen.errors import InvalidProblemError
+from flashgen.mods import lines
 from flashgen.mods.lines import Line
 
 
+@pytest.mark.parametrize("samples", [1 << 12, 4])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("side", ["at_least", "at_most"])
 @pytest.mark.parametrize("falling", [False, True])
 @pytest.mark.parametrize(
     ("size", "steps"), [(1, 3), (63, 5), (64, 1), (65, 40), (1000, 7), (20000, 900), (20000, 20000)]
 )
-def test_the_hull_of_a_monotone_line_is_exact(size: int, steps: int, falling: bool, side: str, strict: bool) -> None:
+def test_the_hull_of_a_monotone_line_is_exact(
+    size: int, steps: int, falling: bool, side: str, strict: bool, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if samples == 4:  # so few that a sample stands for all that is computed at once
+        monkeypatch.setattr(lines, "_SAMPLES", samples)
+        monkeypatch.setattr(lines, "_STEP", 64)
     random = np.random.default_rng(size + steps)
     values = np.sort(random.integers(-steps, steps, size))
     values = values[::-1].copy() if falling else values
