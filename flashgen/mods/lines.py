@@ -28,10 +28,9 @@ class Line:
 
     def __init__(self, at: Callable[[Array], Array], first: int, last: int) -> None:
         self.at, self.first, self.last = at, first, last
+        # Of how many positions one value is a sample: it divides what is computed at once.
+        self._step = min(_STEP, 1 << ((last - first) // _SAMPLES).bit_length())
         # Positions whose bounds are kept together: a divisor of every tile, and few numbers in all.
-        self._step = (
-            1 << ((last - first) // _SAMPLES).bit_length()
-        )  # of how many positions one value is a sample; divides _STEP
         self._chunk = min(64, max(8, 1 << ((last - first + 1) // 2048).bit_length()))
 
     def steps(self) -> Iterator[tuple[int, Array]]:
@@ -126,9 +125,8 @@ class Line:
         """
         samples = sign * self._samples.astype(np.float64 if self._samples.dtype.kind == "f" else np.int64)
         place = np.searchsorted(samples, limit, side=side)
-        reach = (
-            self.first + place * self._step
-        )  # fine from here on, where there is such a sample; not before the last one
+        # Fine from here on, where there is such a sample; not fine at the sample before it.
+        reach = self.first + place * self._step
         low, high = np.asarray(low), np.asarray(high)
         below = np.maximum(low - 1, np.minimum(reach - self._step, high))  # not fine; fine
         above = np.maximum(np.where(place < len(samples), np.minimum(high + 1, reach), high + 1), below + 1)
