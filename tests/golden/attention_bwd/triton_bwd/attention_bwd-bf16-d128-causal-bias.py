@@ -649,6 +649,7 @@ def launch(
     causal_offset: query i sees keys j <= i + causal_offset.
     bias: floating, broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k).
     dbias: contiguous fp32 of bias's shape, written whole; None where nobody wants it.
+    Of any floating type where the bias has one element for each score.
     deterministic: whether its sums have to repeat bit for bit: that takes another pass over the scores.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape

@@ -1012,6 +1012,7 @@ def launch(
     philox: int64 (2), the forward's seed and offset. dropout_p: of dropping a probability.
     sinks: (num_heads_q) logits; their gradient is written to dsinks, fp32.
     dbias: contiguous fp32 of bias's shape, written whole; None where nobody wants it.
+    Of any floating type where the bias has one element for each score.
     deterministic: whether its sums have to repeat bit for bit: that takes another pass over the scores.
     """
     total_q, num_heads_q, _ = q.shape
