@@ -26,6 +26,7 @@ _COVERED_FLAGS = frozenset(
         "has_attn_mask",
         "has_score_mod",
         "has_mask_mod",
+        "has_block_mask",
     }
 )
 _OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
@@ -130,10 +131,10 @@ class GluonBackwardSm90(Variant):
             return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
         if problem.untraced:
             return problem.untraced
-        if (problem.has_score_mod or problem.has_mask_mod) and problem.mods is None:
-            return "score_mod and mask_mod are traced where a call may run a kernel, and this one does not"
-        if problem.bias_grad:
-            return "the gradient of bias: not covered by this kernel yet"
+        if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
+            return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
+        if problem.bias_grad and problem.deterministic:
+            return "the gradient of bias in a fixed order: not covered by this kernel yet"
         return None
 
     # -- what options add to the template --
@@ -148,17 +149,22 @@ class GluonBackwardSm90(Variant):
             }
 
         pointers, strides = kept(found.pointers), kept(found.strides)
-        inner = tuple(name for name in (*pointers, *found.scalars, *strides) if "row_ranges" not in name)
+        walked = ("row_ranges", "row_blocks", "row_counts")
+        names = (*pointers, *found.scalars, *strides)
+        inner = tuple(name for name in names if not name.removeprefix("stride_").startswith(walked))
         launch = tuple(name for name in signature(spec).launch if not name.startswith(_OF_ROWS))
         return replace(found, launch=launch, pointers=pointers, strides=strides, inner=inner)
 
     def is_free(self, spec: AttentionSpec) -> bool:
         """Whether blocks of rows need a mask on both ends of those that do not, or positions must stay the call's own."""
         of_positions = spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.dropout
-        return spec.window or spec.has_mask_mod or spec.has_score_mod or (spec.causal and of_positions)
+        of_mods = spec.has_mask_mod or spec.has_score_mod or spec.has_block_mask
+        return spec.window or of_mods or (spec.causal and of_positions)
 
     def row_arguments(self, spec: AttentionSpec) -> tuple[str, ...]:
         """What decides which blocks of rows a block of keys meets, by the kernel's names."""
+        if spec.has_block_mask:
+            return ()
         diagonal = ("causal_offset", "first_key", "end_key") if spec.has_diagonal else ()
         window = ("window_left", "window_right") if spec.window else ()
         length = ("seqlen_k",) if spec.has_mask_mod or not spec.has_diagonal else ()
@@ -177,7 +183,7 @@ class GluonBackwardSm90(Variant):
             found["end_m"] = ("end_m", False)
         if spec.softcap:
             found["softcap"] = ("softcap", False)
-        if spec.has_bias or spec.has_attn_mask or spec.has_score_mod:
+        if spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.has_block_mask:
             found["seqlen_q"] = ("seqlen_q", False)
         if spec.has_alibi:
             slope = "gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32)"
@@ -191,10 +197,19 @@ class GluonBackwardSm90(Variant):
                 head = f"{name}_ptr + off_b.to(gl.int64) * stride_{name}_b + off_h.to(gl.int64) * stride_{name}_h"
                 found |= {"seqlen_k": ("seqlen_k", False), f"{name}_ptr": (head, True)}
                 found |= {f"stride_{name}_{x}": (f"stride_{name}_{x}", False) for x in "mn"}
+        if spec.has_block_mask:
+            strides = "off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h"
+            found |= {name: (name, False) for name in ("start_n", "seqlen_k", "block_size_q", "block_size_k")}
+            found["block_kinds_ptr"] = (f"block_kinds_ptr + {strides}", True)
+            found["stride_block_kinds_m"] = ("stride_block_kinds_m", False)
         if spec.dropout:
             found |= {"philox_ptr": ("philox_ptr", False), "start_n": ("start_n", False)}
             found["off_bh"] = ("(off_b * num_heads_kv + off_hkv) * group + member", True)
             found |= {name: (name, False) for name in ("dropout_threshold", "dropout_scale")}
+        if spec.has_bias:
+            head = "off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h"
+            found["dbias_ptr"] = (f"dbias_ptr + {head}", True)
+            found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
         if spec.mods is not None:
             found |= {"b": ("off_b", False), "h": ("off_h", True)}
             found |= {name: (name, False) for name in spec.mods.program.parameters}
@@ -219,7 +234,7 @@ class GluonBackwardSm90(Variant):
     def mod(self, spec: AttentionSpec, kind: str, score: str) -> Any:
         """The text of a spec's `score` or `mask` in a step, a `mods.Emission`; scores are keys x rows and called `score`."""
         program, names, dialect = self._program(spec, score)
-        emit = program.emit_score if kind == "score" else program.emit_mask
+        emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
         return emit(dialect=dialect, names=names, like=score if kind == "score" else None)
 
     def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
@@ -230,6 +245,7 @@ class GluonBackwardSm90(Variant):
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""
         emitted = [self.mod(spec, "mask", "s")] if spec.has_mask_mod else []
+        emitted += [self.mod(spec, "block", "s")] if spec.has_block_mask else []
         emitted += [self.mod(spec, "score", "s"), self.derivative(spec, "s", "p")] if spec.has_score_mod else []
         return tuple(dict.fromkeys(helper for one in emitted for helper in one.helpers))
 
@@ -296,13 +312,15 @@ class GluonBackwardSm90(Variant):
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
+        found |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        found |= {"SUM_BIAS": 1, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
         return {**found, "MASKED": True, "PEELED": False} if spec.has_attn_mask else found
 
     def launch_options(self, problem: Problem) -> dict[str, Any]:
         return {"deterministic": problem.deterministic}
 
     def unordered(self, problem: Problem) -> tuple[str, ...]:
-        return () if problem.deterministic else ("dq",)
+        return () if problem.deterministic else ("dq", *(["dbias"] if problem.bias_grad else []))
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from flashgen import mods
+from flashgen import block_lists, mods
 from flashgen.accuracy import AccuracyReport, Values, place
 from flashgen.config import KernelConfig
 from flashgen.gradients import GradientBuffers, make_gradient_buffers
@@ -37,7 +38,10 @@ class Free:
         why: what would go unnoticed without it.
         sizes: of `Problem`, beside batch 1 and one head.
         alibi: slopes of `h` or `bh`; bias, attn_mask: the dimensions they span, e.g. `1h1j`; empty for none.
+        block_mask: which of b and h the lists of a BlockMask span, e.g. `b1`; empty for none. A third of the blocks is not listed, a
+            third is full, and in the others its mask_mod counts.
         bias_inf: whether a tenth of the bias is -inf.
+        dbias: whether its gradient is wanted.
         known: whether the launch is told where a mask_mod hides whole blocks.
         knobs: of the configuration that differ from the default.
     """
@@ -54,9 +58,12 @@ class Free:
     sinks: bool = False
     bias: str = ""
     bias_inf: bool = False
+    dbias: bool = False
     attn_mask: str = ""
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
+    block_mask: str = ""
+    block_size: tuple[int, int] = (128, 128)
     dropout_p: float = 0.0
     known: bool = True
     values: Values = "normal"
@@ -70,19 +77,19 @@ class Free:
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v or self.head_dim, causal=bool(self.causal),
             causal_alignment=self.causal or "bottom-right", window_size=self.window, softcap=self.softcap,
             has_alibi=bool(self.alibi), has_sinks=self.sinks, has_bias=bool(self.bias), has_attn_mask=bool(self.attn_mask),
-            has_score_mod=self.score_mod is not None, has_mask_mod=self.mask_mod is not None, dropout_p=self.dropout_p, **sizes,
+            has_score_mod=self.score_mod is not None, has_mask_mod=self.mask_mod is not None, has_block_mask=bool(self.block_mask), dropout_p=self.dropout_p, **sizes,
         )  # fmt: skip
         return replace(made.backward, mods=self.traced())
 
     def traced(self) -> Mods | None:
-        if self.score_mod is None and self.mask_mod is None:
+        if self.score_mod is None and self.mask_mod is None and not self.block_mask:
             return None
         program, _ = self.program()
         return Mods(digest=program.digest, program=program)
 
     def program(self) -> tuple[Any, tuple[Tensor, ...]]:
         masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
-        return mods.program(self.score_mod, masks, torch.device("cpu"))
+        return mods.program(self.score_mod, masks, torch.device("cpu"), third if self.block_mask else None)
 
     @property
     def config(self) -> KernelConfig:
@@ -93,6 +100,33 @@ class Free:
     def source(self) -> KernelSource:
         assert VARIANT.supports(self.problem.spec, H100) is None
         return render(self.problem.spec, VARIANT)
+
+
+def third(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return (q_idx + 2 * kv_idx + h) % 3 != 0
+
+
+def listed(case: Free, seed: int) -> tuple[BlockMask, Mod]:
+    """A BlockMask whose lists say something else than its mask_mod, and what both say of each pair."""
+    sizes, (size_q, size_k) = case.problem, case.block_size
+    batch, heads = (sizes.batch if "b" in case.block_mask else 1), (sizes.num_heads_q if "h" in case.block_mask else 1)
+    shape = (batch, heads, -(-sizes.seqlen_q // size_q), -(-sizes.seqlen_k // size_k))
+    kinds = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(seed))
+    parts = []
+    for kind in (1, 2):
+        there = kinds == kind
+        order = torch.sort((~there).int(), dim=-1, stable=True).indices.int()
+        parts += [there.sum(-1).int(), order]
+    made = BlockMask.from_kv_blocks(
+        *parts, BLOCK_SIZE=case.block_size, mask_mod=third, seq_lengths=(sizes.seqlen_q, sizes.seqlen_k)
+    )
+
+    def both(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        kind = kinds[b % batch, h % heads, q_idx // size_q, kv_idx // size_k]
+        seen = (kind == 2) | ((kind == 1) & third(b, h, q_idx, kv_idx))
+        return seen if case.mask_mod is None else seen & case.mask_mod(b, h, q_idx, kv_idx)
+
+    return made, both
 
 
 def drawn(case: Free, seed: int) -> dict[str, Tensor]:
@@ -125,7 +159,9 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     """Buffers whose call has the options, and what the launch takes beside them."""
     p, operands = case.problem, drawn(case, seed)
     options = [
-        name for name in ("alibi", "sinks", "bias", "attn_mask", "score_mod", "mask_mod") if getattr(p, f"has_{name}")
+        name
+        for name in ("alibi", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask")
+        if getattr(p, f"has_{name}")
     ]
     plain = replace(
         p, op="attention_fwd", mods=None, window_size=(-1, -1), softcap=0.0, dropout_p=0.0,
@@ -133,8 +169,9 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     )  # fmt: skip
     buffers = make_gradient_buffers(plain, seed=seed, values=case.values, dlse=dlse)
     renamed = {"alibi_slopes": "alibi"}
+    block_mask, mask_mod = listed(case, seed) if case.block_mask else (None, case.mask_mod)
     call = replace(
-        buffers.call, window=case.window, softcap=case.softcap, score_mod=case.score_mod, mask_mod=case.mask_mod,
+        buffers.call, window=case.window, softcap=case.softcap, score_mod=case.score_mod, mask_mod=mask_mod,
         dropout_p=case.dropout_p, philox=PHILOX, **{renamed.get(name, name): x for name, x in operands.items()},
     )  # fmt: skip
     hidden = ~call.visible().any(2)  # (batch, num_heads_q, seqlen_k)
@@ -156,13 +193,19 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
         outputs["dsinks"], buffers.allocations["dsinks"] = place(
             (p.num_heads_q,), torch.float32, "cpu", False, "dense", "o"
         )
+    if case.bias and case.dbias:
+        shape = operands["bias"].shape
+        outputs["dbias"], buffers.allocations["dbias"] = place(tuple(shape), torch.float32, "cpu", False, "dense", "o")
+        outputs["dbias"].zero_()
     values |= {"window_left": case.window[0], "window_right": case.window[1], "softcap": case.softcap}
     values |= {"dropout_p": case.dropout_p, "philox": torch.tensor(PHILOX)}
     if p.mods is not None:
         program, tensors = case.program()
         values |= {f"captured_{row.name}": x for row, x in zip(program.captures, tensors, strict=True)}
+        if block_mask is not None:
+            values |= block_lists.launch_values(block_mask, p, VARIANT.mask_tiles(case.config))
         values["row_ranges"] = row_ranges(case, program, tensors) if case.known else None
-    wanted = (*VARIANT.signature(p.spec).launch, *(["dbias"] if case.bias else []))
+    wanted = (*VARIANT.signature(p.spec).launch, *(["dbias"] if case.bias and not case.dbias else []))
     return replace(buffers, call=call, outputs=outputs), {name: values[name] for name in wanted}
 
 

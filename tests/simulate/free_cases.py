@@ -33,6 +33,10 @@ def bands_of_heads(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tenso
     return (q_idx - kv_idx < 20 * (h + 1)) & (q_idx - kv_idx > -30 * b - 10)
 
 
+def heads_alone(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return (q_idx - kv_idx < 25 * (h + 1)) & (kv_idx <= q_idx + 60 * (h % 2))
+
+
 def columns(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return (kv_idx + b) % 4 != 1
 
@@ -80,6 +84,7 @@ CASES = (
     Free(why="documents of a captured tensor", sizes=TALL, mask_mod=own_document, head_dim=128),
     Free(why="keys hidden everywhere in a block hold NaN", sizes=GROUPS, mask_mod=shuffled, dtype="fp16"),
     Free(why="a mask of heads that share keys", sizes=GROUPS, mask_mod=bands_of_heads),
+    Free(why="a mask of heads alone, of all batches", sizes=GROUPS, mask_mod=heads_alone, dtype="fp16"),
     Free(why="a mask of columns", sizes=GROUPS, mask_mod=columns, head_dim=128),
     Free(why="a prefix: whole blocks, then a diagonal", sizes={"seqlen_q": 384, "seqlen_k": 384}, mask_mod=prefix),
     Free(why="nobody sees anything", sizes=GROUPS, mask_mod=nothing),
@@ -91,6 +96,11 @@ CASES = (
     Free(why="a score that reads a tensor", sizes=GROUPS, score_mod=of_documents),
     Free(why="a score that is infinite where no row is", sizes={**GROUPS, "num_heads_q": 2}, score_mod=inverse_of_position),
     Free(why="a score and a mask", sizes=TALL, score_mod=squared, mask_mod=own_document, softcap=0.8),
+    Free(why="a BlockMask of blocks as large as the tile", sizes={"seqlen_q": 500, "seqlen_k": 400}, block_mask="11"),
+    Free(why="a BlockMask of each head, whose keys are shared", sizes=GROUPS, block_mask="bh", block_size=(32, 16), head_dim=128),
+    Free(why="a BlockMask of each batch, causal, beside a mask", sizes=GROUPS, block_mask="b1", block_size=(64, 128), causal=BR, mask_mod=columns),
+    Free(why="a BlockMask in a window, scores and dropout", sizes=TALL, block_mask="11", block_size=(128, 64), window=(150, 60), score_mod=squared, dropout_p=0.2),
+    Free(why="wide: a BlockMask", sizes=GROUPS, block_mask="1h", block_size=(64, 64), head_dim=256),
     Free(why="softcap", sizes=WIDE, softcap=0.7),
     Free(why="a strong softcap, causal, with sinks", sizes=TALL, softcap=0.1, causal=BR, sinks=True, head_dim=128),
     Free(why="ALiBi of each batch", sizes=GROUPS, alibi="bh"),
@@ -113,4 +123,15 @@ CASES = (
     Free(why="wide: a window", sizes=WIDE, window=(40, 70), head_dim=192, head_dim_v=128),
     Free(why="wide: scores and masks", sizes=GROUPS, softcap=0.6, head_dim=256, mask_mod=chunks, score_mod=squared, sinks=True),
     Free(why="wide: operands", sizes=GROUPS, head_dim=72, head_dim_v=192, alibi="h", bias="bhij", attn_mask="b1ij", causal=BR),
+)  # fmt: skip
+
+# The gradient of a bias, in fast mode alone: in order the portable kernel computes it.
+BIASES = (
+    Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),
+    Free(why="a bias of every pair with -inf, beside a mask", sizes=GROUPS, bias="bhij", bias_inf=True, dbias=True, mask_mod=shuffled),
+    Free(why="a bias that heads share", sizes=GROUPS, bias="b1ij", dbias=True, head_dim=128, causal=BR),
+    Free(why="a bias of keys", sizes=GROUPS, bias="1h1j", dbias=True, attn_mask="b11j"),
+    Free(why="a bias of rows", sizes=WIDE, bias="11i1", dbias=True, window=(60, 30)),
+    Free(why="one number", sizes=TALL, bias="1111", dbias=True, dropout_p=0.2),
+    Free(why="wide: a bias of every pair", sizes=GROUPS, bias="bhij", dbias=True, head_dim=192, head_dim_v=128, softcap=0.8),
 )  # fmt: skip
