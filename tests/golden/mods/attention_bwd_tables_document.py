@@ -192,7 +192,6 @@ def add_dkdv(
         q_idx = rows[None, :]
         kv_idx = offs_n[:, None]
         # -- score_mod --
-        raw = qk
         table_index1 = floor_mod(q_idx - kv_idx, 5)
         table_inside = table_index1 < table_size1
         table_ptrs = table_ptr + h.to(tl.int64) * table_stride0 + table_index1.to(tl.int64) * table_stride1
