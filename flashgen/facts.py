@@ -330,6 +330,7 @@ def _signature(
     kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
+    elements = features.elements(spec)
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -340,7 +341,7 @@ def _signature(
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name.endswith("_ptr"):
-            signature[name] = f"*{features.ELEMENTS.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
+            signature[name] = f"*{elements.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
         elif name in features.FLOATS:
             signature[name] = "fp32"

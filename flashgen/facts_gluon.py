@@ -6,7 +6,10 @@ from typing import Any
 
 from flashgen.config import KernelConfig
 from flashgen.spec import AttentionSpec
-from flashgen.variants import by_name
+from flashgen.variants import by_name, features
+
+_ALIGNED = [["tt.divisibility", 16]]
+_OWN_ELEMENTS = {"lse_ptr": "fp32", "counter_ptr": "i32", "turn_ptr": "i32"}
 
 
 def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, constants_have_attributes: bool) -> Any:
@@ -25,6 +28,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
     fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
+    elements = {**_OWN_ELEMENTS, **features.elements(spec)}
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -42,10 +46,19 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(box))
             signature[name] = f"tensordesc<fp32{box},{layout!r}>"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = f"*{elements.get(name, spec.dtype)}"
+            attributes[(index,)] = _ALIGNED
+        elif name.endswith("_scale") or name in features.FLOATS:
+            signature[name] = "fp32"
+        elif "stride" in name and not parameter.do_not_specialize:
+            if name in features.UNIT_STRIDES:
+                signature[name] = "constexpr"
+                constants[(index,)] = 1
+            else:
+                signature[name] = "i32"
+                attributes[(index,)] = _ALIGNED
         else:
-            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+            signature[name] = "i32"
     if constants_have_attributes:
         attributes |= {path: [] for path in constants}
     return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))

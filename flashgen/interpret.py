@@ -101,14 +101,16 @@ def launch_backward(
     Args:
         source: the rendered kernels.
         dout, dlse, q, k, v, out, lse, dq, dk, dv: CPU tensors as the rendered launch takes them.
-        **values: numbers, tunables and further tensors, as the rendered launch takes them; dsinks is written too.
+        **values: numbers, tunables and further tensors, as the rendered launch takes them; dsinks, dbias and
+            those of captured tensors are written too.
 
     Raises:
         InvalidProblemError, BuildError: as `launch`.
 
     """
     tensors = {"dout": dout, "dlse": dlse, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-    _run(source, tensors, ("dq", "dk", "dv", "dsinks"), values)
+    sums = tuple(name for name in values if name in ("dsinks", "dbias") or name.startswith("dcaptured_"))
+    _run(source, tensors, ("dq", "dk", "dv", *sums), values)
 
 
 def launch_of(source: KernelSource) -> Callable[..., None]:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import checks, probe
-from flashgen.block_ranges import mask_ranges
+from flashgen import block_lists, checks, probe
+from flashgen.block_ranges import ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import all_names, fingerprint, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
+from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
@@ -158,7 +159,7 @@ class Operands:
         Raises:
             InvalidProblemError: an index of a mod surely leaves a tensor that it captures.
         """
-        if (self.score_mod is None and self.mask_mod is None) or self.block_mask is not None:
+        if not self.has_functions:
             return problem
         try:
             program, tensors = self._program(device)
@@ -172,13 +173,28 @@ class Operands:
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
 
-        return mods.program(self.score_mod, {} if self.mask_mod is None else {"mask_mod": self.mask_mod}, device)
+        masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
+        block = None if self.block_mask is None else self.block_mask.mask_mod
+        return mods.program(self.score_mod, masks, device, block)
 
     def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:
         """Captured tensors and the mask's ranges, by the names of the rendered launch."""
         if problem.mods is None:
             return {}
-        return _of_program(*self._program(torch.device(problem.device)), problem, config)
+        values = _of_program(*self._program(torch.device(problem.device)), problem, config)
+        if self.block_mask is None:
+            return values
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+        return values | block_lists.launch_values(self.block_mask, problem, tiles)
+
+    def captured_gradients(self, problem: Problem) -> dict[str, Tensor]:
+        """The captured tensors that want gradients, by what the rendered launch of a backward calls theirs."""
+        if problem.mods is None or self.score_mod is None:
+            return {}
+        program, tensors = self._program(torch.device(problem.device))
+        reached = {one.capture for one in program.derivative.contributions}
+        named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
+        return {name: x for number, (name, x) in enumerate(named) if number in reached}
 
     def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
         """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.
@@ -213,7 +229,7 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config),
         }
-        wanted = signature(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         if not problem.varlen:  # packed sequences have offsets of their own
             values["causal_offset"] = problem.causal_offset
@@ -223,9 +239,13 @@ class Operands:
 def _of_program(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
+    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
     values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
-    if problem.has_mask_mod:
-        values["mask_ranges"] = None if config is None else mask_ranges(program, tensors, problem, config)
+    if problem.has_mask_mod and not problem.has_block_mask:
+        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
+            tile = tiles.get(walks)
+            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
     return values
 
 

@@ -242,12 +242,11 @@ def backward(
     problem = problem_of(q, k, v, operands, scalars)
     if _kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
         problem = operands.traced(problem, q.device)
-    problem = replace(problem, requires_grad=True)
+    problem = replace(problem, requires_grad=True, bias_grad=bias_grad)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
-        dq, dk, dv, dsinks = _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout)
-        sums = torch_blocked.GradientSums(bias=None, sinks=dsinks if sinks_grad else None, captured=[])
-        return dq, dk, dv, sums
+        wanted = {"bias": bias_grad, "sinks": sinks_grad}
+        return _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         packing = _packing(problem, operands, q, k)
@@ -272,20 +271,37 @@ def _run_backward_kernel(
     lse: Tensor,
     operands: Operands,
     layout: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Run a generated backward; a gradient that autograd left out counts as zero. The last is that of the sinks, in fp32."""
+    wanted: dict[str, bool],
+) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
+    """Run a generated backward; a gradient that autograd left out counts as zero. Sums are in fp32."""
+    problem = plan.problem
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    inputs = (_unit_last_stride(_bshd(x, layout)) for x in (q, k, v, out))
+    seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
+    inputs = (_unit_last_stride(seen(x)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
     if plan.backend == "gluon" and not tma_addressable(dout):
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
-    outputs = (_bshd(x, layout) for x in (dq, dk, dv))
-    sinks = operands.sinks
-    dsinks = None if sinks is None else torch.zeros(sinks.shape, dtype=torch.float32, device=q.device)
-    extra = {} if dsinks is None else {"dsinks": dsinks}
-    _launch(plan, operands, _unit_last_stride(_bshd(dout, layout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
-    return dq, dk, dv, dsinks
+
+    def sum_of(x: Tensor) -> Tensor:
+        return torch.zeros(x.shape, dtype=torch.float32, device=q.device)
+
+    extra: dict[str, Tensor | None] = {}
+    if operands.sinks is not None:
+        extra["dsinks"] = sum_of(operands.sinks)  # cheap beside the rest: always written
+    if operands.bias is not None:
+        extra["dbias"] = sum_of(operands.bias) if wanted["bias"] else None
+    captured = operands.captured_gradients(problem)
+    extra |= {name: sum_of(x) for name, x in captured.items()}
+    outputs = (seen(x) for x in (dq, dk, dv))
+    _launch(plan, operands, _unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
+    totals = {id(x): extra[name] for name, x in captured.items()}
+    sums = torch_blocked.GradientSums(
+        bias=extra.get("dbias"),
+        sinks=extra.get("dsinks") if wanted["sinks"] else None,
+        captured=[totals.get(id(x), sum_of(x)) for x in operands.options_captured()],  # type: ignore[misc]
+    )
+    return dq, dk, dv, sums
 
 
 def cast_like(total: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -38,6 +38,7 @@ class Problem:
         unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
         mods: score_mod and mask_mod as kernels have them, where a kernel may run the call.
         untraced: why they have no such form, in a user's words.
+        bias_grad: whether the bias wants a gradient.
     """
 
     dtype: DType
@@ -72,6 +73,7 @@ class Problem:
     unaligned: tuple[str, ...] = ()
     mods: Mods | None = None
     untraced: str = ""
+    bias_grad: bool = False
 
     def __post_init__(self) -> None:
         require = checks.require
@@ -346,6 +348,7 @@ class Problem:
             has_alibi=alibi_slopes is not None,
             has_sinks=sinks is not None,
             has_bias=bias is not None,
+            bias_grad=_needs_grad(bias),
             has_attn_mask=attn_mask is not None,
             has_score_mod=score_mod is not None,
             has_mask_mod=mask_mod is not None,

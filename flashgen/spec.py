@@ -154,6 +154,11 @@ class AttentionSpec:
         return self.has_bias or self.has_score_mod or self.has_attn_mask
 
     @property
+    def has_free_mask(self) -> bool:
+        """Whether a mask other than a diagonal may hide a key from every row of a tile that reads it."""
+        return self.has_attn_mask or self.has_mask_mod or self.has_block_mask
+
+    @property
     def has_two_ends(self) -> bool:
         """Whether blocks may be hidden before the first key that a tile sees, too."""
         return self.window or self.has_mask_mod

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from flashgen.mods.graph import Graph, Node, ordered
 from flashgen.mods.trace import Capture, Captures, Site, trace
 
 Mod = Callable[..., Any]
+_BLOCK = "block_mask.mask_mod"
 _KEPT = 512  # traces; each is some kilobytes
 
 
@@ -33,6 +34,7 @@ class Program:
     Attributes:
         score: the new score, fp32; None without a score_mod.
         mask: whether a key may be attended to, all masks ANDed; None without one.
+        block: what a BlockMask's own mask_mod says, which counts in its partial blocks alone; None without one.
         captures: captured tensors, by the number that loads name.
         sources: per capture, which tensor of the functions' walk it is; -1 where the program holds it.
         title: what the user calls the functions, for a comment.
@@ -42,6 +44,7 @@ class Program:
 
     score: Node | None
     mask: Node | None
+    block: Node | None
     captures: tuple[Capture, ...]
     sources: tuple[int, ...]
     title: str
@@ -51,9 +54,9 @@ class Program:
     @cached_property
     def digest(self) -> str:
         """Sixteen hex digits of all that a rendered kernel takes from it; sizes of captured tensors are not among that."""
-        roots = [root for root in (self.score, self.mask) if root is not None]
+        roots = [root for root in self.roots if root is not None]
         numbers: dict[int, int] = {}
-        lines = [f"{self.score is not None}:{self.mask is not None}"]
+        lines = [f"{self.score is not None}:{self.mask is not None}{':block' if self.block is not None else ''}"]
         for node in ordered(*roots):
             numbers[id(node)] = len(numbers)
             lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
@@ -66,6 +69,11 @@ class Program:
         """The numbers of the captured tensors that the masks read."""
         found = () if self.mask is None else ordered(self.mask)
         return tuple(sorted({node.value for node in found if node.op == "load"}))
+
+    @property
+    def roots(self) -> tuple[Node | None, Node | None, Node | None]:
+        """The values of the functions: score, mask, block."""
+        return self.score, self.mask, self.block
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -97,6 +105,14 @@ class Program:
         """
         return self._emit(self.mask, "mask_mod", dialect, names, like, "")
 
+    def emit_block(self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None) -> Emission:
+        """The statements of a BlockMask's mask_mod, as `emit_mask`; their names begin with `block_`.
+
+        Raises:
+            ValueError: there is no BlockMask.
+        """
+        return self._emit(self.block, "block_mask", dialect, names, like, "block_")
+
     @cached_property
     def derivative(self) -> Derivative:
         """The gradients of score_mod.
@@ -109,7 +125,12 @@ class Program:
         return derive(self.graph, self.score, self.captures)
 
     def emit_derivative(
-        self, *, dialect: Dialect = TRITON, names: Names | None = None, like: str | None = None
+        self,
+        *,
+        dialect: Dialect = TRITON,
+        names: Names | None = None,
+        like: str | None = None,
+        of_captures: bool = True,
     ) -> DerivativeEmission:
         """The statements of score_mod's derivative: of the raw score, and what captured tensors get.
 
@@ -117,13 +138,13 @@ class Program:
             dialect: the language.
             names: what the arguments are called; `score` is the raw score, `grad` the gradient of the new one.
             like: an expression of the results' shape.
+            of_captures: whether what captured tensors get is wanted too.
 
         Raises:
             ValueError: there is no score_mod.
         """
-        return emit.emit_derivative(
-            self.derivative, self.captures, dialect=dialect, names=names, like=like, prefix="d_"
-        )
+        derivative = self.derivative if of_captures else replace(self.derivative, contributions=())
+        return emit.emit_derivative(derivative, self.captures, dialect=dialect, names=names, like=like, prefix="d_")
 
     def _emit(
         self, root: Node | None, kind: str, dialect: Dialect, names: Names | None, like: str | None, prefix: str
@@ -158,7 +179,7 @@ class Program:
         sizes = {"b": batch, "h": num_heads, "q_idx": seqlen_q, "kv_idx": seqlen_k}
         if 0 in sizes.values():
             return
-        for root in (self.score, self.mask):
+        for root in self.roots:
             if root is not None and every:
                 bounds.check_values(root, self.captures, arrays_of(tensors), sizes, self.sites)
             elif root is not None:
@@ -170,7 +191,7 @@ _lock = threading.Lock()
 
 
 def program(
-    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device
+    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device, block_mod: Mod | None = None
 ) -> tuple[Program, tuple[Tensor, ...]]:
     """The program of a call and the tensors that it captures now.
 
@@ -178,8 +199,9 @@ def program(
 
     Args:
         score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), or None.
-        mask_mods: mask_mod(b, h, q_idx, kv_idx) by the name that a message is to use, e.g. `block_mask.mask_mod`.
+        mask_mods: mask_mod(b, h, q_idx, kv_idx) by the name that a message is to use.
         device: of q.
+        block_mod: the mask_mod of a BlockMask.
 
     Returns:
         (program, tensors): the tensors in the order of `Program.captures`, on the device.
@@ -188,7 +210,7 @@ def program(
         UnsupportedProblemError: an operation that kernels do not have; names it and the user's line.
         InvalidProblemError: see `trace`.
     """
-    functions = (score_mod, *mask_mods.values())
+    functions = (score_mod, *mask_mods.values(), block_mod)
     found = fingerprint(functions, *mask_mods, str(device), torch.get_default_dtype())
     if found.key is not None:
         with _lock:
@@ -197,7 +219,7 @@ def program(
                 _cache.move_to_end(found.key)
         if known is not None:
             return known, bound(known, found.tensors, device)
-    made = _traced(score_mod, mask_mods, device, found.tensors, found.names)
+    made = _traced(score_mod, mask_mods, block_mod, device, found.tensors, found.names)
     # A capture that the walk did not meet could not be bound anew: such a trace serves this call alone.
     if found.key is not None and all(row.tensor is None or row.constant for row in made.captures):
         with _lock:
@@ -210,6 +232,7 @@ def program(
 def _traced(
     score_mod: Mod | None,
     mask_mods: Mapping[str, Mod],
+    block_mod: Mod | None,
     device: torch.device,
     tensors: Sequence[Tensor],
     names: Sequence[str],
@@ -221,15 +244,17 @@ def _traced(
     for name, mod in mask_mods.items():
         found = trace(mod, name, graph, captures, sites)
         mask = found if mask is None else graph.make("and", mask, found)
+    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites)
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     return Program(
         score=score,
         mask=mask,
+        block=block,
         captures=tuple(captures.rows),
         sources=tuple(places.get(id(tensor), -1) for tensor in captures.tensors),
         title=", ".join(
             f"{kind.rpartition('.')[2]} {_name(mod)}"
-            for kind, mod in (("score_mod", score_mod), *mask_mods.items())
+            for kind, mod in (("score_mod", score_mod), *mask_mods.items(), (_BLOCK, block_mod))
             if mod is not None
         ),
         sites=sites,

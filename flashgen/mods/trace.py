@@ -124,7 +124,8 @@ def _identifier(name: str) -> str:
     """A user's name in the form that kernels use: lower case, ASCII, none of a kernel's own words."""
     kept = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name.rpartition(".")[2]).strip("_")
     kept = kept.lower() or "captured"
-    return f"mod_{kept}" if kept[0].isdigit() or kept in _TAKEN or len(kept) == 1 else kept
+    own = kept in _TAKEN or kept.startswith("sum_of_")
+    return f"mod_{kept}" if kept[0].isdigit() or own or len(kept) == 1 else kept
 
 
 # What kernels call things of their own, less the suffix: `seqlen` read at a query would become `seqlen_q`, a length.
@@ -183,6 +184,7 @@ _TAKEN |= {
     "head_dim",
     "causal_offset",
 }
+_TAKEN |= {"row_ranges", "block_kinds", "key_blocks", "key_counts", "row_blocks", "row_counts", "blocks", "largest"}
 
 
 def trace(

@@ -12,6 +12,7 @@ from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, Op
 from flashgen.target import Target
+from flashgen.variants.features import Signature, signature
 
 
 class ResourceFacts(Protocol):
@@ -154,6 +155,17 @@ class Variant:
         A pointer that is None in the usual call is one of them.
         """
         return {self.op: {**head_dims(spec), **config}}
+
+    def signature(self, spec: AttentionSpec) -> Signature:
+        """The arguments that a spec's options add to the launch and to the kernels."""
+        return signature(spec)
+
+    def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
+        """(queries, keys) of the tiles that masks are judged for: `keys` of each block of queries, `rows` of each block of keys.
+
+        `lists`, where it is given, is the tile of a block mask's lists of keys, else `keys` is.
+        """
+        return {"rows" if self.op == "attention_bwd" else "keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
     def launch_options(self, problem: Problem) -> dict[str, Any]:
         """What `launch` takes of a call besides the scale, the offset and the tunables."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from flashgen.spec import AttentionSpec
 
@@ -30,9 +31,13 @@ class Feature:
 
 def _matrix(name: str) -> Feature:
     """An operand of (batch, num_heads_q, seqlen_q, seqlen_k), broadcast by strides of 0."""
-    strides = {f"stride_{name}_{letter}": f"{name}.stride({dim})" for dim, letter in enumerate("bhmn")}
+    strides = _strides(name, "bhmn")
     inner = (f"{name}_ptr", f"stride_{name}_m", f"stride_{name}_n", "seqlen_q")
     return Feature(launch=(name,), pointers={f"{name}_ptr": name}, strides=strides, inner=inner)
+
+
+def _strides(name: str, letters: str) -> dict[str, str]:
+    return {f"stride_{name}_{letter}": f"{name}.stride({dim})" for dim, letter in enumerate(letters)}
 
 
 # In the order in which they stand in signatures.
@@ -62,10 +67,33 @@ FEATURES: Mapping[str, Feature] = {
         scalars={"dropout_threshold": "dropout_threshold", "dropout_scale": "dropout_scale"},
         inner=("philox_ptr", "off_bh", "start_m", "dropout_threshold"),
     ),
+    "has_block_mask": Feature(
+        launch=("block_kinds", "block_size_q", "block_size_k", "key_blocks", "key_counts"),
+        pointers={f"{name}_ptr": name for name in ("block_kinds", "key_blocks", "key_counts")},
+        scalars={name: name for name in ("block_size_q", "block_size_k")},
+        strides=_strides("block_kinds", "bhm") | _strides("key_blocks", "bhm") | _strides("key_counts", "bhm"),
+        inner=(
+            "key_blocks_ptr",
+            "start_m",
+            "block_kinds_ptr",
+            "stride_block_kinds_m",
+            "block_size_q",
+            "block_size_k",
+            "seqlen_q",
+            "seqlen_k",
+        ),
+    ),
     "has_sinks": Feature(
         launch=("sinks",), pointers={"sinks_ptr": "sinks"}, strides={"stride_sinks": "sinks.stride(0)"}
     ),
 }
+
+# What the gradients of keys and values walk over.
+_LISTED_ROWS = Feature(
+    launch=("row_blocks", "row_counts"),
+    pointers={f"{name}_ptr": name for name in ("row_blocks", "row_counts")},
+    strides=_strides("row_blocks", "bhn") | _strides("row_counts", "bhn"),
+)
 
 # What compiling without a launch cannot see: numbers that are floats (Triton never specialises on their values), elements of
 # pointers that are not of the spec's dtype, and strides that are 1 in a contiguous operand.
@@ -77,6 +105,15 @@ ELEMENTS: Mapping[str, str] = {
     "alibi_slopes_ptr": "fp32",
     "attn_mask_ptr": "i1",
     "philox_ptr": "i64",
+    "mask_ranges_ptr": "i32",
+    "row_ranges_ptr": "i32",
+    "block_kinds_ptr": "u8",
+    "key_blocks_ptr": "i32",
+    "key_counts_ptr": "i32",
+    "row_blocks_ptr": "i32",
+    "row_counts_ptr": "i32",
+    "dbias_ptr": "fp32",
+    "largest_ptr": "i32",
 }
 UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
 
@@ -93,12 +130,12 @@ def _mods(spec: AttentionSpec) -> Feature:
             strides[f"{row.name}_stride{dim}"] = f"{captured(row.name)}.stride({dim})"
             scalars[f"{row.name}_size{dim}"] = f"{captured(row.name)}.shape[{dim}]"
     launch = tuple(map(captured, names))
-    if spec.has_mask_mod:
-        launch += ("mask_ranges",)
-        pointers["mask_ranges_ptr"] = "mask_ranges"
+    tables = {"mask_ranges": "ranges"} | ({"row_ranges": "row_ranges"} if spec.op == "attention_bwd" else {})
+    for table, short in tables.items() if has_ranges(spec) else ():
+        launch += (table,)
+        pointers[f"{table}_ptr"] = table
         strides |= {
-            f"stride_ranges_{x}": f"0 if mask_ranges is None else mask_ranges.stride({dim})"
-            for dim, x in enumerate("bh")
+            f"stride_{short}_{x}": f"0 if {table} is None else {table}.stride({dim})" for dim, x in enumerate("bh")
         }
     return Feature(
         launch=launch,
@@ -107,6 +144,26 @@ def _mods(spec: AttentionSpec) -> Feature:
         strides=strides,
         inner=("b", "h", *(("seqlen_q",) if spec.has_mask_mod else ()), *spec.mods.program.parameters),
     )
+
+
+def has_ranges(spec: AttentionSpec) -> bool:
+    """Whether a mask_mod leaves ranges of blocks; beside a BlockMask it is evaluated in each block that is listed."""
+    return spec.has_mask_mod and not spec.has_block_mask
+
+
+def elements(spec: AttentionSpec) -> Mapping[str, str]:
+    """Types of what pointers point to that is not of the spec's dtype, captured tensors among them."""
+    if spec.mods is None:
+        return ELEMENTS
+    rows = spec.mods.program.captures
+    own = {f"{row.name}_ptr": _ELEMENT[row.dtype] for row in rows}
+    return MappingProxyType({**ELEMENTS, **own, **{f"sum_of_{row.name}_ptr": "fp32" for row in rows}})
+
+
+_ELEMENT = {
+    "bool": "i1", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
+    "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64",
+}  # fmt: skip
 
 
 def captured(name: str) -> str:
@@ -133,6 +190,8 @@ class Signature:
 def signature(spec: AttentionSpec) -> Signature:
     """What the options of a spec add."""
     used = [*(feature for flag, feature in FEATURES.items() if flag in spec.flags), _mods(spec)]
+    if spec.op == "attention_bwd" and spec.has_block_mask:
+        used.append(_LISTED_ROWS)
 
     def merged(name: str) -> dict[str, str]:
         return {key: value for feature in used for key, value in getattr(feature, name).items()}

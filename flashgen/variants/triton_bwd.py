@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from flashgen.config import KernelConfig, Tunable
+from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant, head_dims
-from flashgen.variants.features import Signature, signature
+from flashgen.variants.features import FEATURES, Signature, signature
+from flashgen.variants.mod_text import WithMods
 from flashgen.variants.triton_fwd_tiles import family
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_M_DQ", "BLOCK_N_DQ")
@@ -17,21 +20,28 @@ _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
 _STAGES = (1, 8)
 
-# Features the template does not know yet, in the words of the spec's flags.
-_COVERED_FLAGS = frozenset({"causal", "window", "softcap", "has_alibi", "has_sinks", "has_attn_mask", "dropout"})
+# What the template knows, in the words of the spec's flags.
+_COVERED_FLAGS = frozenset({"causal", "has_score_mod", "has_mask_mod", *FEATURES})
 # What its loops take of each option, of one query head; sinks meet no loop.
 _INNER = {
     "window": ("window_left", "window_right"),
     "softcap": ("softcap",),
     "has_alibi": ("slope", "seqlen_k"),
+    "has_bias": ("bias_ptr", "stride_bias_m", "stride_bias_n", "seqlen_k"),
     "has_attn_mask": ("attn_mask_ptr", "stride_attn_mask_m", "stride_attn_mask_n", "seqlen_k"),
+    "has_block_mask": ("block_kinds_ptr", "stride_block_kinds_m", "block_size_q", "block_size_k", "seqlen_k"),
     "dropout": ("philox_ptr", "off_bh", "dropout_threshold", "dropout_scale"),
 }
 # The loop over the query heads of a group has its own words for some.
 _IN_GROUP = {
     "off_bh": "head",
+    "bias_ptr": "bias_ptr + off_b * stride_bias_b + off_h * stride_bias_h",
     "attn_mask_ptr": "attn_mask_ptr + off_b * stride_attn_mask_b + off_h * stride_attn_mask_h",
+    "block_kinds_ptr": "block_kinds_ptr + off_b * stride_block_kinds_b + off_h * stride_block_kinds_h",
 }
+# Tables of one of the two kernels: what keys walk over, and what rows do.
+_OF_ROWS = ("row_ranges", "row_blocks", "row_counts")
+_OF_KEYS = ("mask_ranges", "key_blocks", "key_counts", "ranges")
 
 # (BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages)
 _Tile = tuple[int, int, int, int, int, int]
@@ -71,7 +81,7 @@ _BESIDE_SCORES: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
 _FP32: _Tile = (16, 16, 16, 16, 4, 1)
 
 
-class TritonBackward(Variant):
+class TritonBackward(WithMods, Variant):
     """`templates/triton/attention_bwd.py.jinja`: dK/dV and dQ apart, so that nothing is added atomically; any head dim."""
 
     name = "triton_bwd"
@@ -104,9 +114,36 @@ class TritonBackward(Variant):
         """The arguments that a spec's options add to dK/dV and dQ, for the template."""
         found = signature(replace(spec, has_sinks=False))
         inner = dict.fromkeys(name for flag, names in _INNER.items() if flag in spec.flags for name in names)
+        if spec.mods is not None:
+            inner |= dict.fromkeys(("b", "h", *spec.mods.program.parameters))
         if spec.modifies_scores:
             inner = {"sm_scale": None, **inner}
-        return replace(found, inner=tuple(inner))
+        return replace(found, launch=signature(spec).launch, inner=tuple(inner))
+
+    def of_kernel(self, added: Signature, walks: str) -> Signature:
+        """The part of a signature for the kernel that walks over `rows` (dK/dV) or over `keys` (dQ)."""
+        others = _OF_KEYS if walks == "rows" else _OF_ROWS
+
+        def kept(names: Mapping[str, str]) -> dict[str, str]:
+            return {name: x for name, x in names.items() if _table(name) not in others}
+
+        return replace(added, pointers=kept(added.pointers), strides=kept(added.strides))
+
+    def asks_seqlen_q(self, spec: AttentionSpec) -> bool:
+        """Whether dQ's loop counts rows to their end."""
+        return bool(spec.has_alibi or spec.has_attn_mask or spec.has_bias or spec.mods)
+
+    def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
+        return {
+            "rows": (int(config.BLOCK_M), int(config.BLOCK_N)),
+            "keys": (int(config.BLOCK_M_DQ), int(config.BLOCK_N_DQ)),
+        }
+
+    def launch_options(self, problem: Problem) -> dict[str, Any]:
+        return {"deterministic": problem.deterministic} if self.gradient_sums(problem.spec) else {}
+
+    def unordered(self, problem: Problem) -> tuple[str, ...]:
+        return () if problem.deterministic else tuple(f"d{name}" for name in self.gradient_sums(problem.spec))
 
     def in_group(self, name: str) -> str:
         """What the loop over a group's query heads passes for an argument of its inner loop."""
@@ -114,10 +151,14 @@ class TritonBackward(Variant):
 
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
+        # A bias of every score, whose gradient is wanted; a block mask of blocks that tiles divide.
+        usual = {"BIAS_ROWS": True, "BIAS_KEYS": True, "SUM_BIAS": 4, "SUMS": 1}
+        sums = {name: usual[name] for name in self.sum_constants(spec)}
+        kind: dict[str, Tunable | None] = {"ONE_KIND": True} if spec.has_block_mask else {}
         value_dims = {name: dims[name] for name in ("HEAD_DIM_V", "BLOCK_DV")}
         return {
-            "attention_bwd_dkdv": {**dims, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
-            "attention_bwd_dq": {**dims, "BLOCK_M": config.BLOCK_M_DQ, "BLOCK_N": config.BLOCK_N_DQ},
+            "attention_bwd_dkdv": {**dims, **kind, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N},
+            "attention_bwd_dq": {**dims, **kind, **sums, "BLOCK_M": config.BLOCK_M_DQ, "BLOCK_N": config.BLOCK_N_DQ},
             # Few calls bring a gradient of lse.
             "attention_bwd_preprocess": {**value_dims, "BLOCK_M": config.BLOCK_M, "dlse_ptr": None},
         }
@@ -182,6 +223,11 @@ def _least_smem(spec: AttentionSpec, config: KernelConfig) -> int:
     stages = max(1, config.num_stages - 1)
     step = max(config.BLOCK_M, config.BLOCK_N_DQ)
     return int(stages * step * (spec.block_head_dim_out + spec.block_head_dim_v) * spec.itemsize)
+
+
+def _table(name: str) -> str:
+    """Which table a parameter is about, of `row_blocks_ptr` or `stride_row_blocks_n`."""
+    return name.removesuffix("_ptr") if name.endswith("_ptr") else name.removeprefix("stride_").rpartition("_")[0]
 
 
 def _is_int(value: Tunable) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from flashgen.config import KernelConfig, Tunable
-from flashgen.errors import RenderError
-from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import triton_fwd_tiles
-from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant
-from flashgen.variants.features import FEATURES, Signature, signature
+from flashgen.variants.base import Knob, KnownGood, MeasuredTile, ResourceFacts, Variant, head_dims
+from flashgen.variants.features import FEATURES
+from flashgen.variants.mod_text import WithMods
 
 _BLOCK_LIMITS = (16, 256)
 _WARPS = (1, 2, 4, 8, 16)
@@ -21,7 +20,7 @@ _STAGES = (1, 8)
 _COVERED_FLAGS = frozenset({"causal", "has_lse", "has_score_mod", "has_mask_mod", *FEATURES})
 
 
-class TritonForward(Variant):
+class TritonForward(WithMods, Variant):
     """`templates/triton/attention_fwd.py.jinja`: pointer loads, masked blocks peeled, any head dim, any strides."""
 
     name = "triton_fwd"
@@ -47,32 +46,10 @@ class TritonForward(Variant):
             )
         return None
 
-    def refuses(self, problem: Problem) -> str | None:
-        if problem.untraced:
-            return problem.untraced
-        if (problem.has_score_mod or problem.has_mask_mod) and problem.mods is None:
-            # On CPU tensors, and of a problem that is only named, there is nothing to trace for.
-            return "score_mod and mask_mod are traced where a call may run a kernel, and this one does not"
-        return None
-
-    def mod(self, spec: AttentionSpec, kind: str) -> Any:
-        """The text of a spec's `score` or `mask` in the inner loop, a `mods.Emission`."""
-        from flashgen import mods  # imports torch: only where a mod was given, which needed it already
-
-        if spec.mods is None:
-            raise RenderError(f"{spec.key} has mods that were not traced: nothing can be rendered for them.")
-        program, names = spec.mods.program, mods.Names(score="qk", b="b", h="h", q_idx="q_idx", kv_idx="kv_idx")
-        emit = program.emit_score if kind == "score" else program.emit_mask
-        return emit(dialect=mods.TRITON, names=names, like="qk")
-
-    def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
-        """The jit functions that a spec's mods call, each once."""
-        kinds = [kind for kind, given in (("score", spec.has_score_mod), ("mask", spec.has_mask_mod)) if given]
-        return tuple(dict.fromkeys(helper for kind in kinds for helper in self.mod(spec, kind).helpers))
-
-    def signature(self, spec: AttentionSpec) -> Signature:
-        """The arguments that a spec's options add to the kernel, for the template."""
-        return signature(spec)
+    def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
+        # A block mask's blocks are usually such that tiles divide them.
+        kind: dict[str, Tunable | None] = {"ONE_KIND": True} if spec.has_block_mask else {}
+        return {self.op: {**head_dims(spec), **config, **kind}}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

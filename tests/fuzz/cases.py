@@ -62,6 +62,8 @@ class Case:
         lengths: (seqlen_q, seqlen_k, seqused_k) of each packed sequence; empty for `attention()`.
         bias, attn_mask: which of b, h, i, j they span, e.g. `1h1j`; empty for none.
         values: of q and k: `normal`, `low` (scores near -600), `large` (scores of thousands).
+        block_size: blocks of queries and of keys of the block mask.
+        deterministic: whether gradients have to repeat bit for bit.
         tile: block of rows and of keys.
     """
 
@@ -91,6 +93,8 @@ class Case:
     score_mod: str = ""
     mask_mod: str = ""
     block_mask: str = ""
+    block_size: tuple[int, int] = (16, 8)
+    deterministic: bool = False
     dropout_p: float = 0.0
     lengths: tuple[tuple[int, int, int], ...] = ()
     seqused: bool = False
@@ -128,7 +132,7 @@ class Case:
         values = json.loads(text)
         if unknown := set(values) - known:
             raise ValueError(f"a case has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}.")
-        for name in ("window", "tile"):
+        for name in ("window", "tile", "block_size"):
             if name in values:
                 values[name] = tuple(values[name])
         if "lengths" in values:
@@ -204,7 +208,7 @@ def draw(seed: int) -> Case:
 
 
 def _with_options(case: Case, r: random.Random) -> Case:
-    """A plain case of the portable kernel with a few of the options that it covers, with gradients where its backward does too."""
+    """A plain case of the portable kernel with a few options, with their gradients two times out of three."""
     bounded = case.values == "normal"
     draws: dict[str, Any] = {
         "window": r.choice(((3, -1), (4, 9), (-1, 2), (0, 0), (20, 0), (33, 17))),
@@ -216,14 +220,19 @@ def _with_options(case: Case, r: random.Random) -> Case:
         "dropout_p": r.choice((0.1, 0.5, 0.97)),
         "score_mod": r.choice(sorted(SCORE_MODS) if bounded else ["relative", "table"]),
         "mask_mod": r.choice(sorted(MASK_MODS)),
+        "block_mask": r.choice(sorted(MASK_MODS)),
         "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
     }
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
-    packed: dict[str, Any] = {"layout": "bshd", "batch": 1} if "lengths" in chosen else {}
-    if not {"bias", "lengths", "score_mod", "mask_mod"} & set(chosen):
+    more: dict[str, Any] = {"block_size": r.choice(((16, 8), (16, 16), (32, 64), (24, 40), (128, 128)))}
+    if "lengths" in chosen:
+        more |= {"layout": "bshd", "batch": 1, "block_mask": ""}
+        chosen = [name for name in chosen if name != "block_mask"]
+    if r.random() < 0.67:
         # Twice the work and more: fewer rows.
-        packed |= {"grad": True, "seqlen_q": min(case.seqlen_q, 33), "seqlen_k": min(case.seqlen_k, 47)}
-    return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **packed)
+        more |= {"grad": True, "deterministic": r.random() < 0.4}
+        more |= {"seqlen_q": min(case.seqlen_q, 33), "seqlen_k": min(case.seqlen_k, 47)}
+    return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **more)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -18,12 +18,12 @@ import flashgen
 from flashgen import accuracy, dispatch, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
+from flashgen.operands import Operands
 from flashgen.problem import Problem
 from flashgen.reference import Call, Result, exact, same_precision
 from flashgen.torch_blocked import blocked
 from flashgen.variants.triton_bwd import TritonBackward
 
-BLOCK_MASK_TILE = (16, 8)
 # A unit of one run may be small by luck; see `same_precision`.
 HONEST_RUNS = 8
 
@@ -63,6 +63,8 @@ def covered(case: Case) -> bool:
             ends, used = _offsets(case)
             sizes = (case.sizes["i"], case.sizes["j"])
             problem = Problem.from_packed(tensors.q, tensors.k, tensors.v, *ends, *sizes, seqused_k=used, **args)
+            mods = Operands(score_mod=args["score_mod"], mask_mod=args["mask_mod"])
+            problem = mods.traced(problem, torch.device("cpu")) if case.backend != "torch" else problem
             dispatch.resolve(problem, backend=case.backend)  # type: ignore[arg-type]
         else:
             args |= {"block_mask": _block_mask(case)}
@@ -109,7 +111,7 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
         leaves["captured0"] = t.table
     named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
     t = replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
-    keywords = options(case, t) | {"backend": case.backend}
+    keywords = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
     if case.backend == "triton":
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
     with _settings(t, tile, case):
@@ -176,7 +178,7 @@ def _block_mask(case: Case) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(
-        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device="cpu", BLOCK_SIZE=BLOCK_MASK_TILE
+        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device="cpu", BLOCK_SIZE=case.block_size
     )  # fmt: skip
 
 

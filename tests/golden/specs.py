@@ -38,6 +38,9 @@ KEYS = (
     "attention_bwd-bf16-d256-causal",  # the largest
     "attention_bwd-bf16-d128-causal-window-softcap-alibi-sinks",  # ranges with two ends, changed scores
     "attention_bwd-fp16-d64-attn_mask-dropout",  # keys hidden anywhere, dropout replayed on transposed tiles
+    "attention_bwd-bf16-d128-causal-bias",  # a gradient that is summed over tiles
+    "attention_bwd-bf16-d128-causal-varlen",  # packed sequences alone
+    "attention_bwd-fp16-d64-causal-window-softcap-alibi-sinks-bias-attn_mask-dropout-varlen",  # all at once
 )
 # What one variant alone has branches for.
 OWN_KEYS = {

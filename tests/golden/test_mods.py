@@ -13,12 +13,11 @@ from torch import Tensor
 
 from flashgen import mods
 from flashgen.render import render
-from flashgen.spec import AttentionSpec, Mods
+from flashgen.spec import AttentionSpec, Mods, Op
 from flashgen.variants import by_name
 
-PATH = GOLDEN / "mods" / "attention_fwd_tables_document.py"
 DOCUMENTS = torch.zeros(64, dtype=torch.int32)
-TABLE = torch.zeros(4, 5)
+TABLE = torch.zeros(4, 5, requires_grad=True)
 
 
 def from_a_table(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -29,29 +28,41 @@ def document(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return (DOCUMENTS[q_idx] == DOCUMENTS[kv_idx]) & (kv_idx <= q_idx)
 
 
-def spec() -> AttentionSpec:
-    program, _ = mods.program(from_a_table, {"mask_mod": document}, torch.device("cpu"))
+def spec(op: Op = "attention_fwd", *, listed: bool = False) -> AttentionSpec:
+    """With score_mod and a mask: as mask_mod, or as that of a BlockMask."""
+    masks = {} if listed else {"mask_mod": document}
+    program, _ = mods.program(from_a_table, masks, torch.device("cpu"), document if listed else None)
     return AttentionSpec(
-        dtype="bf16", head_dim=128, head_dim_v=128, has_score_mod=True, has_mask_mod=True, has_lse=True,
-        mods=Mods(digest=program.digest, program=program),
+        op=op, dtype="bf16", head_dim=128, head_dim_v=128, has_score_mod=True, has_mask_mod=not listed, has_block_mask=listed,
+        has_lse=op == "attention_fwd", mods=Mods(digest=program.digest, program=program),
     )  # fmt: skip
 
 
-def test_the_golden(pytestconfig: pytest.Config) -> None:
-    text = render(spec(), by_name("triton_fwd")).text
+SPECS = {
+    "attention_fwd_tables_document": ("triton_fwd", spec()),
+    "attention_bwd_tables_document": ("triton_bwd", spec("attention_bwd")),
+    "attention_fwd_tables_block_mask": ("triton_fwd", spec(listed=True)),
+    "attention_bwd_tables_block_mask": ("triton_bwd", spec("attention_bwd", listed=True)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_golden(name: str, pytestconfig: pytest.Config) -> None:
+    variant, given = SPECS[name]
+    text, path = render(given, by_name(variant)).text, GOLDEN / "mods" / f"{name}.py"
     if pytestconfig.getoption("update_golden"):
-        PATH.parent.mkdir(exist_ok=True)
-        PATH.write_text(text)
-    assert text == PATH.read_text(), "if that is what you meant: pytest tests/golden --update-golden"
-    for line in ("qk = qk * sigmoid(", "visible &= "):
-        assert text.count(line) >= 1
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), "if that is what you meant: pytest tests/golden --update-golden"
+    assert "qk = qk * sigmoid(" in text and "visible " in text
 
 
-def test_it_is_formatted_and_clean() -> None:
+def test_they_are_formatted_and_clean() -> None:
     beside = Path(sys.executable).parent / "ruff"
     program = str(beside) if beside.exists() else "ruff"
-    for arguments in (["format", "--check"], ["check", "--select", "E9,F"]):
-        command = [program, *arguments, "--isolated", "--no-cache", "--line-length", "120", str(PATH)]
+    paths = [str(GOLDEN / "mods" / f"{name}.py") for name in SPECS]
+    for arguments in (["format", "--check", "--diff"], ["check", "--select", "E9,F"]):
+        command = [program, *arguments, "--isolated", "--no-cache", "--line-length", "120", *paths]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

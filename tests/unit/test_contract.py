@@ -92,7 +92,7 @@ def test_the_error_tree() -> None:
 def test_options_that_no_kernel_covers_are_named_never_ignored(
     function: Callable[..., Any], backend: str, option: str, value: Any
 ) -> None:
-    if backend == "triton" and option != "block_mask":
+    if backend == "triton":
         assert flashgen.explain(*qkv(), **{option: value, "backend": backend}).variant == "triton_fwd"
         return
     with pytest.raises(UnsupportedProblemError, match=option) as caught:

@@ -45,7 +45,7 @@ ROWS = (
     ("dispatch",),
     ("memory",),
     ("probe", "scalars"),
-    ("block_ranges",),
+    ("block_ranges", "block_lists"),
     ("operands",),
     ("ops",),
     ("autograd",),

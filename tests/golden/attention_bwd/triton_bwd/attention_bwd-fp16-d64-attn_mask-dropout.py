@@ -167,11 +167,12 @@ def add_dkdv(
         # -- probabilities, keys x rows, fp32 --
         qk = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
-        # -- the caller's mask --
-        seen = attn_mask_ptr + rows.to(tl.int64)[None, :] * stride_attn_mask_m
-        seen = seen + offs_n.to(tl.int64)[:, None] * stride_attn_mask_n
-        seen = tl.load(seen, mask=live[None, :] & (offs_n < seqlen_k)[:, None], other=0) != 0
-        p = tl.where(seen, p, 0.0)
+        # -- mask: the caller's, and at the ends of the range the others --
+        attn_mask_ptrs = attn_mask_ptr + rows.to(tl.int64)[None, :] * stride_attn_mask_m
+        attn_mask_ptrs = attn_mask_ptrs + offs_n.to(tl.int64)[:, None] * stride_attn_mask_n
+        inside = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
+        p = tl.where(visible, p, 0.0)
         kept = tl.trans(keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         # -- dv --
         do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
@@ -182,7 +183,7 @@ def add_dkdv(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[None, :])
-        ds = tl.where(seen, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -362,24 +363,22 @@ def add_dq(
         # -- probabilities, fp32 --
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
+        # -- mask: the caller's, and at the ends of the range the others --
+        attn_mask_ptrs = attn_mask_ptr + offs_m.to(tl.int64)[:, None] * stride_attn_mask_m
+        attn_mask_ptrs = attn_mask_ptrs + keys.to(tl.int64)[None, :] * stride_attn_mask_n
+        inside = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
+        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
         if IS_MASKED:
             # -- mask --
-            visible = (keys < kv_end)[None, :]
-            p = tl.where(visible, p, 0.0)
-        # -- the caller's mask --
-        seen = attn_mask_ptr + offs_m.to(tl.int64)[:, None] * stride_attn_mask_m
-        seen = seen + keys.to(tl.int64)[None, :] * stride_attn_mask_n
-        seen = tl.load(seen, mask=(offs_m < seqlen_q)[:, None] & (keys < kv_end)[None, :], other=0) != 0
-        if IS_MASKED:
-            seen &= visible
-        p = tl.where(seen, p, 0.0)
+            visible &= (keys < kv_end)[None, :]
+        p = tl.where(visible, p, 0.0)
         kept = keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        ds = tl.where(seen, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
-        k = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
