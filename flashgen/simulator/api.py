@@ -180,6 +180,7 @@ _FUNCTIONS = [
     "clamp",
     "fma",
     "fdiv",
+    "umulhi",
     "add",
     "sub",
     "mul",

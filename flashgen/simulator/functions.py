@@ -209,6 +209,13 @@ def fma(x: Any, y: Any, z: Any) -> Any:
     return x * y + z
 
 
+def umulhi(x: Any, y: Any) -> Any:
+    """The upper 32 bits of a product of uint32."""
+    return binary(
+        x, y, lambda a, b: (a.astype(np.uint64) * np.asarray(b, np.uint64) >> np.uint64(32)).astype(np.uint32)
+    )
+
+
 def fdiv(x: Any, y: Any, ieee_rounding: bool = False, approx: bool = False) -> Any:
     """The quotient x / y."""
     return x / y

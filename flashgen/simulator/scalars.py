@@ -114,4 +114,4 @@ def scalar(value: Any, dtype: DType) -> Any:
         if not INT32_MIN <= number <= INT32_MAX:
             fail(IntegerError, f"{number} does not fit into int32")
         return int.__new__(Scalar, number)
-    return number
+    return number % (1 << dtype.primitive_bitwidth) if dtype.held.kind == "u" else number

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from flashgen.simulator.context import fail
-from flashgen.simulator.dtypes import Array, DType, float32, int1, int32, int64, rounded
+from flashgen.simulator.dtypes import Array, DType, float32, int1, int32, int64, rounded, uint32
 from flashgen.simulator.errors import AccumulatorError, IntegerError, LayoutError, ShapeError, UnsupportedOperationError
 from flashgen.simulator.layouts import Layout, SliceLayout, common, inferred
 from flashgen.simulator.scalars import INT32_MAX, INT32_MIN, Scalar
@@ -200,7 +200,8 @@ def promoted(a: Any, b: Any) -> DType:
     if isinstance(other, Scalar) and not tensor.dtype.is_float and other.dtype.rank > tensor.dtype.rank:
         return other.dtype
     if not tensor.dtype.is_float and not INT32_MIN <= int(other) <= INT32_MAX:
-        return int64
+        unsigned = 0 <= int(other) < 2**32
+        return int64 if not unsigned else tensor.dtype if tensor.dtype.rank > uint32.rank else uint32
     return tensor.dtype
 
 
