@@ -336,27 +336,18 @@ class KindJudge(Judge):
     def _forward(self) -> Iterator[_Part]:
         t, p = self._tensors, self._problem
         group = p.num_heads_q // p.num_heads_kv
+        keys, values = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (t.k, t.v))
         for start, stop in self._blocks():
-            shape = (p.batch, stop - start, p.num_heads_q, p.head_dim_v)
-            oracle = torch.empty(shape, dtype=torch.float64, device=t.q.device)
-            low = torch.empty(shape, dtype=t.q.dtype, device=t.q.device)
-            for batch in range(p.batch):
-                for head in range(p.num_heads_kv):
-                    heads = slice(head * group, (head + 1) * group)
-                    rows = t.q[batch, start:stop, heads].transpose(0, 1)
-                    keys, values = t.k[batch, :, head], t.v[batch, :, head]
-                    oracle[batch, :, heads] = self._rows(rows.double(), keys, values, heads, start, None).transpose(
-                        0, 1
-                    )
-                    with full_fp32():
-                        honest = self._rows(rows.float(), keys, values, heads, start, t.q.dtype)
-                    low[batch, :, heads] = honest.transpose(0, 1).to(t.q.dtype)
-            yield _Part(where=((slice(None), slice(start, stop)),), oracle=[oracle], low=[low])
+            rows = t.q[:, start:stop].transpose(1, 2)
+            oracle = self._rows(rows.double(), keys, values, start, None)
+            with full_fp32():
+                low = self._rows(rows.float(), keys, values, start, t.q.dtype).to(t.q.dtype)
+            where = ((slice(None), slice(start, stop)),)
+            yield _Part(where=where, oracle=[oracle.transpose(1, 2)], low=[low.transpose(1, 2)])
 
-    def _rows(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, start: int, rounded_to: torch.dtype | None
-    ) -> Tensor:
-        scores, _ = self._scores(q @ k.to(q.dtype).mT * self._problem.scale, heads, start)
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, start: int, rounded_to: torch.dtype | None) -> Tensor:
+        """Of (batch, heads, rows, dim), in q's dtype; probabilities rounded where a dtype says to what."""
+        scores, _ = self._scores(q @ k.to(q.dtype).mT * self._problem.scale, slice(None), start)
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))  # every kind lets a row see itself
         used = weights if rounded_to is None else weights.to(rounded_to).to(q.dtype)
         return used @ v.to(q.dtype) / weights.sum(-1, keepdim=True)

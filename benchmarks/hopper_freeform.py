@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -190,15 +191,15 @@ def tune_flex(path: Path) -> int:
         for head_dim, process in processes.items():
             out, _ = process.communicate()
             log = Path(folder) / f"{head_dim}.json"
-            if process.returncode or not log.exists():
-                click.echo(
-                    f"head dim {head_dim}: rc {process.returncode}, {'a' if log.exists() else 'no'} log", err=True
-                )
+            if process.returncode:
+                click.echo(f"head dim {head_dim}: rc {process.returncode}: {out[-300:]}", err=True)
                 continue
             said = json.loads(out.splitlines()[-1])
             found |= {"torch": said["torch"], "gpu": said["gpu"]}
             found["seconds"][str(head_dim)] = said["seconds"]
-            found["kernel_options"][str(head_dim)] = options_of(json.loads(log.read_text()))
+            found["kernel_options"][str(head_dim)] = options_of(
+                json.loads(log.read_text()) if log.exists() else said["choices"]
+            )
     path.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(path.read_text())
     return 0 if len(found["kernel_options"]) == len(HEAD_DIMS) else 1
@@ -218,7 +219,10 @@ def options_of(log: list[dict[str, Any]]) -> dict[str, Any]:
 def tune_flex_one(head_dim: int) -> None:
     """In a process of its own: compile and run forward and backward once."""
     import torch
+    from torch._inductor.select_algorithm import add_feedback_saver
 
+    seen: list[dict[str, Any]] = []  # for releases that keep no log of FlexAttention's choices
+    add_feedback_saver(lambda timings, name, *rest, **more: seen.append(choice_of(timings, name)))
     start = time.monotonic()
     p = problem(LENGTHS[0], head_dim, "cuda")
     inputs = side_by_side.Inputs(p, "attention_bwd", cache=0, memory=0)
@@ -228,7 +232,18 @@ def tune_flex_one(head_dim: int) -> None:
     peer.prepare(p, "attention_bwd", inputs.of("bhsd")[:1])[0]()
     torch.cuda.synchronize()
     seconds = {"forward": round(forward, 1), "forward and backward": round(time.monotonic() - start - forward, 1)}
-    click.echo(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "seconds": seconds}))
+    where = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+    click.echo(json.dumps({**where, "seconds": seconds, "choices": seen}))
+
+
+def choice_of(timings: dict[Any, float], name: str) -> dict[str, Any]:
+    """The fastest of inductor's choices in the form of its log, read from its description: `..., BLOCK_M=128, ..., num_warps=8`."""
+    best = min(timings, key=timings.__getitem__)
+    found = dict(re.findall(r"(\w+)=([\w.]+)", str(getattr(best, "description", ""))))
+    words = {"True": True, "False": False}
+    values = {key: words.get(text, text) for key, text in found.items() if key in _TUNABLES}
+    values = {key: int(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {"kernel_type": "backward" if "backward" in name else "forward", "choices": [values]}
 
 
 def read_tiles(path: Path | None) -> dict[int, dict[str, Any]]:

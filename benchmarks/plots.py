@@ -1,4 +1,7 @@
-"""Pictures of the tables' CSVs: TFLOP/s over the length, a panel a head dim and mask, every contestant with its p10 to p90.
+"""Pictures of the tables' CSVs, with every contestant and its p10 to p90.
+
+TFLOP/s over the length, a panel a head dim and mask; of free-form attention (`hopper_freeform.py`) bars by kind, a panel an
+operation, head dim and length.
 
     python benchmarks/plots.py benchmarks/results/h200_forward.csv benchmarks/results/h200_forward.png
 
@@ -38,6 +41,8 @@ def draw(source: Path, target: Path) -> int:
     rows = [row for row in tables.read(str(source.resolve())) if row["median_ms"] and row["contestant"] != TWIN]
     if not rows:
         raise click.ClickException(f"{source} holds no timed row.")
+    if "kind" in rows[0]:
+        return _bars(rows, target)
     panels: dict[tuple[str, ...], list[tables.Row]] = {}
     for row in rows:
         panels.setdefault(panel_of(row), []).append(row)
@@ -74,6 +79,48 @@ def draw(source: Path, target: Path) -> int:
         one.set_axis_off()
     for first in axes[::columns]:
         first.set_ylabel("TFLOP/s (median; p10 to p90)", fontsize=8)
+    handles = {
+        label: handle
+        for one in axes[: len(panels)]
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
+    }
+    made.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    plot.save(made, target)
+    return len(panels)
+
+
+def _bars(rows: list[tables.Row], target: Path) -> int:
+    """TFLOP/s over visible pairs, by kind."""
+    panels: dict[tuple[int, str, int], list[tables.Row]] = {}
+    for row in rows:
+        panels.setdefault((int(row["seqlen_q"]), row["op"], int(row["head_dim"])), []).append(row)
+    columns = min(4, len(panels))
+    made, axes = plot.figure(columns, rows=-(-len(panels) // columns), title=tables.where(rows), size=(4.2, 2.9))
+    kinds, order = (list(dict.fromkeys(row[name] for row in rows)) for name in ("kind", "contestant"))
+    width = 0.8 / len(order)
+    for one, ((length, op, head_dim), mine) in zip(
+        axes,
+        sorted(panels.items(), key=lambda item: (item[0][0], item[0][1] != "attention_fwd", item[0][2])),
+        strict=False,
+    ):
+        for number, name in enumerate(order):
+            found = {row["kind"]: row for row in mine if row["contestant"] == name}
+            places = [place for place, kind in enumerate(kinds) if kind in found]
+            at = [place + (number - (len(order) - 1) / 2) * width for place in places]
+            one.bar(
+                at,
+                [float(found[kinds[place]]["tflops"]) for place in places],
+                width,
+                color=plot.COLOURS[number % len(plot.COLOURS)],
+                label=NAMES.get(name, name),
+            )
+        one.set_title(f"{'forward' if op == 'attention_fwd' else 'backward'}, d {head_dim}, S {length}", fontsize=9)
+        one.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=7)
+        one.tick_params(axis="y", labelsize=8)
+    for one in axes[len(panels) :]:
+        one.set_axis_off()
+    for first in axes[::columns]:
+        first.set_ylabel("TFLOP/s over visible pairs", fontsize=8)
     handles = {
         label: handle
         for one in axes[: len(panels)]

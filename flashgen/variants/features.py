@@ -115,7 +115,7 @@ ELEMENTS: Mapping[str, str] = {
     "dbias_ptr": "fp32",
     "largest_ptr": "i32",
 }
-UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_attn_mask_n", "stride_sinks")
+UNIT_STRIDES = ("stride_alibi_h", "stride_bias_n", "stride_dbias_n", "stride_attn_mask_n", "stride_sinks")
 
 
 def _mods(spec: AttentionSpec) -> Feature:

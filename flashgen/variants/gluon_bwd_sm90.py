@@ -134,8 +134,8 @@ class GluonBackwardSm90(Variant):
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
-        if problem.bias_grad:
-            return "the gradient of bias: not covered by this kernel yet"
+        if problem.bias_grad and problem.deterministic:
+            return "the gradient of bias in a fixed order: not covered by this kernel yet"
         return None
 
     # -- what options add to the template --
@@ -207,6 +207,10 @@ class GluonBackwardSm90(Variant):
             found |= {"philox_ptr": ("philox_ptr", False), "start_n": ("start_n", False)}
             found["off_bh"] = ("(off_b * num_heads_kv + off_hkv) * group + member", True)
             found |= {name: (name, False) for name in ("dropout_threshold", "dropout_scale")}
+        if spec.has_bias:
+            head = "off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h"
+            found["dbias_ptr"] = (f"dbias_ptr + {head}", True)
+            found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
         if spec.mods is not None:
             found |= {"b": ("off_b", False), "h": ("off_h", True)}
             found |= {name: (name, False) for name in spec.mods.program.parameters}
@@ -310,13 +314,14 @@ class GluonBackwardSm90(Variant):
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        found |= {"SUM_BIAS": 1, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
         return {**found, "MASKED": True, "PEELED": False} if spec.has_attn_mask else found
 
     def launch_options(self, problem: Problem) -> dict[str, Any]:
         return {"deterministic": problem.deterministic}
 
     def unordered(self, problem: Problem) -> tuple[str, ...]:
-        return () if problem.deterministic else ("dq",)
+        return () if problem.deterministic else ("dq", *(["dbias"] if problem.bias_grad else []))
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

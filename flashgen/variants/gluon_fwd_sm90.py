@@ -9,8 +9,15 @@ from flashgen.problem import Problem
 from flashgen.spec import MAX_HEAD_DIM, AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.gluon_options import Options, emission, options
+from flashgen.variants.mod_text import WithMods
 
-_COVERED_FLAGS = frozenset({"causal", "has_lse"})
+_COVERED_FLAGS = frozenset(
+    {
+        "causal", "has_lse", "window", "softcap", "has_alibi", "has_sinks", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod",
+        "has_block_mask", "dropout", "varlen",
+    }
+)  # fmt: skip
 _WG_ROWS = 64  # query rows of a warpgroup
 _WG_THREADS = 128
 _BLOCK_N = (32, 64, 128, 256)
@@ -48,7 +55,7 @@ _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
 }
 
 
-class GluonForwardSm90(Variant):
+class GluonForwardSm90(WithMods, Variant):
     """`templates/gluon/attention_fwd_sm90.py.jinja`."""
 
     name = "gluon_fwd_sm90"
@@ -90,12 +97,29 @@ class GluonForwardSm90(Variant):
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if value % 8 or value > MAX_HEAD_DIM:
                 return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
+        if options(spec).hides and self.block_d(spec) != self.block_dv(spec):
+            return f"masks keys of tiles only where head_dim and head_dim_v are padded alike, not {spec.head_dim} and {spec.head_dim_v}"
         return None
 
     def refuses(self, problem: Problem) -> str | None:
+        reason = super().refuses(problem)
+        if reason is not None:
+            return reason
         if problem.unaligned:
             return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
         return None
+
+    def options(self, spec: AttentionSpec) -> Options:
+        """The names that a spec's options add to the kernel, for the template."""
+        return options(spec)
+
+    def mod(self, spec: AttentionSpec, kind: str) -> Any:
+        """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
+        return emission(spec, kind)
+
+    def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
+        """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""
+        return {"keys": (_WG_ROWS, int(config.BLOCK_N)), "lists": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
     def block_d(self, spec: AttentionSpec) -> int:
         """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""
@@ -131,7 +155,8 @@ class GluonForwardSm90(Variant):
 
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        return {**widths, "PACK": 1, "EVEN_K": True, "MASKED_LOOP": False}
+        own = {"ONE_KIND": True} if spec.has_block_mask else {} if options(spec).any else {"MASKED_LOOP": False}
+        return {**widths, "PACK": 1, "EVEN_K": True, **own}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
@@ -180,6 +205,8 @@ class GluonForwardSm90(Variant):
     def _illegal_staging(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
         if not config.OWN_STAGING and self.block_d(spec) != self.block_dv(spec):
             return "OWN_STAGING=False stages the output in q's memory, which has another width here"
+        if not config.OWN_STAGING and options(spec).hides:
+            return "OWN_STAGING=False stages the output in q's memory, which is needed till the end where a mask hides keys"
         return None
 
     def _illegal_memory(

@@ -3,6 +3,7 @@
     python tests/fuzz/fuzz.py --seeds 1000:500        500 cases from seed 1000 on
     python tests/fuzz/fuzz.py --seconds 600           as many as fit
     python tests/fuzz/fuzz.py --case '{"causal": true}'   exactly this one
+    python tests/fuzz/fuzz.py --device cuda --seconds 300 --seeds 0:0   on a GPU, by the most specialised kernel that covers the case
 
 Exit code 1 when a case fails; its last line is the command that repeats the shrunken case.
 """
@@ -10,11 +11,14 @@ Exit code 1 when a case fails; its last line is the command that repeats the shr
 from __future__ import annotations
 
 import argparse
+import random
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 from cases import Case, draw
-from judge import judge
+from judge import covered, judge
 
+GPU_LENGTHS = (1, 17, 63, 64, 65, 127, 128, 129, 190, 193, 256, 257, 300)
 Judge = Callable[[Case], str | None]
 
 
@@ -81,6 +86,26 @@ def shrink(case: Case, judge: Judge = judge, *, seconds: float = 60.0) -> tuple[
     return case, said
 
 
+def for_gpu(seed: int) -> Case:
+    """A case of more and longer rows, most with head dims that every kernel takes, for the first of gluon, triton, torch that covers it."""
+    case, r = draw(seed), random.Random(seed)
+    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
+    wide |= {"head_dim_v": wide["head_dim"] if r.random() < 0.8 else 128, "dtype": r.choice(("fp16", "bf16"))}
+    longer = {} if case.lengths else {"seqlen_q": r.choice(GPU_LENGTHS), "seqlen_k": r.choice(GPU_LENGTHS)}
+    fewer = {"heads_kv": min(2, case.heads_kv), "group": min(2, case.group)}
+    case = replace(case, **longer, **fewer, **(wide if r.random() < 0.75 else {}))
+    if r.random() < 0.4:  # plain: what the most specialised kernels take
+        plain = Case()
+        names = ("window", "softcap", "alibi", "sinks", "bias", "bias_inf", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths", "seqused")  # fmt: skip
+        case = replace(case, **{name: getattr(plain, name) for name in names}, batch=max(1, case.batch))
+    candidates = (
+        replace(case, backend=name, grad=grad, deterministic=grad and seed % 2 == 0)
+        for name in ("gluon", "triton")
+        for grad in dict.fromkeys((case.grad, False))
+    )
+    return next((one for one in candidates if covered(one, "cuda")), replace(case, backend="torch"))
+
+
 def command(case: Case) -> str:
     """What repeats exactly this case, in the root of the checkout."""
     return f"python tests/fuzz/fuzz.py --case {shlex.quote(case.dumps())}"
@@ -98,24 +123,37 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", help="one case as JSON")
     parser.add_argument("--seeds", default="0:200", help="first:count")
     parser.add_argument("--seconds", type=float, help="stop after so long; with no --seeds, from seed 0 on")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given: Any = parser.parse_args(arguments)
+    on = partial(judge, device=given.device)
     if given.case is not None:
         case = Case.loads(given.case)
-        said = verdict(case)
+        said = verdict(case, on)
         print("passed" if said is None else f"failed: {said}\n{command(case)}")
         return 0 if said is None else 1
     first, count = map(int, given.seeds.split(":"))
     end = None if given.seconds is None else time.monotonic() + given.seconds
     failures = done = 0
+    backends: Counter[str] = Counter()
     for seed in range(first, first + (count if end is None else sys.maxsize // 2)):
         if end is not None and time.monotonic() > end:
             break
-        case, done = draw(seed), done + 1
-        said = verdict(case)
-        if said is not None:
-            failures += 1
-            print(report(case, said), flush=True)
-    print(f"{done} cases, {failures} failed")
+        case, done = draw(seed) if given.device == "cpu" else for_gpu(seed), done + 1
+        said = verdict(case, on)
+        backends[case.backend] += 1
+        if said is None:
+            continue
+        failures += 1
+        # A step of shrinking is seconds of compiling on a GPU: the case is told as it is.
+        text = (
+            report(case, said)
+            if given.device == "cpu"
+            else f"seed {seed} failed: {said}\n{command(case)} --device cuda"
+        )
+        print(text, flush=True)
+    print(
+        f"{done} cases, {failures} failed; {', '.join(f'{count} {name}' for name, count in sorted(backends.items()))}"
+    )
     return 1 if failures else 0
 
 

@@ -18,8 +18,8 @@ TEMPLATE = "triton/attention_bwd.py.jinja"
 TILES = "triton/parts/load_tile.py.jinja"
 
 K_SHAPE = "_, seqlen_k, num_heads_kv, _ = k.shape\n"
-MASK_T = "visible = offs_n[:, None] <= (rows + causal_offset)[None, :]"
-MASK = "visible = keys[None, :] <= (offs_m + causal_offset)[:, None]"
+MASK_T = '["offs_n[:, None] <= (rows + causal_offset)[None, :]"]'
+MASK = '["keys[None, :] <= (offs_m + causal_offset)[:, None]"]'
 DS_T = "ds = p * (dp - delta[None, :])"
 DS = "ds = p * (dp - delta[:, None])"
 DV = 'dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")'
@@ -57,7 +57,7 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
     ("one head of the group", "tl.range(0, group)", "tl.range(0, 1)"),
     ("the wrong heads of the group", "off_h = off_hkv * group + member", "off_h = off_hkv + member * num_heads_kv"),
     ("rows of the wrong head", ROW_START, ROW_START.replace("num_heads_q", "num_heads_kv")),
-    ("the wrong key/value head of dq", "off_h // (num_heads_q // num_heads_kv)", "off_h % num_heads_kv"),
+    ("the wrong key/value head of dq", "off_h = off_bh % num_heads_q\n    off_hkv = (off_h // (num_heads_q // num_heads_kv))", "off_h = off_bh % num_heads_q\n    off_hkv = (off_h % num_heads_kv)"),
     # -- masks and ranges --
     ("dk and dv see one key too many", MASK_T, MASK_T.replace("causal_offset)", "causal_offset + 1)")),
     ("dk and dv hide the diagonal", MASK_T, MASK_T.replace("<=", "<")),
@@ -72,15 +72,15 @@ MUTANTS: tuple[tuple[str, str, str], ...] = (
     ("kv_end one key short", KV_END, KV_END.replace("causal_offset + 1", "causal_offset")),
     ("full_end not rounded to a block", FULL_END, FULL_END.removesuffix(" // BLOCK_N * BLOCK_N")),
     ("full_end not rounded, not causal", "full_end = kv_end // BLOCK_N * BLOCK_N", "full_end = kv_end"),
-    ("dq's ragged tail of keys is seen", " visible = (keys < kv_end)[None, :]", " visible = (keys >= 0)[None, :]"),
-    ("dq's ragged tail of keys is seen, causal", f"{MASK}\n            visible &= (keys < kv_end)[None, :]", MASK),
+    ("dq's ragged tail of keys is seen", '["(keys < kv_end)[None, :]"]', '["(keys >= 0)[None, :]"]'),
+    ("dq's ragged tail of keys is seen, causal", 'diagonal + ["(keys < kv_end)[None, :]"]', 'diagonal or ["(keys < kv_end)[None, :]"]'),
     ("rows that see no key are read", "live &= rows >= row_begin", "live &= rows >= 0"),
     ("rows beyond the end are read", "        # -- query --\n        live = rows < seqlen_q", "        live = rows >= 0"),
     # -- precision --
     ("dk rounded to the input dtype at each step", DK, f"{DK}.to(q.dtype).to(tl.float32)"),
     ("dq rounded to the input dtype at each step", DQ, f"{DQ}.to(k.dtype).to(tl.float32)"),
     # -- addresses --
-    ("k's head stride for v", "v_ptr + off_b * stride_vb + off_hkv * stride_vh", "v_ptr + off_b * stride_vb + off_hkv * stride_kh"),
+    ("k's head stride for v", "off_hkv * stride_vh + n * stride_vn", "off_hkv * stride_kh + n * stride_vn"),
     ("q's row stride for dout", "first * stride_dom", "first * stride_qm"),
     ("out's row stride for dout", "rows * stride_dom", "rows * stride_om"),
     ("dk's row stride for dv", "n * stride_dvn", "n * stride_dkn"),

@@ -8,6 +8,7 @@ prints a line for each mutant; exit code 1 when one survives. `test_mutation.py`
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import sys
 import tempfile
@@ -255,11 +256,22 @@ def apply(broken: Mutant, folder: Path) -> None:
         ValueError: the text to break does not stand there exactly once.
     """
     shutil.copytree(templates_dir(), folder, dirs_exist_ok=True)
-    path = folder / broken.file
-    text = path.read_text()
-    if text.count(broken.old) != 1:
-        raise ValueError(f"{broken.name}: {broken.file} holds {text.count(broken.old)} times, not once: {broken.old!r}")
-    path.write_text(text.replace(broken.old, broken.new))
+    paths = [folder / name for name in parts_of(broken.file)]
+    holds = [path for path in paths for _ in range(path.read_text().count(broken.old))]
+    if len(holds) != 1:
+        raise ValueError(f"{broken.name}: {broken.file} holds {len(holds)} times, not once: {broken.old!r}")
+    (path,) = holds
+    path.write_text(path.read_text().replace(broken.old, broken.new))
+
+
+def parts_of(file: str) -> list[str]:
+    """A template and all that it includes, each once."""
+    found = [file]
+    for name in found:
+        for part in re.findall(r'{% include "(.+?)" %}', (templates_dir() / name).read_text()):
+            if part not in found:
+                found.append(part)
+    return found
 
 
 def caught_by(broken: Mutant) -> tuple[str, str] | None:

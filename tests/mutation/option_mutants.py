@@ -5,13 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 
 from cases import Case
 from judge import judge
 
+import flashgen
+from flashgen.config import KernelConfig
 from flashgen.errors import AccuracyError
+from flashgen.variants.triton_bwd import TritonBackward
 
 FORWARD = "triton/attention_fwd.py.jinja"
 LAUNCH = "triton/parts/launch_fwd.py.jinja"
@@ -59,6 +68,18 @@ CASES: dict[str, Case] = {
     "gradients, attn_mask": Case(**{**_WIDE, "grad": True, "attn_mask": "b11j", "window": (-1, 9)}),
     "gradients, rows of a mask": Case(**{**_WIDE, "grad": True, "attn_mask": "11i1", "causal": True}),
     "gradients, dropout": Case(**{**_WIDE, "grad": True, "dropout_p": 0.3, "sinks": True}),
+    "gradients, mask_mod": Case(**{**_WIDE, "grad": True, "mask_mod": "document", "seqlen_q": 75, "seqlen_k": 60, "group": 1}),
+    "gradients, score_mod": Case(**{**_WIDE, "grad": True, "score_mod": "table", "seqlen_k": 40}),
+    "gradients, squared": Case(**{**_WIDE, "grad": True, "score_mod": "squared", "seqlen_k": 40}),
+    "gradients, captured and hidden": Case(**{**_WIDE, "grad": True, "score_mod": "gated", "mask_mod": "columns", "group": 1, "seqlen_k": 40}),
+    "gradients, bias of keys": Case(**{**_WIDE, "grad": True, "bias": "b11j", "seqlen_k": 40}),
+    "gradients, bias of rows": Case(**{**_WIDE, "grad": True, "bias": "1hi1", "seqlen_k": 40}),
+    "gradients, bias of heads": Case(**{**_WIDE, "grad": True, "bias": "1hij", "seqlen_k": 40}),
+    "gradients, bias and softcap": Case(**{**_WIDE, "grad": True, "bias": "bhij", "softcap": 0.5, "seqlen_k": 40}),
+    "gradients, ordered": Case(**{**_WIDE, "grad": True, "bias": "1h1j", "score_mod": "table", "deterministic": True, "seqlen_k": 40}),
+    "gradients, packed": Case(**{**_PACKED, "grad": True, "sinks": True, "bias": "bhij", "window": (6, 1), "top_left": True}),
+    "block_mask": Case(**{**_WIDE, "grad": True, "block_mask": "thirds", "block_size": (32, 64)}),
+    "block_mask of odd blocks": Case(**{**_WIDE, "grad": True, "block_mask": "document", "block_size": (24, 40)}),
     "packed": Case(**_PACKED),
     "packed, top-left": Case(**{**_PACKED, "top_left": True, "seqused": False}),
     "packed, everything": Case(**{**_PACKED, "alibi": "bh", "bias": "bhij", "sinks": True, "dropout_p": 0.4, "window": (9, 2)}),
@@ -125,16 +146,45 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("dropout without the offset", "offset.to(tl.uint32) + zero", "zero", DROPOUT, "dropout"),
     ("dk and dv see one key too many on the left", ">= (rows + causal_offset - window_left)[None, :]", ">= (rows + causal_offset - window_left - 1)[None, :]", BACKWARD, "gradients, window"),
     ("dq sees one key too many on the left", ">= (offs_m + causal_offset - window_left)[:, None]", ">= (offs_m + causal_offset - window_left - 1)[:, None]", BACKWARD, "gradients, window"),
-    ("row_end one row short", "last_n - causal_offset + window_left + 1", "last_n - causal_offset + window_left", BACKWARD, "gradients, narrow window"),
+    ("row_end one row short", "last_n - causal_offset + window_left + 1, 0))\n", "last_n - causal_offset + window_left, 0))\n", BACKWARD, "gradients, narrow window"),
     ("keys before every window are read", "in_range = (offs_n >= seen_begin) & (offs_n < seen_end)", "in_range = offs_n < seqlen_k", BACKWARD, "gradients, window"),
-    ("dk of a cap without its derivative", "        ds = p * (dp - delta[None, :])\n{% if spec.softcap %}", "        ds = p * (dp - delta[None, :])\n{% if spec.varlen %}", BACKWARD, "gradients, window"),
-    ("dq of a cap without its derivative", "        ds = p * (dp - delta[:, None])\n{% if spec.softcap %}", "        ds = p * (dp - delta[:, None])\n{% if spec.varlen %}", BACKWARD, "gradients, window"),
-    ("dk and dv of ALiBi transposed", "(rows + seqlen_k - seqlen_q)[None, :] - offs_n[:, None]", "(rows + seqlen_q - seqlen_k)[None, :] - offs_n[:, None]", BACKWARD, "gradients, window"),
+    ("gradients of a cap without its derivative", "        ds *= slack\n", "        ds *= 1.0\n", BACKWARD, "gradients, window"),
+    ("gradients of ALiBi from the other end", "({{ rows }} + seqlen_k - seqlen_q)", "({{ rows }} + seqlen_q - seqlen_k)", BACKWARD, "gradients, window"),
     ("dp of what dropout dropped", "        dp = tl.dot(v, tl.trans(do), input_precision=\"ieee\")\n{% if spec.dropout %}", "        dp = tl.dot(v, tl.trans(do), input_precision=\"ieee\")\n{% if spec.varlen %}", BACKWARD, "gradients, dropout"),
     ("dv of what dropout dropped", "tl.where(kept, p * dropout_scale, 0.0)\n        dv", "p * dropout_scale\n        dv", BACKWARD, "gradients, dropout"),
-    ("the sinks' gradient with the wrong sign", "dsinks.copy_(-(sink_p", "dsinks.copy_((sink_p", BACKWARD, "gradients, dropout"),
-    ("keys that a mask hides from all reach dq", "[:, None], k, 0.0)", "[:, None], k, k)", BACKWARD, "gradients, attn_mask"),
-    ("dq of keys that mask and diagonal hide together", "        if IS_MASKED:\n            seen &= visible\n        p = tl.where(seen, p, 0.0)", "        p = tl.where(seen, p, 0.0)", BACKWARD, "gradients, rows of a mask"),
+    ("the sinks' gradient with the wrong sign", "dsinks.copy_(-(sink_p * delta).sum((0, 2)))", "dsinks.copy_((sink_p * delta).sum((0, 2)))", BACKWARD, "gradients, dropout"),
+    ("keys that a mask hides from all reach dq", "{% if spec.has_attn_mask %}\n        k = tl.where(", "{% if spec.has_attn_mask %}\n        tl.where(", BACKWARD, "gradients, attn_mask"),
+    ("a mask alone, where a diagonal hides too", 'visible {{ "=" if loop.first and not spec.has_attn_mask else "&=" }} {{ condition }}', 'visible {{ "=" if loop.first and not spec.has_attn_mask else "|=" }} {{ condition }}', BACKWARD, "gradients, rows of a mask"),
+    ("rows that mask_mod leaves begin a block late", "begin = tl.maximum(begin, tl.load(ranges) * BLOCK_M)", "begin = tl.maximum(begin, (tl.load(ranges) + 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod"),
+    ("rows that mask_mod hides in part taken for whole ones", "full_start = tl.maximum(tl.maximum(full_start, tl.load(ranges + 1) * BLOCK_M), begin)", "full_start = begin", BACKWARD, "gradients, mask_mod"),
+    ("the last rows that mask_mod leaves forgotten", "stop = tl.minimum(stop, tl.load(ranges + 3) * BLOCK_M)", "stop = tl.minimum(stop, (tl.load(ranges + 3) - 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod"),
+    ("row ranges of the first block of keys", "start_n // BLOCK_N * 4\n", "0\n", BACKWARD, "gradients, mask_mod"),
+    ("hidden keys reach what score_mod captures", "        if IS_MASKED:\n            raw = tl.where(visible, raw, 0.0)\n", "", BACKWARD, "gradients, captured and hidden"),
+    ("score_mod's derivative left out", "        ds = {{ slope.score }}\n", "        ds = ds * 1.0\n", BACKWARD, "gradients, score_mod"),
+    ("score_mod's derivative at the new score", "        raw = qk\n", "        raw = qk * 0.5\n", BACKWARD, "gradients, squared"),
+    ("what is captured gets the gradient of one tile", "tl.atomic_add(sum_ptr + places, value,", "tl.store(sum_ptr + places, value,", BACKWARD, "gradients, score_mod"),
+    ("rows beyond the end add to what is captured", "live = (offs_m < seqlen_q)[:, None]", "live = (offs_m >= 0)[:, None]", BACKWARD, "gradients, constant of -inf"),
+    ("the bias's gradient unreduced over rows", "part = tl.sum(part, 0, keep_dims=True)", "part = tl.max(part, 0, keep_dims=True)", BACKWARD, "gradients, bias of keys"),
+    ("the bias's gradient unreduced over keys", "part = tl.sum(part, 1, keep_dims=True)", "part = tl.max(part, 1, keep_dims=True)", BACKWARD, "gradients, bias of rows"),
+    ("the bias's gradient of the last batch alone", "whole_bias = shape == tuple(bias.shape)", "whole_bias = shape[1:] == tuple(bias.shape)[1:]", BACKWARD, "gradients, bias of heads"),
+    ("the bias's gradient after the cap's derivative", "            part = tl.where(live_rows & live_keys, ds, 0.0)\n", "            part = tl.where(live_rows & live_keys, ds * slack, 0.0)\n", BACKWARD, "gradients, bias and softcap"),
+    ("the bias's gradient of the first sequence", "off_b * stride_dbias_b + off_h * stride_dbias_h", "off_h * stride_dbias_h", BACKWARD, "gradients, packed"),
+    ("ordered sums with units too small to count", "factor = ((62 - term_bits", "factor = ((12 - term_bits", BACKWARD, "gradients, ordered"),
+    ("ordered sums read in other units", "- 126 + term_bits - 62\n", "- 126 + term_bits - 61\n", BACKWARD, "gradients, ordered"),
+    ("ordered sums of the first pass alone", "passes.append((fixed, 3, 3))", "passes.append((fixed, 3, 2))", BACKWARD, "gradients, ordered"),
+    ("a partial block taken for a full one", "(kind == 2) | ((kind == 1) & allowed)", "(kind == 2) | (kind == 1)", FORWARD, "block_mask"),
+    ("a block mask's full blocks masked", "(kind == 2) | ((kind == 1) & allowed)", "(kind > 0) & allowed", FORWARD, "block_mask as given"),
+    ("the kinds of the first rows", "({{ rows }} // block_size_q).to(tl.int64)", "({{ rows }} * 0).to(tl.int64)", FORWARD, "block_mask of odd blocks"),
+    ("a tile's kind from the wrong block", "tl.load(kind_row + start_n // block_size_k)", "tl.load(kind_row)", FORWARD, "block_mask as given"),
+    ("one kind of a tile that has several", "block_size_k % BLOCK_N == 0", "block_size_k % 8 == 0", FORWARD, "block_mask of odd blocks"),
+    ("unmasked blocks from where the masked ones begin", '("False", "masked", "listed")', '("False", "0", "listed")', FORWARD, "block_mask as given"),
+    ("block lists of the first head", "row_blocks_ptr + off_b * stride_row_blocks_b + off_h * stride_row_blocks_h", "row_blocks_ptr + off_b * stride_row_blocks_b", BACKWARD, "block_mask"),
+    ("block lists of the first queries", "key_blocks_ptr += (start_m // BLOCK_M).to(tl.int64) * stride_key_blocks_m", "key_blocks_ptr += 0", FORWARD, "block_mask"),
+    ("packed: gradients of keys that are not in use", "    dk = tl.where((offs_n < seqlen_k)[:, None], dk, 0.0)\n", "", BACKWARD, "gradients, packed"),
+    ("packed: lse from the start", "row_start = off_h * total_q + first_q\n{% else %}\n        row_start", "row_start = off_h * total_q\n{% else %}\n        row_start", BACKWARD, "gradients, packed"),
+    ("packed: keys of dk where queries start", "dk_ptr += first_k * stride_dkn", "dk_ptr += first_q * stride_dkn", BACKWARD, "gradients, packed"),
+    ("packed: too few blocks of keys", "(total_k // BLOCK_N + batch)", "triton.cdiv(total_k, BLOCK_N)", BACKWARD, "gradients, packed"),
+    ("packed: sinks of every row at once", "dsinks.copy_(-(sink_p * delta).sum(1))", "dsinks.copy_(-(sink_p * delta).sum(1) * 0.5)", BACKWARD, "gradients, packed"),
     ("seqused_k ignored", "seqlen_k = tl.minimum(seqlen_k, tl.load(seqused_k_ptr + off_b))", "seqlen_k = seqlen_k + 0", FORWARD, "packed"),
     ("packed: always bottom-right", "causal_offset = (seqlen_k - seqlen_q) * bottom_right", "causal_offset = seqlen_k - seqlen_q", FORWARD, "packed, top-left"),
     ("values from where queries start", "v_ptr += first_k *", "v_ptr += first_q *", FORWARD, "packed"),
@@ -145,6 +195,51 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
 )  # fmt: skip
 
 
+def _of_infinities() -> None:
+    """A score that rows beyond the end would have as infinity: it reaches neither dk nor what is captured."""
+    q, k, v = (drawn(1, seqlen, 2, 16, seed=seqlen) for seqlen in (20, 24, 25))
+    v = v[:, :24]
+    scale = torch.rand(2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + scale[h] / (20 - q_idx)
+
+    _agree((q, k, v), (scale,), score_mod=mod)
+
+
+def _as_given() -> None:
+    """A BlockMask whose full blocks its mask_mod would hide in part, and whose lists are in no order."""
+    counts, full_counts = torch.tensor([[[2, 1, 0]]], dtype=torch.int32), torch.tensor([[[1, 1, 2]]], dtype=torch.int32)
+    lists = torch.tensor([[[[3, 0, 1, 2], [2, 0, 1, 3], [0, 1, 2, 3]]]], dtype=torch.int32)
+    full = torch.tensor([[[[1, 0, 2, 3], [3, 0, 1, 2], [2, 0, 1, 3]]]], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(
+        counts, lists, full_counts, full, BLOCK_SIZE=(16, 16), mask_mod=lambda b, h, i, j: (i + j) % 3 > 0, seq_lengths=(40, 60)
+    )  # fmt: skip
+    q, k, v = (drawn(1, seqlen, 2, 16, seed=seqlen) for seqlen in (40, 60, 61))
+    _agree((q, k, v[:, :60]), (), block_mask=mask)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def _agree(tensors: tuple[Tensor, ...], captured: tuple[Tensor, ...], **options: Any) -> None:
+    """Results and gradients of the kernels beside the torch backend's."""
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    config = KernelConfig(
+        variant="triton_bwd", BLOCK_M=16, BLOCK_N=16, BLOCK_M_DQ=16, BLOCK_N_DQ=16, num_warps=4, num_stages=1
+    )  # fmt: skip
+    found = []
+    with mock.patch.object(TritonBackward, "default", lambda self, spec, target: config):
+        for keywords in ({"backend": "torch"}, {"backend": "triton", "config": tile}):
+            out = flashgen.attention(*tensors, **options, **keywords)  # type: ignore[call-overload]
+            weights = torch.arange(out.numel()).view(out.shape).sin()
+            found.append((out, *torch.autograd.grad((out * weights).sum(), (*tensors, *captured))))
+    for want, got in zip(*found, strict=True):
+        if not torch.allclose(want, got, rtol=1e-4, atol=2e-5):
+            raise AccuracyError(f"off by {(want - got).abs().max()}")
+
+
 def _run(case: Case) -> None:
     said = judge(case)
     if said is not None:
@@ -152,5 +247,7 @@ def _run(case: Case) -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    f"options-{name}": (lambda case=case: _run(case)) for name, case in CASES.items()
+    **{f"options-{name}": (lambda case=case: _run(case)) for name, case in CASES.items()},
+    "options-gradients, constant of -inf": _of_infinities,
+    "options-block_mask as given": _as_given,
 }

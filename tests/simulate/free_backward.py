@@ -41,6 +41,7 @@ class Free:
         block_mask: which of b and h the lists of a BlockMask span, e.g. `b1`; empty for none. A third of the blocks is not listed, a
             third is full, and in the others its mask_mod counts.
         bias_inf: whether a tenth of the bias is -inf.
+        dbias: whether its gradient is wanted.
         known: whether the launch is told where a mask_mod hides whole blocks.
         knobs: of the configuration that differ from the default.
     """
@@ -57,6 +58,7 @@ class Free:
     sinks: bool = False
     bias: str = ""
     bias_inf: bool = False
+    dbias: bool = False
     attn_mask: str = ""
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
@@ -191,6 +193,10 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
         outputs["dsinks"], buffers.allocations["dsinks"] = place(
             (p.num_heads_q,), torch.float32, "cpu", False, "dense", "o"
         )
+    if case.bias and case.dbias:
+        shape = operands["bias"].shape
+        outputs["dbias"], buffers.allocations["dbias"] = place(tuple(shape), torch.float32, "cpu", False, "dense", "o")
+        outputs["dbias"].zero_()
     values |= {"window_left": case.window[0], "window_right": case.window[1], "softcap": case.softcap}
     values |= {"dropout_p": case.dropout_p, "philox": torch.tensor(PHILOX)}
     if p.mods is not None:
@@ -199,7 +205,7 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
         if block_mask is not None:
             values |= block_lists.launch_values(block_mask, p, VARIANT.mask_tiles(case.config))
         values["row_ranges"] = row_ranges(case, program, tensors) if case.known else None
-    wanted = (*VARIANT.signature(p.spec).launch, *(["dbias"] if case.bias else []))
+    wanted = (*VARIANT.signature(p.spec).launch, *(["dbias"] if case.bias and not case.dbias else []))
     return replace(buffers, call=call, outputs=outputs), {name: values[name] for name in wanted}
 
 

@@ -124,3 +124,14 @@ CASES = (
     Free(why="wide: scores and masks", sizes=GROUPS, softcap=0.6, head_dim=256, mask_mod=chunks, score_mod=squared, sinks=True),
     Free(why="wide: operands", sizes=GROUPS, head_dim=72, head_dim_v=192, alibi="h", bias="bhij", attn_mask="b1ij", causal=BR),
 )  # fmt: skip
+
+# The gradient of a bias, in fast mode alone: in order the portable kernel computes it.
+BIASES = (
+    Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),
+    Free(why="a bias of every pair with -inf, beside a mask", sizes=GROUPS, bias="bhij", bias_inf=True, dbias=True, mask_mod=shuffled),
+    Free(why="a bias that heads share", sizes=GROUPS, bias="b1ij", dbias=True, head_dim=128, causal=BR),
+    Free(why="a bias of keys", sizes=GROUPS, bias="1h1j", dbias=True, attn_mask="b11j"),
+    Free(why="a bias of rows", sizes=WIDE, bias="11i1", dbias=True, window=(60, 30)),
+    Free(why="one number", sizes=TALL, bias="1111", dbias=True, dropout_p=0.2),
+    Free(why="wide: a bias of every pair", sizes=GROUPS, bias="bhij", dbias=True, head_dim=192, head_dim_v=128, softcap=0.8),
+)  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from free_backward import Free, launch, make, run
-from free_cases import CASES, GROUPS, TALL, WIDE, bands_of_heads, chunks, own_document, prefix, shuffled
+from free_backward import H100, VARIANT, Free, launch, make, run
+from free_cases import BIASES, CASES, GROUPS, TALL, WIDE, bands_of_heads, chunks, own_document, prefix, shuffled
 
 from flashgen.simulator import SCHEDULES
 
@@ -19,6 +20,49 @@ def test_case(index: int, deterministic: bool) -> None:
     """Each row in both modes, each under another schedule."""
     case = CASES[index]
     run(case, index, deterministic=deterministic, schedule=SCHEDULES[(index + 2 * deterministic) % 4]).require(case.why)
+
+
+@pytest.mark.parametrize("index", range(len(BIASES)), ids=[case.why.replace(" ", "-") for case in BIASES])
+def test_gradient_of_a_bias(index: int) -> None:
+    run(BIASES[index], index, deterministic=False, schedule=SCHEDULES[index % 4]).require(BIASES[index].why)
+
+
+def test_what_is_refused_has_its_reason() -> None:
+    table = torch.zeros(4, requires_grad=True)
+    learned = Free(why="", sizes=WIDE, score_mod=lambda s, b, h, i, j: s + table[h])
+    assert "gradients of tensors that score_mod captures" in str(VARIANT.supports(learned.problem.spec, H100))
+    biased = replace(BIASES[0].problem, bias_grad=True)
+    assert VARIANT.refuses(biased) is None
+    assert "in a fixed order" in str(VARIANT.refuses(replace(biased, deterministic=True)))
+    assert "traced" in str(VARIANT.refuses(replace(CASES[9].problem, mods=None)))
+    packed = replace(CASES[0].problem, varlen=True)
+    assert "varlen: not covered" in str(VARIANT.supports(packed.spec, H100))
+
+
+def carried(text: str) -> list[str]:
+    """Scalars that a loop hands on to another of its own: Triton 3.6 compiles every pass with the first value."""
+    found = []
+    for function in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+        stored = [node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        for loop in (node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))):
+            before = {name.id for name in stored if name.lineno < loop.lineno} | {x.arg for x in function.args.args}
+            inside = {
+                name.id for name in ast.walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+            }
+            for node in ast.walk(loop):
+                if (
+                    isinstance(node, ast.Assign)
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id in before & inside
+                ):
+                    found.append(ast.unparse(node))
+    return found
+
+
+def test_no_loop_hands_a_scalar_on() -> None:
+    assert carried("def f():\n a = 0\n b = 1\n for i in range(2):\n  a = b\n  b = 2") == ["a = b"]
+    for case in CASES:
+        assert not carried(case.source.text), case.why
 
 
 KNOBS: tuple[dict[str, Any], ...] = (

@@ -176,6 +176,21 @@ def test_the_winning_tiles_become_kernel_options(script: Any, tmp_path: Path) ->
     assert script.read_tiles(None) == {}
 
 
+def test_a_choice_is_read_from_its_description(script: Any) -> None:
+    class Choice:
+        def __init__(self, description: str) -> None:
+            self.description = description
+
+    fast, slow = (
+        Choice("BLOCK_M1=32, BLOCK_N1=64, SM_SCALE=0.125, USE_TMA=False, num_stages=3, num_warps=4"),
+        Choice("BLOCK_M1=16"),
+    )
+    found = script.choice_of({slow: 2.0, fast: 1.0}, "flex_attention_backward")
+    assert script.options_of([found]) == {
+        "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_USE_TMA": False, "bwd_num_stages": 3, "bwd_num_warps": 4,
+    }  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_gets_the_same_function(script: Any) -> None:
     """Eager FlexAttention with the mods that the compiled one gets, against the judge; its layout is heads first."""

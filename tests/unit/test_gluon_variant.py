@@ -34,7 +34,9 @@ def spec_of(words: str) -> AttentionSpec:
         ("fp32-d128", H100, "takes fp16 and bf16"),
         ("bf16-d100", H100, "head_dim 100 is no multiple of 8"),
         ("bf16-d64-dv33", H100, "head_dim_v 33 is no multiple of 8"),
-        ("bf16-d64-window", H100, "window: not covered"),
+        ("bf16-d64-window-softcap-alibi-sinks-bias-attn_mask-dropout-varlen", H100, None),
+        ("bf16-d64-paged", H100, "paged: not covered"),
+        ("bf16-d192-dv128-window", H100, "padded alike"),
     ],
 )
 def test_supports_names_the_reason(words: str, target: Target, reason: str | None) -> None:
@@ -76,6 +78,12 @@ def changed(**knobs: Any) -> KernelConfig:
 )
 def test_illegal_names_the_knob(knobs: dict[str, Any], reason: str) -> None:
     assert reason in (VARIANT.illegal(spec_of("bf16-d128"), H100, changed(**knobs)) or "legal")
+
+
+def test_masks_need_q_until_the_end() -> None:
+    """Where a mask hides keys their values may be NaN, and the tile is then computed anew from q."""
+    reason = VARIANT.illegal(spec_of("bf16-d128-window"), H100, changed(OWN_STAGING=False)) or ""
+    assert "needed till the end" in reason
 
 
 def test_staging_in_the_memory_of_q_needs_equal_widths() -> None:

@@ -94,6 +94,12 @@ def test_a_picture_of_every_table(tables: Any, tmp_path: Path) -> None:
     for name, panels in (("h200_forward", 8), ("h200_backward", 8), ("h200_backward_portable", 8)):
         assert plots.draw(tables.RESULTS / f"{name}.csv", tmp_path / f"{name}.png") == panels
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+    rows = [row | {"kind": kind} for row in tables.read("h200_forward.csv")[:8] for kind in ("causal", "tree")]
+    with (tmp_path / "kinds.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert plots.draw(tmp_path / "kinds.csv", tmp_path / "kinds.png") == 1
     (tmp_path / "empty.csv").write_text("median_ms,contestant\n")
     with pytest.raises(click.ClickException, match="holds no timed row"):
         plots.draw(tmp_path / "empty.csv", tmp_path / "empty.png")

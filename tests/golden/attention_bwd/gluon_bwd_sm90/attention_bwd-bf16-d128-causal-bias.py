@@ -269,6 +269,9 @@ def attend(
     bias_ptr,
     stride_bias_m,
     stride_bias_n,
+    dbias_ptr,
+    stride_dbias_m,
+    stride_dbias_n,
     tiles,
     bars,
     BLOCK_M: gl.constexpr,
@@ -281,6 +284,9 @@ def attend(
     WARP_COLS: gl.constexpr,
     SCORES_AHEAD: gl.constexpr,
     DV_FIRST: gl.constexpr,
+    SUM_BIAS: gl.constexpr,
+    BIAS_ROWS: gl.constexpr,
+    BIAS_KEYS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
@@ -322,7 +328,26 @@ def attend(
     else:
         dp = warpgroup_mma_wait(0, deps=(dp_product,))
     delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    ds = (p * (dp - delta[None, :])).to(DTYPE)
+    ds = p * (dp - delta[None, :])
+    # -- the bias's gradient: stored where each pair has an element of its own, else added to what pairs share --
+    if SUM_BIAS > 0:
+        if BIAS_ROWS and BIAS_KEYS:
+            dbias_ptrs = dbias_ptr + rows_m.to(gl.int64)[None, :] * stride_dbias_m
+            dbias_ptrs = dbias_ptrs + offs_n.to(gl.int64)[:, None] * stride_dbias_n
+            exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+            if SUM_BIAS == 1:
+                gl.store(dbias_ptrs, ds, mask=exists)
+            else:
+                gl.atomic_add(dbias_ptrs, ds, mask=exists, sem="relaxed")
+        elif BIAS_ROWS:
+            dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m
+            gl.atomic_add(dbias_ptrs, gl.sum(ds, 0), mask=rows_m < seqlen_q, sem="relaxed")
+        elif BIAS_KEYS:
+            dbias_ptrs = dbias_ptr + offs_n.to(gl.int64) * stride_dbias_n
+            gl.atomic_add(dbias_ptrs, gl.sum(ds, 1), mask=offs_n < seqlen_k, sem="relaxed")
+        else:
+            gl.atomic_add(dbias_ptr, gl.sum(gl.sum(ds, 1), 0), sem="relaxed")
+    ds = ds.to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     ds_tile.store(ds)
     if not DV_FIRST:
@@ -381,6 +406,11 @@ def consume(
     stride_bias_h,
     stride_bias_m,
     stride_bias_n,
+    dbias_ptr,
+    stride_dbias_b,
+    stride_dbias_h,
+    stride_dbias_m,
+    stride_dbias_n,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -392,6 +422,9 @@ def consume(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    SUM_BIAS: gl.constexpr,
+    BIAS_ROWS: gl.constexpr,
+    BIAS_KEYS: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
@@ -428,8 +461,12 @@ def consume(
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
         product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
         scores = warpgroup_mma_wait(0, deps=(product,))
-    first_step, masked_end, unmasked_end = 0, group * (full - begin), group * (full_end - begin)
-    for _ in range(2):
+    masked_steps = group * (full - begin)
+    unmasked_steps = group * (full_end - full)
+    for side in range(2):
+        first_step = side * (masked_steps + unmasked_steps)
+        masked_end = gl.where(side == 0, masked_steps, num_steps)
+        unmasked_end = gl.where(side == 0, masked_steps + unmasked_steps, num_steps)
         # -- blocks that need a mask: those before the others, then those after them --
         for step in range(first_step, masked_end):
             member, m_block = block_of(step, group, begin, full, full_end, end)
@@ -453,6 +490,9 @@ def consume(
                 bias_ptr + off_b.to(gl.int64) * stride_bias_b + off_h.to(gl.int64) * stride_bias_h,
                 stride_bias_m,
                 stride_bias_n,
+                dbias_ptr + off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h,
+                stride_dbias_m,
+                stride_dbias_n,
                 tiles,
                 (q_full, do_full, dq_full, dq_empty),
                 BLOCK_M,
@@ -465,6 +505,9 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                SUM_BIAS,
+                BIAS_ROWS,
+                BIAS_KEYS,
                 IS_MASKED=True,
             )
         # -- blocks whose rows see every key --
@@ -490,6 +533,9 @@ def consume(
                 bias_ptr + off_b.to(gl.int64) * stride_bias_b + off_h.to(gl.int64) * stride_bias_h,
                 stride_bias_m,
                 stride_bias_n,
+                dbias_ptr + off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h,
+                stride_dbias_m,
+                stride_dbias_n,
                 tiles,
                 (q_full, do_full, dq_full, dq_empty),
                 BLOCK_M,
@@ -502,9 +548,11 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                SUM_BIAS,
+                BIAS_ROWS,
+                BIAS_KEYS,
                 IS_MASKED=False,
             )
-        first_step, masked_end, unmasked_end = unmasked_end, num_steps, num_steps
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
     # Each warpgroup has waited for its own products: the other may still be reading.
     partition_barrier()
@@ -553,6 +601,11 @@ def attention_bwd(
     stride_bias_h,
     stride_bias_m,
     stride_bias_n,
+    dbias_ptr,
+    stride_dbias_b,
+    stride_dbias_h,
+    stride_dbias_m,
+    stride_dbias_n,
     num_heads_kv,
     group,
     seqlen_q,
@@ -570,6 +623,9 @@ def attention_bwd(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    SUM_BIAS: gl.constexpr,
+    BIAS_ROWS: gl.constexpr,
+    BIAS_KEYS: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -650,6 +706,11 @@ def attention_bwd(
                     stride_bias_h,
                     stride_bias_m,
                     stride_bias_n,
+                    dbias_ptr,
+                    stride_dbias_b,
+                    stride_dbias_h,
+                    stride_dbias_m,
+                    stride_dbias_n,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -661,6 +722,9 @@ def attention_bwd(
                     DV_FIRST,
                     PEELED,
                     MASKED,
+                    SUM_BIAS,
+                    BIAS_ROWS,
+                    BIAS_KEYS,
                 ),
             ),
             (
@@ -861,7 +925,8 @@ def launch(
     num_heads_q, seqlen_q); lse as the forward wrote it (natural logarithm, -inf for a row that saw no key), dlse None for
     zero. dq, dk and dv are written whole.
     causal_offset: query i sees keys j <= i + causal_offset.
-    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k).
+    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k). dbias: its gradient, fp32, zeroed, or None; with broadcast
+    dimensions it is summed in the order in which thread blocks arrive.
     deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
@@ -877,6 +942,11 @@ def launch(
     for gradient in (dk, dv):
         gradient[:, :first_key].zero_()
         gradient[:, end_key:].zero_()
+    # Elements that pairs share are added to in the order in which thread blocks arrive.
+    bias_steps, sum_bias = (0, 0, 0, 0), 0
+    if dbias is not None:
+        bias_steps = dbias.expand(batch, num_heads_q, seqlen_q, seqlen_k).stride()
+        sum_bias = 1 if dbias.numel() == batch * num_heads_q * seqlen_q * seqlen_k else 2
     bias = bias.expand(batch, num_heads_q, seqlen_q, seqlen_k)
     num_m_blocks = -(-seqlen_q // BLOCK_M)
     num_n_blocks = -(-end_key // BLOCK_N) - first_key // BLOCK_N
@@ -928,6 +998,8 @@ def launch(
         bias.stride(1),
         bias.stride(2),
         bias.stride(3),
+        lse2 if dbias is None else dbias,
+        *bias_steps,
         num_heads_kv,
         num_heads_q // num_heads_kv,
         seqlen_q,
@@ -945,6 +1017,9 @@ def launch(
         DV_FIRST,
         PEELED,
         True,
+        sum_bias,
+        bias_steps[2] != 0,
+        bias_steps[3] != 0,
         deterministic,
         num_warps=BLOCK_N // 16,
         enable_fp_fusion=True,

@@ -450,8 +450,12 @@ def consume(
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
         product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
         scores = warpgroup_mma_wait(0, deps=(product,))
-    first_step, masked_end, unmasked_end = 0, group * (full - begin), group * (full_end - begin)
-    for _ in range(2):
+    masked_steps = group * (full - begin)
+    unmasked_steps = group * (full_end - full)
+    for side in range(2):
+        first_step = side * (masked_steps + unmasked_steps)
+        masked_end = gl.where(side == 0, masked_steps, num_steps)
+        unmasked_end = gl.where(side == 0, masked_steps + unmasked_steps, num_steps)
         # -- blocks that need a mask: those before the others, then those after them --
         for step in range(first_step, masked_end):
             member, m_block = block_of(step, group, begin, full, full_end, end)
@@ -526,7 +530,6 @@ def consume(
                 DV_FIRST,
                 IS_MASKED=False,
             )
-        first_step, masked_end, unmasked_end = unmasked_end, num_steps, num_steps
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
     # Each warpgroup has waited for its own products: the other may still be reading.
     partition_barrier()

@@ -1,0 +1,189 @@
+"""What each option of `attention()` hands to the functions of the Hopper forward: names, in the order in which they stand.
+
+The arguments of the kernel and of `launch` are the portable kernel's (`features.signature`); only what is cut differently stands here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashgen.errors import RenderError
+from flashgen.spec import AttentionSpec
+from flashgen.variants.features import Signature, has_ranges, signature
+
+# Options that differ from one query head to the next, so that heads of a group cannot share a tile; or lengths that nobody knows.
+_PER_HEAD = (
+    "has_alibi",
+    "has_bias",
+    "has_attn_mask",
+    "has_score_mod",
+    "has_mask_mod",
+    "has_block_mask",
+    "dropout",
+    "varlen",
+)
+_LISTING = (
+    *("key_blocks_ptr", "key_counts_ptr"),
+    *(f"stride_{name}_{letter}" for name in ("key_blocks", "key_counts") for letter in "bhm"),
+)
+_PACKED = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr")
+_PLAIN = ("causal", "has_lse")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Names that the options of one spec add; a plain spec adds none.
+
+    Attributes:
+        any: whether there is an option at all.
+        signature: arguments of the kernel and of `launch`.
+        score: what `modify_scores` takes beside the scores and where they are.
+        mask: what `mask_scores` takes.
+        dropout: what `keep` takes beside the block of keys.
+        ranges: what `key_range` takes.
+        listing: what finds a tile's list in a block mask.
+        varlen: whether sequences are packed, whose offsets and lengths each tile looks up.
+        pack: whether heads of a group may share a tile.
+        hides: whether a key may be hidden from all rows of a tile that loads it, and hold anything.
+        masked_when: in which steps over keys the mask is applied: `True`, `IS_MASKED` (a compile-time flag of the step), or none where it is empty.
+    """
+
+    any: bool
+    signature: Signature
+    score: tuple[str, ...]
+    mask: tuple[str, ...]
+    dropout: tuple[str, ...]
+    ranges: tuple[str, ...]
+    listing: tuple[str, ...]
+    varlen: bool
+    pack: bool
+    hides: bool
+    masked_when: str
+
+    @property
+    def first_masked_when(self) -> str:
+        """The same of the last block of keys, which a tile begins with: it may be ragged, too."""
+        return "True" if self.masked_when else "not EVEN_K"
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """What one step over keys takes."""
+        return tuple(dict.fromkeys((*self.score, *self.mask, *self.dropout)))
+
+    @property
+    def looks_at_batch(self) -> bool:
+        """Whether a consumer of packed sequences needs the number of its sequence."""
+        names = {*self.inner, *self.ranges}
+        return not names.isdisjoint(("off_b", "slope", "bias_head", "attn_mask_head", "off_bh"))
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Parameters of the kernel for options -> what `launch` passes."""
+        added, found = self.signature, {}
+        if "sm_scale" in self.score:
+            found["sm_scale"] = "sm_scale"
+        if "alibi_shift" in self.score and not self.varlen:
+            found["alibi_shift"] = "alibi_shift"
+        # What `recompute` reads, and what the end of a packed sequence is written by, without TMA.
+        plain = "kv" * self.hides + "o" * self.varlen
+        found |= {f"{x}_ptr": x for x in plain}
+        found |= {**added.pointers, **added.scalars, **added.strides}
+        for x in plain:
+            letters = {1: "m" if x == "o" else "n", 2: "h"} if self.varlen else {0: "b", 1: "n", 2: "h"}
+            found |= {f"stride_{x}{letter}": f"{x}.stride({dim})" for dim, letter in letters.items()}
+        return found
+
+    @property
+    def kernel(self) -> tuple[str, ...]:
+        """What the kernel takes for options, and hands to its consumers."""
+        return tuple(self.arguments)
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """What `launch` passes for them."""
+        return tuple(self.arguments.values())
+
+    @property
+    def unspecialised(self) -> tuple[str, ...]:
+        """Integers that change from call to call: a kernel compiled for one value would be compiled again for the next."""
+        return tuple(name for name in ("alibi_shift", *self.signature.unspecialised) if name in self.arguments)
+
+    @property
+    def loader(self) -> tuple[str, ...]:
+        """What the kernel hands to its producer, beside the offset."""
+        if self.listing:
+            return self.listing
+        packed = [*_PACKED, *(["bottom_right"] if "causal_offset" in self.ranges else [])] if self.varlen else []
+        return (*packed, *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")))
+
+
+def options(spec: AttentionSpec) -> Options:
+    """The names of a spec."""
+    return Options(
+        any=any(flag not in _PLAIN for flag in spec.flags),
+        signature=signature(spec),
+        score=_score(spec),
+        mask=_mask(spec),
+        dropout=("philox_seed", "philox_offset", "off_bh", "start_m", "dropout_threshold") if spec.dropout else (),
+        ranges=_ranges(spec),
+        listing=_LISTING if spec.has_block_mask else (),
+        varlen=spec.varlen,
+        pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
+        hides=spec.varlen or spec.window or spec.has_free_mask,
+        masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
+    )
+
+
+def _score(spec: AttentionSpec) -> tuple[str, ...]:
+    names = ["sm_scale"] if spec.modifies_scores else []
+    names += ["softcap"] if spec.softcap else []
+    names += _captured(spec, "score") if spec.has_score_mod else []
+    names += ["slope", "alibi_shift"] if spec.has_alibi else []
+    names += [*_matrix("bias"), "seqlen_q"] if spec.has_bias else []
+    return tuple(dict.fromkeys(names))
+
+
+def _mask(spec: AttentionSpec) -> tuple[str, ...]:
+    names = ["causal_offset"] if spec.has_diagonal else []
+    names += ["window_left", "window_right"] if spec.window else []
+    names += _captured(spec, "mask") if spec.has_mask_mod else []
+    if spec.has_block_mask:
+        names += ["start_m", "block_kinds_head", "stride_block_kinds_m", "block_size_q", "block_size_k", "seqlen_q"]
+        names += _captured(spec, "block")
+    names += [*_matrix("attn_mask"), "seqlen_q"] if spec.has_attn_mask else []
+    return tuple(dict.fromkeys(names))
+
+
+def _ranges(spec: AttentionSpec) -> tuple[str, ...]:
+    names = ["causal_offset"] if spec.has_diagonal else []
+    names += ["window_left", "window_right"] if spec.window else []
+    if has_ranges(spec):
+        names += ["mask_ranges_ptr", "stride_ranges_b", "stride_ranges_h", "off_b", "off_h"]
+    return tuple(names)
+
+
+def _matrix(name: str) -> list[str]:
+    return [f"{name}_head", f"stride_{name}_m", f"stride_{name}_n"]
+
+
+def _captured(spec: AttentionSpec, kind: str) -> list[str]:
+    """What the text of a mod reads: where it stands, and the tensors that it captured."""
+    if spec.mods is None:
+        return []
+    text = emission(spec, kind)
+    lines = " ".join((*text.statements, *text.results))
+    words = set("".join(c if c.isalnum() or c == "_" else " " for c in lines).split())
+    return [name for name in ("off_b", "off_h", *spec.mods.program.parameters) if name in words]
+
+
+def emission(spec: AttentionSpec, kind: str) -> Any:
+    """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
+    from flashgen import mods  # imports torch: only where a mod was given, which needed it already
+
+    if spec.mods is None:
+        raise RenderError(f"{spec.key} has mods that were not traced: nothing can be rendered for them.")
+    program = spec.mods.program
+    names = mods.Names(score="qk", b="off_b", h="off_h", q_idx="q_idx", kv_idx="kv_idx")
+    emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
+    return emit(dialect=mods.GLUON, names=names, like="qk")
