@@ -30,7 +30,9 @@ _COVERED_FLAGS = frozenset(
     }
 )
 _OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
-_DQ_COLUMNS = 64  # of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two
+_DQ_COLUMNS = (
+    64  # of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two
+)
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
