@@ -200,7 +200,7 @@ def _everything(precise: Tensor, sizes: tuple[int, ...], turned: bool) -> Tensor
     last = -(-seqlen_q // block_m) if turned else -(-seqlen_k // block_n)
     made = torch.full(precise.shape, last, dtype=torch.int32, device=precise.device)
     made[..., 0] = 0
-    return made
+    return broadcast(made)
 
 
 # -- the analysis --

@@ -398,7 +398,7 @@ class GluonBackwardSm90(Variant):
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
-        rows = _PORTFOLIO[width, spec.causal]
+        rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
         if self.keeps_values(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
