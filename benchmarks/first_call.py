@@ -7,7 +7,7 @@ A mask of ten operations, a new one each time (another constant). The process ha
 very first mask costs (importing Jinja, reading templates) is printed beside. Analysis is for 8,192 and 131,072 tokens; the latter also of
 document ids. The call without its launch runs on CPU tensors with a fake h100 (`benchmarks/host_overhead.py`): fingerprint, trial on
 zeros, trace, bounds, dispatch, rendering, the written and imported file, ranges. Times here are the thread's CPU time, which others
-on the machine do not stretch. On a GPU a child process makes a plain call and one with another
+on the machine do not stretch. On a GPU a child process makes a call with another
 mask first; then the new mask's first call is timed until the device is done: with empty caches of Triton and flashgen (cold),
 and in a second process with those that the first one filled. --check exits 1 over 50 ms for trace + analyse + render here; on a
 GPU over 3 s cold or 50 ms cached.
@@ -20,6 +20,7 @@ import cProfile
 import json
 import os
 import pstats
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -156,8 +157,9 @@ def child(kind: str, backend: str, training: bool, profile: bool) -> None:
         torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    call(causal=True)
     call(mask_mod=lambda b, h, i, j: i - j < 77)
+    if not kind:
+        return
     options = KINDS[kind](seqlen, device)
     torch.cuda.synchronize()
     watch = cProfile.Profile() if profile else None
@@ -173,18 +175,27 @@ def child(kind: str, backend: str, training: bool, profile: bool) -> None:
 def on_gpu(backend: str, training: bool, profile: bool) -> list[dict[str, Any]]:
     """Each kind cold, then from the caches."""
     rows = []
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as folder:
-            caches = {"FLASHGEN_CACHE_DIR": f"{folder}/flashgen", "TRITON_CACHE_DIR": f"{folder}/triton"}
-            for state in ("cold", "cached"):
-                words = [sys.executable, __file__, "--child", kind, "--backend", backend]
-                words += ["--training"] * training + ["--profile"] * profile
-                paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-                done = subprocess.run(
-                    words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **caches, "PYTHONPATH": paths}
-                )  # fmt: skip
-                rows.append({"kind": kind, "caches": state, **json.loads(done.stdout.splitlines()[-1])})
-                print(f"{rows[-1]['first_ms']:9.1f} ms  {kind}, {state}{', with gradients' * training}", flush=True)
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+    def run(folder: str, kind: str, *more: str) -> str:
+        caches = {
+            "FLASHGEN_CACHE_DIR": f"{folder}/flashgen",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "PYTHONPATH": paths,
+        }
+        words = [sys.executable, __file__, "--child", kind, "--backend", backend, *["--training"] * training, *more]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **caches})
+        return done.stdout
+
+    with tempfile.TemporaryDirectory() as base:
+        run(base, "")  # what a process in use has compiled
+        for kind in KINDS:
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copytree(base, folder, dirs_exist_ok=True)
+                for state in ("cold", "cached"):
+                    said = run(folder, kind, *["--profile"] * (profile and state == "cached"))
+                    rows.append({"kind": kind, "caches": state, **json.loads(said.splitlines()[-1])})
+                    print(f"{rows[-1]['first_ms']:9.1f} ms  {kind}, {state}{', with gradients' * training}", flush=True)
     return rows
 
 
@@ -197,9 +208,9 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--training", action="store_true", help="with gradients")
     parser.add_argument("--profile", action="store_true", help="print where the host's time of a GPU's first call goes")
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["", *KINDS], help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
+    if given.child is not None:
         child(given.child, given.backend, given.training, given.profile)
         return 0
     if given.gpu:

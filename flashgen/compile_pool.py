@@ -179,6 +179,10 @@ class _Worker:
             "config": config.to_dict(),
             "strides": None if strides is None else dict(strides),
         }
+        if source.spec.mods is not None:
+            from flashgen.mods import transport  # a program is there, and so is what it imports
+
+            request["mods"] = transport.to_json(source.spec.mods.program, ())
         what = f"died while it compiled {config.label} for {target.arch}"
         try:
             send(self._requests, {**request, "text": source.text})

@@ -11,7 +11,7 @@ from flashgen.config import KernelConfig
 from flashgen.facts import inspect
 from flashgen.interpret_worker import receive, send
 from flashgen.render import KernelSource
-from flashgen.spec import AttentionSpec
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.target import TARGETS, Target
 
 
@@ -34,9 +34,13 @@ def main(requests: int, replies: int) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        source = KernelSource(
-            text=request["text"], spec=AttentionSpec.from_key(request["spec"]), variant=request["variant"]
-        )
+        spec = AttentionSpec.from_key(request["spec"])
+        if request.get("mods") is not None:
+            from flashgen.mods import transport  # loads torch: only where there is a program
+
+            program, _ = transport.from_json(request["mods"])
+            spec = replace(spec, mods=Mods(digest=program.digest, program=program))
+        source = KernelSource(text=request["text"], spec=spec, variant=request["variant"])
         config = KernelConfig(variant=request["variant"], **request["config"])
         return inspect(source, _target(request), config, request["strides"]).to_json()
     except Exception as error:

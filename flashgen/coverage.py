@@ -68,9 +68,37 @@ def require_plain(spec: AttentionSpec, what: str) -> None:
 
 
 def untuned(spec: AttentionSpec) -> str | None:
-    """Why a kernel that runs is not tuned: candidates are judged on inputs that are drawn for plain attention alone."""
-    named = ", ".join(map(spelled, options_of(spec)))
-    return f"{named}: kernels with these options run, but are not tuned yet" if named else None
+    """Why no command tunes a kernel that runs: some options are data or code, which no word of a command names."""
+    if spec.varlen or spec.has_block_mask:
+        named = ", ".join(
+            flag
+            for flag in ("varlen", "block_mask")
+            if getattr(spec, flag, False) or getattr(spec, f"has_{flag}", False)
+        )
+        return f"{named}: kernels with these options run, but are not tuned yet"
+    if spec.has_score_mod or spec.has_mask_mod:
+        return "in Python, flashgen.tune(flashgen.Problem(...).modified(score_mod=..., mask_mod=...))"
+    return None
+
+
+def has_options(spec: AttentionSpec) -> bool:
+    """Whether a kernel takes more than q, k, v and a causal mask: then it is judged with its options drawn (`flashgen.samples`)."""
+    return bool(options_of(spec))
+
+
+def undrawn(spec: AttentionSpec) -> str | None:
+    """Why nothing can be drawn for a spec's options, or None: some are data or code that no problem names."""
+    if spec.varlen:
+        return "packed sequences are not drawn: their lengths are the user's"
+    if spec.has_block_mask:
+        return "a BlockMask is not drawn: give its mask_mod instead"
+    if (spec.has_score_mod or spec.has_mask_mod) and spec.mods is None:
+        return "score_mod and mask_mod are code: give a problem that has them, Problem.modified(score_mod=..., mask_mod=...)"
+    if spec.mods is not None and (
+        spec.mods.program is None or len(spec.mods.samples) != len(spec.mods.program.captures)
+    ):
+        return "what score_mod and mask_mod read is not known: give a problem made by Problem.modified()"
+    return None
 
 
 def spelled(flag: str) -> str:

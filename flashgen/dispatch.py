@@ -313,7 +313,12 @@ def _configure(
 
 
 def portfolio_first(variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfig | None:
-    """The first shipped configuration for this architecture, dtype and padded head dim that is legal here, or None."""
+    """The first shipped configuration for this architecture, dtype and padded head dim that is legal here, or None.
+
+    Portfolios are of plain kernels: none where options keep values beside every score, which such a tile leaves no room for.
+    """
+    if variant.keeps_beside_scores(spec):
+        return None
     found = portfolios.find(
         arch=target.arch, op=spec.op, variant=variant.name, dtype=spec.dtype,
         head_dim=spec.block_head_dim, head_dim_v=spec.block_head_dim_v,

@@ -119,36 +119,41 @@ def make_gradient_buffers(
     strides: Strides = "padded",
     values: Values = "normal",
     dlse: bool = True,
+    drawn: Callable[[Problem, int, Strides], tuple[Call, Buffers]] | None = None,
 ) -> GradientBuffers:
     """Inputs and outputs of a problem's backward, poisoned wherever a kernel has no business.
 
     Args:
         problem, seed, device, strides, values: as in `accuracy.make_buffers`.
         dlse: whether lse has a gradient; else the launch gets None.
+        drawn: makes the forward's call and buffers of a problem with options (`flashgen.samples`); None for plain attention.
 
     Returns:
         The buffers.
 
     """
     p = replace(problem, return_lse=True)
-    forward = make_buffers(p, seed=seed, device="cpu", strides=strides, values=values)
+    if drawn is None:
+        forward = make_buffers(p, seed=seed, device="cpu", strides=strides, values=values)
+        call = _call(p, forward)
+    else:
+        call, forward = drawn(p, seed, strides)
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     dtype = accuracy.TORCH_DTYPES[p.dtype]
-    call = _call(p, forward)
     (result,) = same_precision(call)
     shape_o, shape_lse = tuple(result.out.shape), tuple(result.lse.shape)
-    drawn = {
+    inputs_of = {
         "dout": torch.randn(shape_o, generator=generator).to(dtype),
         "dlse": torch.randn(shape_lse, generator=generator) if dlse else None,
         **{name: getattr(forward, name) for name in "qkv"},
         "out": result.out.to(dtype),
         "lse": result.lse,
     }
-    call = replace(call, dout=drawn["dout"], dlse=drawn["dlse"])
+    call = replace(call, dout=inputs_of["dout"], dlse=inputs_of["dlse"])
     allocations: dict[str, Tensor] = {}
     inputs: dict[str, Tensor | None] = {}
     heads_first = p.layout == "bhsd"
-    for name, value in drawn.items():
+    for name, value in inputs_of.items():
         if value is None:
             inputs[name] = None
         elif name in ("q", "k", "v") and str(device) == "cpu":

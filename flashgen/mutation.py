@@ -1,7 +1,8 @@
 """Would anybody notice? Broken copies of a Gluon kernel against problems that between them run every line of it.
 
 A mutant is found when the simulator reports a defect, when a result leaves the error budget, or when a launch does other
-work than the original's: key blocks that nobody sees cost time and change no result.
+work than the original's: key blocks that nobody sees cost time and change no result, and sums in another order, or in one
+that the schedule chooses, change only bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import Variant
 
-Work = list[tuple[int, int, int]]
+Work = list[tuple[int, int, int, str]]
 _MAX_STEPS = 100_000
 _SMEM_BYTES = 1 << 20  # more than a card has: the cases' tiles are chosen for what they run, not for what fits
 
@@ -238,5 +239,5 @@ class Study:
 
 
 def work_of(report: SimulationReport) -> Work:
-    """Products and bytes of each launch: what no schedule changes."""
-    return [(one.products, one.tma_load_bytes, one.tma_store_bytes) for one in report.launches]
+    """Products and bytes of each launch, and the order of sums that must have one: what no schedule changes."""
+    return [(one.products, one.tma_load_bytes, one.tma_store_bytes, one.sum_order) for one in report.launches]

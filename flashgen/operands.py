@@ -35,6 +35,7 @@ class Operands:
     Attributes:
         philox: (2,) int64 seed and offset of dropout, on the tensors' device.
         cu_seqlens_q, cu_seqlens_k, seqused_k: of packed sequences.
+        traced_as: the mods' program and what it captures, where they were traced elsewhere; None to trace them here.
     """
 
     alibi_slopes: Tensor | None = None
@@ -48,6 +49,7 @@ class Operands:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
+    traced_as: tuple[Any, tuple[Tensor, ...]] | None = None
 
     @property
     def has_functions(self) -> bool:
@@ -173,6 +175,8 @@ class Operands:
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
 
+        if self.traced_as is not None:
+            return self.traced_as
         masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
         block = None if self.block_mask is None else self.block_mask.mask_mod
         return mods.program(self.score_mod, masks, device, block)

@@ -108,6 +108,33 @@ class Problem:
         """The gradients of this call, as a problem of their own: tuned, stored and resolved apart."""
         return replace(self, op="attention_bwd", return_lse=False, requires_grad=False)
 
+    def modified(
+        self, *, score_mod: Callable[..., Any] | None = None, mask_mod: Callable[..., Any] | None = None
+    ) -> Problem:
+        """The problem with these functions, traced, and with what they capture as samples: to be tuned, checked or exported.
+
+        Args:
+            score_mod, mask_mod: as in `attention()`; captured tensors may lie on any one device, and are copied.
+
+        Raises:
+            UnsupportedProblemError: kernels do not have one of their operations.
+            InvalidProblemError: a function gives something else than it must.
+        """
+        if score_mod is None and mask_mod is None:
+            return replace(self, has_score_mod=False, has_mask_mod=False, mods=None)
+        from flashgen import mods  # imports torch
+
+        given = mods.fingerprint((score_mod, mask_mod)).tensors
+        device = next((x.device for x in given if x.dim()), None)
+        program, tensors = mods.program(score_mod, {} if mask_mod is None else {"mask_mod": mask_mod}, device)
+        samples = tuple(x.detach().cpu().clone() for x in tensors)
+        return replace(
+            self,
+            has_score_mod=score_mod is not None,
+            has_mask_mod=mask_mod is not None,
+            mods=Mods(digest=program.digest, program=program, samples=samples),
+        )
+
     def spec_for(self, op: Op) -> AttentionSpec:
         """What has to be compiled for another operation of this call."""
         return AttentionSpec(

@@ -72,6 +72,11 @@ def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
     """
     if variant.template is None:
         raise UnsupportedProblemError(f"variant {variant.name} is not generated: it has no template to render.")
+    if spec.mods is not None and spec.mods.program is None:
+        raise RenderError(
+            f"{spec.key} names its mods by a digest: what they compute is not in it. Render a problem that has them, "
+            "Problem.modified(score_mod=..., mask_mod=...)."
+        )
     text = render_template(
         variant.template, spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"}
     )

@@ -21,7 +21,8 @@ DTYPE_BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 MAX_HEAD_DIM = 256
 
 _KEY_HEAD = re.compile(
-    r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*)$"
+    r"^(?P<op>[a-z_]+)-(?P<dtype>[a-z0-9]+)-d(?P<head_dim>\d+)(?:-dv(?P<head_dim_v>\d+))?(?P<flags>(?:-[a-z_]+)*?)"
+    r"(?:-mods_(?P<mods>[0-9a-f]{16}))?$"
 )
 
 
@@ -32,10 +33,12 @@ class Mods:
     Attributes:
         digest: of all that a kernel's text takes from them.
         program: a `flashgen.mods.Program`, which writes that text.
+        samples: what it captures, for instance: tensors for tuning and checks (`Problem.modified`); none in a call.
     """
 
     digest: str
     program: Any = field(compare=False, repr=False)
+    samples: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,7 @@ class AttentionSpec:
         varlen: packed sequences with cu_seqlens.
         paged: a paged key/value cache.
         has_lse: the log-sum-exp is written too.
-        mods: score_mod and mask_mod, once they are traced; such a spec cannot be made from its key.
+        mods: score_mod and mask_mod, once they are traced; from a key alone, by their digest, nothing can be rendered.
     """
 
     op: Op = "attention_fwd"
@@ -130,6 +133,7 @@ class AttentionSpec:
             dtype=cast(DType, match["dtype"]),
             head_dim=head_dim,
             head_dim_v=int(match["head_dim_v"] or head_dim),
+            mods=Mods(digest=match["mods"], program=None) if match["mods"] else None,
             **values,
         )
 

@@ -9,6 +9,7 @@ import click
 
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import config_of, generated_variant, problem_options, problems_of, spec_of, take
+from flashgen.coverage import has_options
 from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.spec import DTYPES, AttentionSpec
@@ -81,20 +82,24 @@ def _wanted(key: str | None, given: dict[str, Any]) -> list[tuple[AttentionSpec,
 
 
 def _check(spec: AttentionSpec, extra: Problem | None, target: Target, config_text: str | None) -> dict[str, Any]:
-    from flashgen import accuracy, gradients, interpret
+    from flashgen import accuracy, gradients, interpret, samples
     from flashgen.build import build
 
     given = config_of(config_text)
     variant = generated_variant(spec, target, config=given)
     config = variant.default(spec, target) if given is None else variant.parse_config(given, spec, target)
     source, values = render(spec, variant), dict[str, Any](config)
-    problems = [*accuracy.small_problems(spec), *([] if extra is None else [extra])]
-    if target.backend == "cpu":
-        launch: Any = partial(interpret.launch_of(source), source, **values)
-        report = gradients.check_launch(launch, spec, problems=problems)
+    like = samples.of_spec(spec) if extra is None else extra
+    with_options = has_options(spec)
+    small = samples.small_problems(like) if with_options else accuracy.small_problems(spec)
+    problems = [*small, *([] if extra is None else [extra])]
+    device = "cpu" if target.backend == "cpu" else "cuda"
+    launch: Any = partial(interpret.launch_of(source), source) if device == "cpu" else build(source).launch
+    launch = partial(launch, **values)
+    if with_options:
+        report = samples.check_launch(launch, like, config, problems=problems, device=device)
     else:
-        launch = partial(build(source).launch, **values)
-        report = gradients.check_launch(launch, spec, problems=problems, device="cuda")
+        report = gradients.check_launch(launch, spec, problems=problems, device=device)
     return {
         "spec": spec.key,
         "config": config.label,

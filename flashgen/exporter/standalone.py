@@ -16,8 +16,8 @@ from typing import Any
 
 import flashgen
 from flashgen import dispatch, settings
-from flashgen.coverage import require_plain
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.exporter import options
 from flashgen.problem import Problem
 from flashgen.render import render, render_template
 from flashgen.spec import AttentionSpec
@@ -43,6 +43,7 @@ class _Row:
 def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, target: Target, *, force: bool) -> Path:
     """Write the file; see `flashgen.exporter.export`."""
     path = destination(spec, path, force=force)
+    options.refuse(spec, problem)
     variant = _variant(spec, target)
     source = render(spec, variant)
     rows = _rows(spec, problem, variant, source.digest, target)
@@ -66,6 +67,7 @@ def write_standalone(spec: AttentionSpec, problem: Problem | None, path: Path, t
             "configs": [(row.shape, json.dumps(row.config), row.origin) for row in rows],
             "torch_dtype": _TORCH_DTYPE[spec.dtype],
             "kernel": _body(source.text),
+            "options": options.of(spec, problem),
         },
     )
     _write(path, text)
@@ -116,7 +118,6 @@ def _versions() -> str:
 
 
 def _variant(spec: AttentionSpec, target: Target) -> Variant:
-    require_plain(spec, "an exported file")
     reasons = {}
     for variant in candidates(spec):
         if variant.template is None:

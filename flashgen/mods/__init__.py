@@ -9,6 +9,7 @@ from flashgen.mods.block_masks import key_ranges_of
 from flashgen.mods.classes import arrays_of, key_ranges, query_ranges
 from flashgen.mods.derivative import Contribution, Derivative
 from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names, parameters
+from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.programs import Program, bound, program
 from flashgen.mods.ranges import KeyRanges
 from flashgen.mods.trace import Capture
@@ -28,6 +29,7 @@ __all__ = [
     "Program",
     "arrays_of",
     "bound",
+    "fingerprint",
     "key_ranges",
     "key_ranges_of",
     "parameters",

@@ -191,7 +191,7 @@ _lock = threading.Lock()
 
 
 def program(
-    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device, block_mod: Mod | None = None
+    score_mod: Mod | None, mask_mods: Mapping[str, Mod], device: torch.device | None, block_mod: Mod | None = None
 ) -> tuple[Program, tuple[Tensor, ...]]:
     """The program of a call and the tensors that it captures now.
 
@@ -200,7 +200,7 @@ def program(
     Args:
         score_mod: FlexAttention's score_mod(score, b, h, q_idx, kv_idx), or None.
         mask_mods: mask_mod(b, h, q_idx, kv_idx) by the name that a message is to use.
-        device: of q.
+        device: of q; None for the CPU.
         block_mod: the mask_mod of a BlockMask.
 
     Returns:
@@ -211,6 +211,7 @@ def program(
         InvalidProblemError: see `trace`.
     """
     functions = (score_mod, *mask_mods.values(), block_mod)
+    device = device or torch.device("cpu")
     found = fingerprint(functions, *mask_mods, str(device), torch.get_default_dtype())
     if found.key is not None:
         with _lock:

@@ -32,7 +32,8 @@ class Call:
         score_mod: called with (score, b, h, q_idx, kv_idx, *captured).
         captured: tensors of score_mod whose gradients are wanted.
         dropout_p, philox: probability; seed and offset.
-        first_batch: index of the first sequence, which mods and dropout see.
+        first_batch, first_head, first_row: indices of the first sequence, head and query, which mods and dropout see.
+        whole: (num_heads_q, seqlen_q) of the call that this is a part of; None where it is all of it.
         dout, dlse: gradients of out (bshd) and of lse (batch, num_heads_q, seqlen_q); None for zero.
     """
 
@@ -54,6 +55,9 @@ class Call:
     dropout_p: float = 0.0
     philox: tuple[int, int] = (0, 0)
     first_batch: int = 0
+    first_head: int = 0
+    first_row: int = 0
+    whole: tuple[int, int] | None = None
     dout: Tensor | None = None
     dlse: Tensor | None = None
 
@@ -62,16 +66,23 @@ class Call:
         """Int32 b, h, q_idx and kv_idx, shaped to broadcast to the scores."""
         batch, seqlen_q, heads, _ = self.q.shape
         sizes = (batch, heads, seqlen_q, self.k.shape[1])
-        starts = (self.first_batch, 0, 0, 0)
+        starts = (self.first_batch, self.first_head, self.first_row, 0)
         return tuple(
-            torch.arange(start, start + size, dtype=torch.int32).view([-1 if axis == dim else 1 for axis in range(4)])
+            torch.arange(start, start + size, dtype=torch.int32, device=self.q.device).view(
+                [-1 if axis == dim else 1 for axis in range(4)]
+            )
             for dim, (start, size) in enumerate(zip(starts, sizes, strict=True))
         )
+
+    @property
+    def shift(self) -> int:
+        """By how much keys outnumber queries."""
+        return self.k.shape[1] - (self.q.shape[1] if self.whole is None else self.whole[1])
 
     def visible(self) -> Tensor:
         """The whole mask, (batch, num_heads_q, seqlen_q, seqlen_k) bool."""
         b, h, i, j = self.indices
-        diagonal = i + (0 if self.top_left else self.k.shape[1] - self.q.shape[1])
+        diagonal = i + (0 if self.top_left else self.shift)
         left, right = self.window
         seen = (b >= 0) & (h >= 0) & (i >= 0) & (j >= 0)
         if self.causal:
@@ -92,16 +103,17 @@ class Call:
             s = self.score_mod(s, b, h, i, j, *captured)
         if self.alibi is not None:
             slopes = self.alibi.to(s.dtype)[..., None, None]
-            s = s - slopes * (i + self.k.shape[1] - self.q.shape[1] - j).abs()
+            s = s - slopes * (i + self.shift - j).abs()
         return s if bias is None else s + bias
 
     def kept(self) -> Tensor | float:
         """What dropout multiplies probabilities with: 0 or 1 / (1 - p)."""
         if not self.dropout_p:
             return 1.0
-        b, h, i, j = (x.long().numpy() for x in self.indices)
-        words = dropout_words(self.philox, b * self.q.shape[2] + h, i, j)
-        keep = torch.from_numpy(words >= round(self.dropout_p * 2.0**32))
+        b, h, i, j = (x.long().cpu().numpy() for x in self.indices)
+        heads = self.q.shape[2] if self.whole is None else self.whole[0]
+        words = dropout_words(self.philox, b * heads + h, i, j)
+        keep = torch.from_numpy(words >= round(self.dropout_p * 2.0**32)).to(self.q.device)
         return keep.double() / (1.0 - self.dropout_p)
 
     def heads_first(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -213,7 +225,7 @@ class _Rounding:
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(seed) if seed else None
+        self.generator = torch.Generator().manual_seed(seed) if seed else None  # of the CPU: the same everywhere
 
     def input(self, x: Tensor) -> Tensor:
         """Rounded to the input dtype, as fp32."""
@@ -231,13 +243,13 @@ class _Rounding:
             units = max(
                 units, 1.0
             )  # in fp32 itself only whole units show: none in half of the cases, one up or down else
-        drawn = 2.0 * torch.rand(x.shape, generator=self.generator) - 1.0
+        drawn = 2.0 * torch.rand(x.shape, generator=self.generator).to(x.device) - 1.0
         return torch.where((x == 0) | x.isinf(), x, x + units * drawn * unit)
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:
     """Q @ k^T, summed over the head dim in steps."""
-    total = torch.zeros(*q.shape[:3], k.shape[2])
+    total = torch.zeros(*q.shape[:3], k.shape[2], device=q.device)
     for a, b in zip(q.split(_STEP, -1), k.split(_STEP, -1), strict=True):
         total += a @ b.mT
     return total

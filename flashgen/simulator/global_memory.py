@@ -60,6 +60,9 @@ class Shadow:
         self.log: list[tuple[Footprint, int]] = []
         self.reads: dict[int, Array] = {}  # component -> the last read of each element
         self.sync: dict[int, VectorClock] = {}  # element -> what releases of it published
+        self.adders: Array | None = (
+            None  # a hash of who added floats to each element, in order; where sums must be ordered
+        )
 
     def _number(self, access: Access) -> int:
         self.accesses.append(access)
@@ -98,8 +101,18 @@ class Shadow:
             for other in self._named(footprint.select(layer)):
                 if not other.over_for(world) and not (access.atomic and other.atomic):
                     _report(GlobalRaceError, "global memory is overwritten that may still be being read", access, other)
+        if ordered and access.adds:
+            self._add(footprint)
         self.written = True
         footprint.assign(self.writes, self._number(access))
+
+    def _add(self, footprint: Footprint) -> None:
+        """Note that the running CTA adds next."""
+        if self.adders is None:
+            self.adders = np.zeros(self.size, np.uint64)
+        (x, y, _), (width, height, _) = partition().cta.pid, context.launch().grid
+        number = np.uint64(1 + x + width * (y + height * partition().cta.pid[2]))
+        footprint.assign(self.adders, footprint.select(self.adders) * np.uint64(1_000_003) + number)
 
     def _named(self, numbers: Array) -> list[Access]:
         """The distinct accesses among their numbers."""

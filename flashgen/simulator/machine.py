@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,11 @@ class Launch:
         """A new component of the clocks of global memory."""
         self.components += 1
         return self.components - 1
+
+    def sum_order(self) -> str:
+        """Digest of the order of all additions of floats that had to be ordered; empty where there were none."""
+        adders = sorted(one.adders.tobytes() for one in self.shadows.values() if one.adders is not None)
+        return hashlib.sha256(b"".join(adders)).hexdigest()[:16] if adders else ""
 
     def run(self, body: Callable[..., Any], args: list[Any]) -> None:
         """Run every CTA of the grid, `settings.processors` of them at a time.

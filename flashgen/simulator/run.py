@@ -33,6 +33,8 @@ class LaunchReport:
         smem_bytes: the most shared memory a CTA allocated.
         tma_load_bytes, tma_store_bytes: bytes that TMA moved, clipped parts included.
         products: wgmmas performed.
+        sum_order: digest of which CTAs added floats to which elements, in order, where sums had to be ordered (`ordered_sums`):
+            the same under every schedule, else the kernel's bits depend on it.
         steps: scheduling points; switches: how often another partition took over.
     """
 
@@ -42,6 +44,7 @@ class LaunchReport:
     tma_load_bytes: int
     tma_store_bytes: int
     products: int
+    sum_order: str
     steps: int
     switches: int
 
@@ -55,6 +58,7 @@ class LaunchReport:
             tma_load_bytes=counters.tma_load_bytes,
             tma_store_bytes=counters.tma_store_bytes,
             products=counters.products,
+            sum_order=launch.sum_order(),
             steps=scheduler.steps,
             switches=scheduler.switches,
         )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from flashgen import accuracy, torch_blocked
+from flashgen import accuracy, samples, torch_blocked
 from flashgen.build import build
+from flashgen.coverage import has_options
+from flashgen.operands import Operands
 from flashgen.problem import Problem
 from flashgen.render import KernelSource
-from flashgen.spec import AttentionSpec
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.tuner.providers import Provider
 from flashgen.variants import Variant, by_name
 
@@ -50,7 +52,7 @@ def bits(tensor: Tensor) -> Tensor:
     """A sum of the tensor's bits that no order of addition changes; stays on the device."""
     import torch
 
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.view(words).sum(dtype=torch.int64)
 
 
@@ -64,6 +66,7 @@ class Case:
         sums: bits of the inputs, before anything was launched.
         copies: more inputs, where short kernels rotate.
         reference: what the outputs are held against (`spot`), once it was computed.
+        given: the problem's options, drawn (`samples.operands`); None for plain attention.
     """
 
     key: str
@@ -77,15 +80,36 @@ class Case:
     sums: dict[str, int] = field(default_factory=dict)
     copies: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     reference: Any = None
+    given: Operands | None = None
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sums = {name: int(bits(one.tensor)) for name, one in self.inputs.items() if one is not None}
+        self.sums = {name: int(bits(x)) for name, x in self._read().items()}
 
-    @property
-    def scalars(self) -> dict[str, Any]:
-        """What the launch takes besides tensors."""
+    def scalars(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What the launch takes besides its tensors and tunables; of a problem with options their tensors too."""
         p = self.problem
-        return {"sm_scale": p.scale, "causal_offset": p.causal_offset, **self.variant.launch_options(p)}
+        if self.given is None:
+            return {"sm_scale": p.scale, "causal_offset": p.causal_offset, **self.variant.launch_options(p)}
+        name = str(sorted(config.items()))
+        if (
+            name not in self.values
+        ):  # what is derived of a mask is derived once, as in the calls that follow a first one
+            made = samples.launch_values(p, self.given, self.variant.config(**config))
+            if p.op == "attention_bwd":
+                made |= samples.sums(p, self.given)
+            self.values[name] = made
+        return self.values[name]
+
+    def _read(self) -> dict[str, Tensor]:
+        """Every tensor that a launch only reads."""
+        named = {name: one.tensor for name, one in self.inputs.items() if one is not None}
+        if self.given is not None:
+            optional = ("alibi_slopes", "sinks", "bias", "attn_mask", "philox")
+            named |= {name: x for name in optional if (x := getattr(self.given, name)) is not None}
+            captured = () if self.given.traced_as is None else self.given.traced_as[1]
+            named |= {f"captured tensor {number}": x for number, x in enumerate(captured)}
+        return named
 
     @property
     def own(self) -> tuple[Tensor | None, ...]:
@@ -95,7 +119,7 @@ class Case:
     def run_on(self, inputs: tuple[Tensor | None, ...], config: dict[str, Any]) -> None:
         """One launch."""
         outputs = (None if one is None else one.tensor for one in self.outputs.values())
-        self.launch(*inputs, *outputs, **self.scalars, **config)
+        self.launch(*inputs, *outputs, **self.scalars(config), **config)
 
     def poison(self) -> None:
         """Fill the outputs with NaN."""
@@ -110,9 +134,7 @@ class Case:
         """What was written where it must not be, in words."""
         buffers = {**self.inputs, **self.outputs}
         beside = [name for name, one in buffers.items() if one is not None and not one.intact()]
-        written = [
-            name for name, one in self.inputs.items() if one is not None and int(bits(one.tensor)) != self.sums[name]
-        ]
+        written = [name for name, x in self._read().items() if int(bits(x)) != self.sums[name]]
         found = [f"bytes beside {name} were written to" for name in beside]
         return found + [f"{name} is an input and was written to" for name in written]
 
@@ -130,9 +152,17 @@ def prepare(request: dict[str, Any], provider: Provider) -> Case:
     fields = dict(request["problem"])
     fields |= {name: tuple(fields[name]) for name in ("window_size", "copies", "unaligned")}
     problem, spec = Problem(**fields), AttentionSpec.from_key(request["spec"])
+    if request.get("mods") is not None:
+        from flashgen.mods import transport
+
+        program, tensors = transport.from_json(request["mods"])
+        problem = replace(problem, mods=Mods(digest=program.digest, program=program, samples=tensors))
+        spec = problem.spec
+    problem = replace(problem, device=provider.device)
+    given = samples.operands(problem, device=provider.device) if has_options(spec) else None
     source = KernelSource(text=request["text"], spec=spec, variant=request["variant"])
     make = _backward if spec.op == "attention_bwd" else _forward
-    inputs, outputs = make(problem, spec, provider.device)
+    inputs, outputs = make(problem, spec, provider.device, given)
     return Case(
         key=request["key"],
         problem=problem,
@@ -142,6 +172,7 @@ def prepare(request: dict[str, Any], provider: Provider) -> Case:
         provider=provider,
         inputs=inputs,
         outputs=outputs,
+        given=given,
     )
 
 
@@ -169,7 +200,7 @@ def _drawn(p: Problem, names: Sequence[str], device: str) -> dict[str, Guarded]:
     return made
 
 
-def _forward(p: Problem, spec: AttentionSpec, device: str) -> _Tensors:
+def _forward(p: Problem, spec: AttentionSpec, device: str, given: Operands | None) -> _Tensors:
     import torch
 
     shapes, dtype = _shapes(p), accuracy.TORCH_DTYPES[p.dtype]
@@ -177,7 +208,7 @@ def _forward(p: Problem, spec: AttentionSpec, device: str) -> _Tensors:
     return _drawn(p, "qkv", device), {"o": guarded(shapes["o"], dtype, device), "lse": lse}
 
 
-def _backward(p: Problem, spec: AttentionSpec, device: str) -> _Tensors:
+def _backward(p: Problem, spec: AttentionSpec, device: str, given: Operands | None) -> _Tensors:
     """Out and lse are those of the blocked torch forward; lse has no gradient, as in training."""
     import torch
 
@@ -186,6 +217,8 @@ def _backward(p: Problem, spec: AttentionSpec, device: str) -> _Tensors:
     dout = drawn.pop("o")
     out, lse = guarded(shapes["o"], dtype, device), guarded(shapes["lse"], torch.float32, device)
     options = torch_blocked.Options(sm_scale=p.scale, causal=p.causal, offset=p.causal_offset)
+    if given is not None:
+        options = given.options(p)
     q, k, v = (one.tensor for one in drawn.values())
     torch_blocked.forward(q, k, v, options, out.tensor, lse.tensor)
     gradients = {f"d{name}": guarded(shapes[name], dtype, device) for name in "qkv"}

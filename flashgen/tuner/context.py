@@ -13,7 +13,7 @@ from typing import Any
 
 import flashgen
 from flashgen.config import KernelConfig
-from flashgen.coverage import untuned
+from flashgen.coverage import has_options, undrawn
 from flashgen.errors import TuningError, UnsupportedProblemError
 from flashgen.facts import CompiledFacts
 from flashgen.problem import Problem
@@ -78,6 +78,17 @@ class Context:
     trusted: Record | None = None
     trial_timeout_s: float = 60.0
     left_s: Callable[[], float | None] = lambda: None
+
+    _sent: Any = None
+
+    @property
+    def sent_mods(self) -> dict[str, Any] | None:
+        """The problem's mods as another process reads them."""
+        if self.problem.mods is not None and self._sent is None:
+            from flashgen.mods import transport
+
+            self._sent = transport.to_json(self.problem.mods.program, self.problem.mods.samples)
+        return self._sent  # type: ignore[no-any-return]
 
     def timed(self) -> list[Record]:
         """The trials that ran, fastest first."""
@@ -161,7 +172,7 @@ def choose_variant(problem: Problem, target: Target, name: str | None = None) ->
             variant.supports(spec, target)
             if variant.template is not None
             else "is no generated kernel: nothing to tune"
-        ) or untuned(spec)
+        ) or undrawn(spec)
         if reason is None:
             return variant
         reasons[variant.name] = reason
@@ -214,6 +225,10 @@ def launch_strides(problem: Problem) -> dict[str, int]:
     if p.op == "attention_bwd":
         rows |= {f"d{name}": row for name, row in rows.items()}
     found: dict[str, int] = {}
+    if has_options(problem.spec):
+        from flashgen import samples  # loads torch
+
+        found |= samples.strides(problem)
     for name, (row, seqlen, heads, head_dim) in rows.items():
         sizes = (max(1, seqlen), max(1, heads), head_dim)
         found[f"stride_{name}b"] = sizes[0] * sizes[1] * sizes[2]

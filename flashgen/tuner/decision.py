@@ -107,8 +107,9 @@ def request_of(context: Context) -> dict[str, Any]:
         "spec": context.source.spec.key,
         "variant": context.variant.name,
         "text": context.source.text,
-        "problem": {name: getattr(context.problem, name) for name in context.problem.__slots__},
-        "key": f"{context.source.digest} {context.problem}",
+        "problem": {name: getattr(context.problem, name) for name in context.problem.__slots__ if name != "mods"},
+        "mods": context.sent_mods,
+        "key": f"{context.source.digest} {context.problem} {context.problem.window_size} {context.session}",
     }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashgen.config import KernelConfig
+from flashgen.coverage import options_of
 from flashgen.spec import AttentionSpec
 from flashgen.store import Record
 from flashgen.store.select import distance, usable_measurement
@@ -52,6 +53,7 @@ def weight(here: Case, there: Case) -> float:
     a, b = here.spec, there.spec
     apart = _DOUBLING * distance(here.shape, there.shape)
     apart += _HEAD_DIM * ((a.block_head_dim, a.block_head_dim_v) != (b.block_head_dim, b.block_head_dim_v))
+    apart += _MASK * len({*options_of(a)} ^ {*options_of(b)})
     apart += _MASK * (a.causal != b.causal) + _DTYPE * (a.itemsize != b.itemsize) + _GPU * (here.gpu != there.gpu)
     return math.exp(-apart)
 

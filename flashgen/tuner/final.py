@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from flashgen.gradients import check_launch
 from flashgen.tuner import shootout
 from flashgen.tuner.case import Case
 from flashgen.tuner.faults import WrongResultError, failure
-from flashgen.tuner.trial import Contestant
+from flashgen.tuner.trial import Contestant, checked
 
 
 def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:
@@ -40,9 +38,7 @@ def run_final(case: Case, request: dict[str, Any]) -> dict[str, Any]:
             index += 1
             contestant.check()
         index = int(verdict.winner)
-        whole = check_launch(
-            partial(case.launch, **request["configs"][index]), case.spec, device=provider.device, strides=("dense",)
-        )
+        whole = checked(case, request["configs"][index])
         if not whole.ok:
             raise WrongResultError(whole.message)
     except Exception as error:

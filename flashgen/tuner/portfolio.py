@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from flashgen.config import KernelConfig
+from flashgen.coverage import options_of
 from flashgen.spec import AttentionSpec
 from flashgen.store import Record
 from flashgen.store.portfolios import MOST, Member, find
@@ -54,7 +55,7 @@ def derive(records: Iterable[Record], *, most: int = MOST) -> list[Member]:
     """The portfolios that trials give, for every architecture, kernel, dtype and padded head dim among them.
 
     Args:
-        records: of any GPU, kernel and age: what was good with an older text of a template is still worth a try.
+        records: of any GPU, kernel and age, those of calls with options left out: what was good with an older text of a template is still worth a try.
         most: members of one portfolio at most; where no so small set covers all problems, the one that covers most.
 
     Returns:
@@ -62,7 +63,7 @@ def derive(records: Iterable[Record], *, most: int = MOST) -> list[Member]:
     """
     groups: dict[_Key, list[Record]] = {}
     for row in records:
-        if usable_measurement(row) or usable_prediction(row):
+        if (usable_measurement(row) or usable_prediction(row)) and _is_plain(row):
             groups.setdefault(_key(row), []).append(row)
     return [member for key, rows in sorted(groups.items()) for member in _portfolio(key, problems_seen(rows), most)]
 
@@ -140,6 +141,11 @@ def _side_by_side(protocol: str) -> bool:
 
 def _config(row: Record) -> KernelConfig:
     return KernelConfig(variant=row.variant, **row.config)
+
+
+def _is_plain(row: Record) -> bool:
+    """Whether a row is of plain attention: what a mask leaves out, or a bias costs, is no lesson for every call of that size."""
+    return not options_of(AttentionSpec.from_key(row.spec_key))
 
 
 def _key(row: Record) -> _Key:

@@ -166,7 +166,7 @@ def _check(context: Context, config: KernelConfig) -> AccuracyReport | BuildErro
             lse_ratio=0.0,
             message="checked before",
         )
-    return verdicts.of(context.source, config)
+    return verdicts.of(context.source, config, context.problem)
 
 
 def _store(

@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flashgen import accuracy
+from flashgen import accuracy, samples
 from flashgen.accuracy import AccuracyReport
+from flashgen.operands import Operands
 from flashgen.reference import (
     attention_low_precision,
     attention_oracle,
+    exact,
     gradients_low_precision,
     gradients_oracle,
+    same_precision,
 )
 from flashgen.tuner.case import Case
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHECKED_ROWS = 64
+_HONEST_RUNS = 4
 # Of one group of heads; where it has more, one group is looked at instead of two. About a second of an H100's fp64.
 _MOST_SCORES = 1 << 32
 
@@ -33,6 +37,8 @@ def spot_check(case: Case) -> AccuracyReport:
     if not all(x.numel() for x in outputs):
         nothing = outputs[0].new_empty((0,))
         return accuracy.check(nothing, None, (nothing, None), (nothing, None), case.problem.dtype)
+    if case.given is not None:
+        return _with_options(case)
     return _gradients(case) if case.spec.op == "attention_bwd" else _rows(case)
 
 
@@ -65,6 +71,75 @@ def _rows(case: Case) -> AccuracyReport:
     return accuracy.check(out, None, (oracle, None), (low, None), p.dtype)
 
 
+def _with_options(case: Case) -> AccuracyReport:
+    """The same blocks of rows of a problem with options: of the output, or backward of dq.
+
+    A row's dq depends on no other row; those of keys and values do on all, and are held against the oracle on the small problems alone.
+    """
+    p, tensors, given = case.problem, _tensors(case), case.given
+    assert given is not None
+    backward = case.spec.op == "attention_bwd"
+    starts = sorted({0, max(0, p.seqlen_q // 2 - _CHECKED_ROWS), max(0, p.seqlen_q - _CHECKED_ROWS)})
+    group = p.num_heads_q // p.num_heads_kv
+    places = [(b, h, start) for b, h in dict.fromkeys(((0, 0), (p.batch - 1, p.num_heads_q - 1))) for start in starts]
+    if case.reference is None:
+        case.reference = []
+        for batch, head, start in places:
+            rows = slice(start, start + _CHECKED_ROWS)
+            q = tensors["q"][batch : batch + 1, rows, head : head + 1]
+            keys = (tensors[name][batch : batch + 1, :, head // group : head // group + 1] for name in "kv")
+            part = replace(
+                samples.call(p, _part(given, batch, head, rows), q, *keys),
+                first_batch=batch, first_head=head, first_row=start, whole=(p.num_heads_q, p.seqlen_q),
+            )  # fmt: skip
+            if backward:
+                part = replace(part, dout=tensors["dout"][batch : batch + 1, rows, head : head + 1])
+            oracle, honest = exact(part), same_precision(part, runs=_HONEST_RUNS)
+            case.reference.append([one.gradients["q"] if backward else one.out for one in (oracle, *honest)])
+    name = "dq" if backward else "o"
+    found = [tensors[name][b : b + 1, start : start + _CHECKED_ROWS, h : h + 1] for b, h, start in places]
+    out = _joined(found)
+    oracle_out, unit, *others = (_joined(list(parts)) for parts in zip(*case.reference, strict=True))
+    dtype = out.dtype
+    return accuracy.check(
+        out,
+        None,
+        (oracle_out, None),
+        (unit.to(dtype), None),
+        p.dtype,
+        gradient=backward,
+        others=[x.to(dtype) for x in others],
+    )
+
+
+def _part(given: Operands, batch: int, head: int, rows: slice) -> Operands:
+    """The operands of some rows of one head."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        for dim, wanted in ((-2, rows), (-3, slice(head, head + 1)), (-4, slice(batch, batch + 1))):
+            if x.dim() >= -dim and x.shape[dim] != 1:
+                x = x.movedim(dim, 0)[wanted].movedim(0, dim)
+        return x
+
+    slopes = given.alibi_slopes
+    return replace(
+        given,
+        alibi_slopes=None if slopes is None else slopes[..., head : head + 1],
+        sinks=None if given.sinks is None else given.sinks[head : head + 1],
+        bias=cut(given.bias),
+        attn_mask=cut(given.attn_mask),
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Blocks of rows one after another."""
+    import torch
+
+    return torch.cat(parts, dim=1)
+
+
 def _gradients(case: Case) -> AccuracyReport:
     """The gradients of whole groups of heads."""
     p, tensors = case.problem, _tensors(case)
@@ -89,7 +164,7 @@ def _gradients(case: Case) -> AccuracyReport:
             case.reference.append((oracle, gradients_low_precision(dout, q, k, v, out, lse, **options)))
     reports = []
     for place, (oracle, low) in zip(places, case.reference, strict=True):
-        for name, exact, honest in zip(("dq", "dk", "dv"), oracle, low, strict=True):
-            report = accuracy.check(part(name, *place), None, (exact, None), (honest, None), p.dtype, gradient=True)
+        for name, true, honest in zip(("dq", "dk", "dv"), oracle, low, strict=True):
+            report = accuracy.check(part(name, *place), None, (true, None), (honest, None), p.dtype, gradient=True)
             reports.append(replace(report, message=f"{name}: {report.message}"))
     return max(reports, key=lambda report: (not report.ok, report.ratio))

@@ -167,6 +167,10 @@ class Variant:
         """
         return {"rows" if self.op == "attention_bwd" else "keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
+    def keeps_beside_scores(self, spec: AttentionSpec) -> bool:
+        """Whether a spec's options need registers or shared memory for every score, so that a plain kernel's tile says nothing."""
+        return False
+
     def launch_options(self, problem: Problem) -> dict[str, Any]:
         """What `launch` takes of a call besides the scale, the offset and the tunables."""
         return {}

@@ -9,12 +9,13 @@ from flashgen.problem import Problem
 from flashgen.spec import MAX_HEAD_DIM, AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
-from flashgen.variants.gluon_options import Options, emission, helpers, options
+from flashgen.variants.gluon_options import Options, emission, options
+from flashgen.variants.mod_text import WithMods
 
 _COVERED_FLAGS = frozenset(
     {
         "causal", "has_lse", "window", "softcap", "has_alibi", "has_sinks", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod",
-        "dropout", "varlen",
+        "has_block_mask", "dropout", "varlen",
     }
 )  # fmt: skip
 _WG_ROWS = 64  # query rows of a warpgroup
@@ -54,7 +55,7 @@ _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
 }
 
 
-class GluonForwardSm90(Variant):
+class GluonForwardSm90(WithMods, Variant):
     """`templates/gluon/attention_fwd_sm90.py.jinja`."""
 
     name = "gluon_fwd_sm90"
@@ -101,11 +102,9 @@ class GluonForwardSm90(Variant):
         return None
 
     def refuses(self, problem: Problem) -> str | None:
-        if problem.untraced:
-            return problem.untraced
-        if (problem.has_score_mod or problem.has_mask_mod) and problem.mods is None:
-            # On CPU tensors, and of a problem that is only named, there is nothing to trace for.
-            return "score_mod and mask_mod are traced where a call may run a kernel, and this one does not"
+        reason = super().refuses(problem)
+        if reason is not None:
+            return reason
         if problem.unaligned:
             return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
         return None
@@ -115,12 +114,8 @@ class GluonForwardSm90(Variant):
         return options(spec)
 
     def mod(self, spec: AttentionSpec, kind: str) -> Any:
-        """The text of a spec's `score` or `mask`, a `mods.Emission`."""
+        """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
         return emission(spec, kind)
-
-    def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
-        """The jit functions that a spec's mods call, each once."""
-        return helpers(spec)
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
         """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""
@@ -160,8 +155,8 @@ class GluonForwardSm90(Variant):
 
     def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        loop = {} if options(spec).any else {"MASKED_LOOP": False}
-        return {**widths, "PACK": 1, "EVEN_K": True, **loop}
+        own = {"ONE_KIND": True} if spec.has_block_mask else {} if options(spec).any else {"MASKED_LOOP": False}
+        return {**widths, "PACK": 1, "EVEN_K": True, **own}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

@@ -10,10 +10,23 @@ from typing import Any
 
 from flashgen.errors import RenderError
 from flashgen.spec import AttentionSpec
-from flashgen.variants.features import Signature, signature
+from flashgen.variants.features import Signature, has_ranges, signature
 
 # Options that differ from one query head to the next, so that heads of a group cannot share a tile; or lengths that nobody knows.
-_PER_HEAD = ("has_alibi", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod", "dropout", "varlen")
+_PER_HEAD = (
+    "has_alibi",
+    "has_bias",
+    "has_attn_mask",
+    "has_score_mod",
+    "has_mask_mod",
+    "has_block_mask",
+    "dropout",
+    "varlen",
+)
+_LISTING = (
+    *("key_blocks_ptr", "key_counts_ptr"),
+    *(f"stride_{name}_{letter}" for name in ("key_blocks", "key_counts") for letter in "bhm"),
+)
 _PACKED = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr")
 _PLAIN = ("causal", "has_lse")
 
@@ -29,6 +42,7 @@ class Options:
         mask: what `mask_scores` takes.
         dropout: what `keep` takes beside the block of keys.
         ranges: what `key_range` takes.
+        listing: what finds a tile's list in a block mask.
         varlen: whether sequences are packed, whose offsets and lengths each tile looks up.
         pack: whether heads of a group may share a tile.
         hides: whether a key may be hidden from all rows of a tile that loads it, and hold anything.
@@ -41,6 +55,7 @@ class Options:
     mask: tuple[str, ...]
     dropout: tuple[str, ...]
     ranges: tuple[str, ...]
+    listing: tuple[str, ...]
     varlen: bool
     pack: bool
     hides: bool
@@ -97,6 +112,8 @@ class Options:
     @property
     def loader(self) -> tuple[str, ...]:
         """What the kernel hands to its producer, beside the offset."""
+        if self.listing:
+            return self.listing
         packed = [*_PACKED, *(["bottom_right"] if "causal_offset" in self.ranges else [])] if self.varlen else []
         return (*packed, *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")))
 
@@ -110,10 +127,11 @@ def options(spec: AttentionSpec) -> Options:
         mask=_mask(spec),
         dropout=("philox_seed", "philox_offset", "off_bh", "start_m", "dropout_threshold") if spec.dropout else (),
         ranges=_ranges(spec),
+        listing=_LISTING if spec.has_block_mask else (),
         varlen=spec.varlen,
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
-        hides=spec.varlen or spec.window or spec.has_mask_mod or spec.has_attn_mask,
-        masked_when="True" if spec.has_attn_mask else "is_masked" if spec.has_diagonal or spec.has_mask_mod else "",
+        hides=spec.varlen or spec.window or spec.has_free_mask,
+        masked_when="True" if spec.has_attn_mask else "is_masked" if spec.has_diagonal or spec.has_free_mask else "",
     )
 
 
@@ -130,6 +148,9 @@ def _mask(spec: AttentionSpec) -> tuple[str, ...]:
     names = ["causal_offset"] if spec.has_diagonal else []
     names += ["window_left", "window_right"] if spec.window else []
     names += _captured(spec, "mask") if spec.has_mask_mod else []
+    if spec.has_block_mask:
+        names += ["start_m", "block_kinds_head", "stride_block_kinds_m", "block_size_q", "block_size_k", "seqlen_q"]
+        names += _captured(spec, "block")
     names += [*_matrix("attn_mask"), "seqlen_q"] if spec.has_attn_mask else []
     return tuple(dict.fromkeys(names))
 
@@ -137,7 +158,7 @@ def _mask(spec: AttentionSpec) -> tuple[str, ...]:
 def _ranges(spec: AttentionSpec) -> tuple[str, ...]:
     names = ["causal_offset"] if spec.has_diagonal else []
     names += ["window_left", "window_right"] if spec.window else []
-    if spec.has_mask_mod:
+    if has_ranges(spec):
         names += ["mask_ranges_ptr", "stride_ranges_b", "stride_ranges_h", "off_b", "off_h"]
     return tuple(names)
 
@@ -157,18 +178,12 @@ def _captured(spec: AttentionSpec, kind: str) -> list[str]:
 
 
 def emission(spec: AttentionSpec, kind: str) -> Any:
-    """The text of a spec's `score` or `mask`, a `mods.Emission`."""
+    """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
     from flashgen import mods  # imports torch: only where a mod was given, which needed it already
 
     if spec.mods is None:
         raise RenderError(f"{spec.key} has mods that were not traced: nothing can be rendered for them.")
     program = spec.mods.program
     names = mods.Names(score="qk", b="off_b", h="off_h", q_idx="q_idx", kv_idx="kv_idx")
-    emit = program.emit_score if kind == "score" else program.emit_mask
+    emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
     return emit(dialect=mods.GLUON, names=names, like="qk")
-
-
-def helpers(spec: AttentionSpec) -> tuple[str, ...]:
-    """The jit functions that a spec's mods call, each once."""
-    kinds = [kind for kind, given in (("score", spec.has_score_mod), ("mask", spec.has_mask_mod)) if given]
-    return tuple(dict.fromkeys(helper for kind in kinds for helper in emission(spec, kind).helpers))

@@ -209,9 +209,12 @@ class TritonBackward(WithMods, Variant):
         else:
             widest = max(spec.block_head_dim_out, spec.block_head_dim_v)
             rows = _KNOWN_GOOD[(family(target), widest)]
-            if signature(spec).inner and family(target) != "sm_90":
+            if self.keeps_beside_scores(spec) and family(target) != "sm_90":
                 rows = (*_BESIDE_SCORES.get((target.backend, widest), ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
+
+    def keeps_beside_scores(self, spec: AttentionSpec) -> bool:
+        return bool(signature(spec).inner)
 
     def _tile(self, tile: _Tile) -> KernelConfig:
         names = (*_BLOCKS, "num_warps", "num_stages")

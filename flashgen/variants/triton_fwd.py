@@ -102,11 +102,14 @@ class TritonForward(WithMods, Variant):
             rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         if target.smem_bytes <= triton_fwd_tiles.SMALL_SMEM_BYTES:
             rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
-        if spec.hides_anywhere or spec.dropout:
+        if self.keeps_beside_scores(spec):
             rows = (*triton_fwd_tiles.BESIDE_SCORES[key[1:]], *rows)
             if key[0] in ("sm_80", "sm_120"):
                 rows = (*triton_fwd_tiles.BESIDE_SCORES_MMA.get(key[1:], ()), *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in dict(rows).items())
+
+    def keeps_beside_scores(self, spec: AttentionSpec) -> bool:
+        return spec.hides_anywhere or spec.dropout
 
     def measured_tiles(self, spec: AttentionSpec, target: Target) -> tuple[MeasuredTile, ...]:
         rows = triton_fwd_tiles.MEASURED.get(self._key(spec, target), ())

@@ -44,6 +44,7 @@ SPECS = {
     "attention_fwd_tables_block_mask": ("triton_fwd", spec(listed=True)),
     "attention_bwd_tables_block_mask": ("triton_bwd", spec("attention_bwd", listed=True)),
     "attention_fwd_sm90_tables_document": ("gluon_fwd_sm90", spec()),
+    "attention_fwd_sm90_tables_block_mask": ("gluon_fwd_sm90", spec(listed=True)),
 }
 
 

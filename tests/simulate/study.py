@@ -47,9 +47,8 @@ def digest_of(name: str) -> str:
 
 def considered(name: str) -> tuple[Mutant, ...]:
     """The mutants of a subject."""
-    if name in forward.SPECS:
-        return forward.considered(name)
-    return backward.study_of(name).mutants if name in backward.SPECS else mutants(subjects.text_of(name))
+    rendered = rendered_of(name)
+    return rendered.considered(name) if rendered else mutants(subjects.text_of(name))  # type: ignore[attr-defined]
 
 
 def reviewed_of(name: str) -> dict[str, str]:

@@ -38,6 +38,20 @@ def test_a_backward_is_simulated_too(capsys: pytest.CaptureFixture[str], monkeyp
     assert code == 1 and {row["kind"] for row in json.loads(out)["checks"]} == {"unordered-sum"}
 
 
+def test_sums_whose_order_the_schedule_chooses_are_a_defect(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each addition knows the one before it, but who comes first is not said: whoever finds the counter as it was."""
+    broken(
+        monkeypatch,
+        'gl.atomic_add(turn, 0, sem="acquire") != n_block',
+        'gl.atomic_add(turn, 0, sem="acquire") == n_block',
+    )
+    code, out, _ = call(capsys, "check", "attention_bwd-fp16-d128", "--simulate", "--json")
+    kinds = [row["kind"] for row in json.loads(out)["checks"]]
+    assert code == 1 and "unordered-sum" in kinds
+
+
 def broken(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
     """Templates that render a broken kernel."""
     from flashgen.cli import simulation

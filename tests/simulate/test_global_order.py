@@ -317,10 +317,32 @@ RELEASED = '    gl.barrier()\n    gl.atomic_add(turn_ptr, 1, sem="release")'
 
 
 def add(text: str, schedule: str, ordered: bool = True) -> torch.Tensor:
+    return add_reported(text, schedule, ordered)[0]
+
+
+def add_reported(text: str, schedule: str, ordered: bool = True) -> tuple[torch.Tensor, str]:
+    """The sum, and the digest of its order."""
     x, total = normal(6, 64), torch.zeros(1, 64)
     args = {"x": x, "total": total, "turn": torch.zeros(1, dtype=torch.int32)}
-    sim.simulate(text, args, schedule=schedule, seed=3, max_steps=5000, ordered_sums=ordered)
-    return total
+    report = sim.simulate(text, args, schedule=schedule, seed=3, max_steps=5000, ordered_sums=ordered)
+    return total, report.launches[0].sum_order
+
+
+@pytest.mark.parametrize("how", [ADD_BY_TMA, ADD_BY_ATOMICS], ids=["TMA", "atomics"])
+def test_the_order_of_sums_is_told_and_another_order_differs(how: str) -> None:
+    text = SUM.replace("# ADD", how)
+    (right,) = {add_reported(text, schedule)[1] for schedule in SCHEDULES}
+    assert right and add_reported(text, "lazy", ordered=False)[1] == ""
+    swapped = text.replace("!= pid", "!= pid // 2 * 2 + 1 - pid % 2")
+    (other,) = {add_reported(swapped, schedule)[1] for schedule in ("random", "priority")}
+    assert other not in ("", right)
+    # All know of the one before, but whoever finds the counter at 0 goes on: no race, and an order of its own.
+    anyone = text.replace("!= pid", "== pid")
+    for schedule in SCHEDULES:
+        try:
+            assert add_reported(anyone, schedule)[1] != right
+        except sim.SimulationError:
+            pass
 
 
 @pytest.mark.parametrize("how", [ADD_BY_TMA, ADD_BY_ATOMICS], ids=["TMA", "atomics"])

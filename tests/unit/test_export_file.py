@@ -84,5 +84,5 @@ def test_where_it_may_write(tmp_path: Path) -> None:
         flashgen.export(spec, own, format="zip", target="h100")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedProblemError, match="export format 'aot'"):
         flashgen.export(spec, own, format="aot", target="h100")
-    with pytest.raises(UnsupportedProblemError, match="softcap"):
-        flashgen.export(AttentionSpec(dtype="bf16", head_dim=64, head_dim_v=64, softcap=True), tmp_path, target="h100")
+    with pytest.raises(UnsupportedProblemError, match="dropout_p"):
+        flashgen.export(AttentionSpec(dtype="bf16", head_dim=64, head_dim_v=64, dropout=True), tmp_path, target="h100")

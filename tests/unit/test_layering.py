@@ -47,6 +47,7 @@ ROWS = (
     ("probe", "scalars"),
     ("block_ranges", "block_lists"),
     ("operands",),
+    ("samples",),
     ("ops",),
     ("autograd",),
     ("warm",),

@@ -72,9 +72,9 @@ def add_gradient(sum_ptr, largest_ptr, places, value, inside, term_bits, MODE: t
 def largest_bits(value):
     """The largest size in a block, as the bits of an fp32 number; those of a NaN are larger than any number's."""
     bits = tl.abs(value).to(tl.int32, bitcast=True)
-    if len(value.shape) == 0:
-        return bits
-    return tl.max(bits.reshape([value.numel]), 0)
+    if len(value.shape) == 2:
+        bits = tl.max(tl.max(bits, 1), 0)
+    return bits
 
 
 # Lengths, the offset and head counts change from call to call: specialising on their values would recompile for each.

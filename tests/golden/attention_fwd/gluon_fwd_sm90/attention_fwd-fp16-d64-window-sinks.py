@@ -58,6 +58,8 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
     packs = gl.minimum(section, num_packs - index * section)
     m_block = rest // packs
     pack = index * section + rest - m_block * packs
+    # Later rows see more keys, in most masks: the longest tiles start first.
+    m_block = num_m_blocks - 1 - m_block
     packs_per_batch = num_heads_q // PACK
     off_b = pack // packs_per_batch
     off_h = (pack - off_b * packs_per_batch) * PACK
