@@ -240,7 +240,8 @@ class GluonBackwardSm90(Variant):
     def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
         """The text of score_mod's derivative times `grad`, a `mods.DerivativeEmission`."""
         program, names, dialect = self._program(spec, score)
-        return program.emit_derivative(dialect=dialect, names=replace(names, grad=grad), like=score)
+        names = replace(names, grad=grad)
+        return program.emit_derivative(dialect=dialect, names=names, like=score, of_captures=False)
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""
