@@ -46,7 +46,7 @@ class Options:
         varlen: whether sequences are packed, whose offsets and lengths each tile looks up.
         pack: whether heads of a group may share a tile.
         hides: whether a key may be hidden from all rows of a tile that loads it, and hold anything.
-        masked_when: in which steps over keys the mask is applied: `True`, `is_masked`, or none where it is empty.
+        masked_when: in which steps over keys the mask is applied: `True`, `IS_MASKED` (a compile-time flag of the step), or none where it is empty.
     """
 
     any: bool
@@ -131,7 +131,7 @@ def options(spec: AttentionSpec) -> Options:
         varlen=spec.varlen,
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
         hides=spec.varlen or spec.window or spec.has_free_mask,
-        masked_when="True" if spec.has_attn_mask else "is_masked" if spec.has_diagonal or spec.has_free_mask else "",
+        masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
     )
 
 

@@ -16,7 +16,7 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        The thread block walks over a list of blocks of keys; a branch leaves out the mask where all of one is visible.
+Options        The thread block walks over a list of blocks of keys; a loop of its own leaves out the mask where all of one is visible.
                ONE_KIND: a warpgroup's rows and a block of keys lie in one block of the mask.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
@@ -324,6 +324,12 @@ def online_softmax(
 
 
 @gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
     nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
@@ -361,7 +367,6 @@ def attend(
     documents_ptr,
     documents_stride0,
     documents_size0,
-    is_masked,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -374,6 +379,7 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     ONE_KIND: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -408,7 +414,7 @@ def attend(
         BLOCK_N,
         QK_LAYOUT,
     )
-    if is_masked:
+    if IS_MASKED:
         qk = mask_scores(
             qk,
             rows_m,
@@ -726,52 +732,102 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        for place in range(1, n_listed):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                gl.load(blocks + place) * BLOCK_N,
-                seqlen_k,
-                sm_scale,
-                off_h,
-                table_ptr,
-                table_stride0,
-                table_stride1,
-                table_size1,
-                start_m,
-                block_kinds_head,
-                stride_block_kinds_m,
-                block_size_q,
-                block_size_k,
-                seqlen_q,
-                documents_ptr,
-                documents_stride0,
-                documents_size0,
-                place < n_masked,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-                ONE_KIND,
-            )
-            step += 1
+        # -- further blocks: those to be masked, then those that every row sees; the second pass finds none --
+        for part in range(2):
+            for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    gl.load(blocks + place) * BLOCK_N,
+                    seqlen_k,
+                    sm_scale,
+                    off_h,
+                    table_ptr,
+                    table_stride0,
+                    table_stride1,
+                    table_size1,
+                    start_m,
+                    block_kinds_head,
+                    stride_block_kinds_m,
+                    block_size_q,
+                    block_size_k,
+                    seqlen_q,
+                    documents_ptr,
+                    documents_stride0,
+                    documents_size0,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    ONE_KIND,
+                    IS_MASKED=True,
+                )
+                step += 1
+            p = repacked(p)
+            for place in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    gl.load(blocks + place) * BLOCK_N,
+                    seqlen_k,
+                    sm_scale,
+                    off_h,
+                    table_ptr,
+                    table_stride0,
+                    table_stride1,
+                    table_size1,
+                    start_m,
+                    block_kinds_head,
+                    stride_block_kinds_m,
+                    block_size_q,
+                    block_size_k,
+                    seqlen_q,
+                    documents_ptr,
+                    documents_stride0,
+                    documents_size0,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    ONE_KIND,
+                    IS_MASKED=False,
+                )
+                step += 1
+            p = repacked(p)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)

@@ -16,7 +16,7 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        Each warpgroup walks over the blocks of keys that its rows see; a branch leaves out the mask where they see all of one.
+Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
 """
@@ -362,6 +362,12 @@ def online_softmax(
 
 
 @gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
     nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
@@ -393,7 +399,6 @@ def attend(
     documents_ptr,
     documents_stride0,
     documents_size0,
-    is_masked,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -405,6 +410,7 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -439,7 +445,7 @@ def attend(
         BLOCK_N,
         QK_LAYOUT,
     )
-    if is_masked:
+    if IS_MASKED:
         qk = mask_scores(
             qk,
             rows_m,
@@ -733,45 +739,90 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        for n in range(end - 2, first - 1, -1):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                n * BLOCK_N,
-                seqlen_k,
-                sm_scale,
-                off_h,
-                table_ptr,
-                table_stride0,
-                table_stride1,
-                table_size1,
-                documents_ptr,
-                documents_stride0,
-                documents_size0,
-                (n < full_first) | (n >= full_end),
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-            )
-            step += 1
+        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+        for part in range(2):
+            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    sm_scale,
+                    off_h,
+                    table_ptr,
+                    table_stride0,
+                    table_stride1,
+                    table_size1,
+                    documents_ptr,
+                    documents_stride0,
+                    documents_size0,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=True,
+                )
+                step += 1
+            p = repacked(p)
+            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    sm_scale,
+                    off_h,
+                    table_ptr,
+                    table_stride0,
+                    table_stride1,
+                    table_size1,
+                    documents_ptr,
+                    documents_stride0,
+                    documents_size0,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                )
+                step += 1
+            p = repacked(p)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)

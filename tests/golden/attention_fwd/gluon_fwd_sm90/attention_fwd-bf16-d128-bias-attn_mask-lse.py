@@ -16,7 +16,6 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        Each warpgroup walks over the blocks of keys that its rows see; a branch leaves out the mask where they see all of one.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
 """

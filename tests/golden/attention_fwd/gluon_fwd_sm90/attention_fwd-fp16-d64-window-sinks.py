@@ -16,7 +16,7 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        Each warpgroup walks over the blocks of keys that its rows see; a branch leaves out the mask where they see all of one.
+Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
 """
@@ -266,6 +266,12 @@ def mask_scores(
 
 
 @gluon.jit
+def row_max(scores, BLOCK_N: gl.constexpr):
+    """The maximum of each row by two chains of comparisons: the exponentials wait half as long as for one."""
+    return gl.max(gl.max(gl.max(scores.reshape([WG_ROWS, BLOCK_N // 8, 4, 2]), 1), 2), 1)
+
+
+@gluon.jit
 def online_softmax(
     qk,
     m_i,
@@ -281,7 +287,7 @@ def online_softmax(
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    m_new = gl.maximum(m_i, gl.max(qk, 1) * qk_scale)
+    m_new = gl.maximum(m_i, gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout) * qk_scale)
     # A row that has seen no key keeps the least number as its maximum: subtracting it makes no NaN.
     p = gl.exp2(qk * qk_scale - m_new[:, None])
     alpha = gl.exp2(m_i - m_new)
@@ -290,6 +296,12 @@ def online_softmax(
     else:
         l_i = l_i * alpha + gl.sum(p, 1)
     return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
+
+
+@gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -318,7 +330,6 @@ def attend(
     causal_offset,
     window_left,
     window_right,
-    is_masked,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -330,6 +341,7 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -350,7 +362,7 @@ def attend(
         pass_turn(step, (WG + 1) % NUM_WG)
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
-    if is_masked:
+    if IS_MASKED:
         qk = mask_scores(
             qk,
             rows_m,
@@ -598,39 +610,78 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        for n in range(end - 2, first - 1, -1):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                n * BLOCK_N,
-                seqlen_k,
-                causal_offset,
-                window_left,
-                window_right,
-                (n < full_first) | (n >= full_end),
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-            )
-            step += 1
+        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+        for part in range(2):
+            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    window_left,
+                    window_right,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=True,
+                )
+                step += 1
+            p = repacked(p)
+            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    window_left,
+                    window_right,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                )
+                step += 1
+            p = repacked(p)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
