@@ -201,6 +201,10 @@ Reduce = Callable[[Array, Array], Array]
 def tma_store(tensor_desc: TensorDescriptor, coord: Any, src: SharedView, reduce: Reduce | None = None) -> None:
     """Start a store, or an atomic reduction, of shared memory; what lies outside of the tensor is dropped."""
     desc, part, clipped = tensor_desc, partition(), _clip(tensor_desc, coord, src)
+    if any(int(position) < 0 for position in coord):
+        fail(
+            OutOfBoundsError, f"a TMA store at {list(map(int, coord))}: coordinates below 0 are an illegal instruction"
+        )
     what = "TMA store" if reduce is None else "TMA reduction"
     part.stores_issued += 1
     part.last_store = here()

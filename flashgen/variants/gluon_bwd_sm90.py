@@ -243,7 +243,8 @@ class GluonBackwardSm90(Variant):
     def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
         """The text of score_mod's derivative times `grad`, a `mods.DerivativeEmission`."""
         program, names, dialect = self._program(spec, score)
-        return program.emit_derivative(dialect=dialect, names=replace(names, grad=grad), like=score)
+        names = replace(names, grad=grad)
+        return program.emit_derivative(dialect=dialect, names=names, like=score, of_captures=False)
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""
@@ -403,7 +404,7 @@ class GluonBackwardSm90(Variant):
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
-        rows = _PORTFOLIO[width, spec.causal]
+        rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
         if self.keeps_values(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)

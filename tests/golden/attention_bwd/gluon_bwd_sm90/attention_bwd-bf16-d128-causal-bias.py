@@ -560,8 +560,8 @@ def consume(
     v.store(dv.to(DTYPE))
     k.store((dk * sm_scale).to(DTYPE))
     fence_async_shared()
-    tma_store(dv_desc, [off_b, off_hkv, start_n - first_key, 0], v_tile)
-    tma_store(dk_desc, [off_b, off_hkv, start_n - first_key, 0], k_tile)
+    tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
+    tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
     store_wait(0)
 
 
@@ -930,7 +930,8 @@ def launch(
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
-    # Rows that see no key and keys that no row sees are outside of the tensors that TMA is told of: zeros, whatever they hold.
+    # Rows that see no key and keys that no row sees are outside of what TMA loads from: zeros, whatever they hold. It stores from
+    # the first key on: at a coordinate below 0 a store is an illegal instruction, a load is not (seen on an H200).
     first_row = max(0, -causal_offset)
     end_key = max(0, min(seqlen_k, seqlen_q + causal_offset))
     end_row, first_key = seqlen_q, 0
@@ -981,8 +982,8 @@ def launch(
         describe(v[:, first_key:], end_key - first_key, BLOCK_N, 128),
         describe(dout[:, first_row:], end_row - first_row, BLOCK_M, 128),
         TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk[:, first_key:], end_key - first_key, BLOCK_N, 128),
-        describe(dv[:, first_key:], end_key - first_key, BLOCK_N, 128),
+        describe(dk, seqlen_k, BLOCK_N, 128),
+        describe(dv, seqlen_k, BLOCK_N, 128),
         TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
         TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
         turns,

@@ -537,8 +537,8 @@ def consume(
     v.store(dv.to(DTYPE))
     k.store((dk * sm_scale).to(DTYPE))
     fence_async_shared()
-    tma_store(dv_desc, [off_b, off_hkv, start_n - first_key, 0], v_tile)
-    tma_store(dk_desc, [off_b, off_hkv, start_n - first_key, 0], k_tile)
+    tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
+    tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
     store_wait(0)
 
 
@@ -908,7 +908,8 @@ def launch(
     widest = seqlen_q + seqlen_k
     window_left = widest if window_left < 0 else min(window_left, widest)
     window_right = 0
-    # Rows that see no key and keys that no row sees are outside of the tensors that TMA is told of: zeros, whatever they hold.
+    # Rows that see no key and keys that no row sees are outside of what TMA loads from: zeros, whatever they hold. It stores from
+    # the first key on: at a coordinate below 0 a store is an illegal instruction, a load is not (seen on an H200).
     first_row = max(0, -causal_offset - window_right)
     end_key = max(0, min(seqlen_k, seqlen_q + causal_offset + window_right))
     end_row = max(0, min(seqlen_q, seqlen_k - causal_offset + window_left))
@@ -959,8 +960,8 @@ def launch(
         describe(v[:, first_key:], end_key - first_key, BLOCK_N, 128),
         describe(dout[:, first_row:], end_row - first_row, BLOCK_M, 128),
         TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk[:, first_key:], end_key - first_key, BLOCK_N, 128),
-        describe(dv[:, first_key:], end_key - first_key, BLOCK_N, 128),
+        describe(dk, seqlen_k, BLOCK_N, 128),
+        describe(dv, seqlen_k, BLOCK_N, 128),
         TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
         TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
         turns,
