@@ -210,7 +210,7 @@ def tune_flex(path: Path, budget_s: float) -> int:
             )
     path.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(path.read_text())
-    return 0 if all("not finished" != seconds for seconds in found["seconds"].values()) else 1
+    return 0 if all(seconds != "not finished" for seconds in found["seconds"].values()) else 1
 
 
 def options_of(log: list[dict[str, Any]]) -> dict[str, Any]:
