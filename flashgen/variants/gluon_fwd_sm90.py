@@ -76,7 +76,7 @@ _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
         "has_attn_mask": (_NARROW_128, _H200_OPTIONS),
         "dropout": (_NARROW_128, _COMPILED),
     },
-    256: {flag: (_NARROW_256, _COMPILED) for flag in ("has_bias", "has_attn_mask", "has_score_mod", "dropout")},
+    256: dict.fromkeys(("has_bias", "has_attn_mask", "has_score_mod", "dropout"), (_NARROW_256, _COMPILED)),
 }
 
 
