@@ -579,7 +579,8 @@ def recompute(
             QK_LAYOUT,
         )
         if BLOCK_N < KEYS:
-            qk = gl.where(start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT)) < end, qk, -float("inf"))
+            columns = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT))
+            qk = gl.where(columns[None, :] < end, qk, -float("inf"))
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
         sees = (qk != -float("inf")) & (rows_s < seqlen_q)[:, None]
