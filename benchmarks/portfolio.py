@@ -61,7 +61,11 @@ MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
         (64, 128, 2, 2, 1, 24, False, False, True),
         (64, 128, 2, 1, 1, 24, True, False, True),
     ),
-    ("gluon_bwd_sm90", 256): ((64, 64, 2, 1, 2, 24, False, True, True), (64, 64, 2, 1, 1, 32, False, True, True)),
+    ("gluon_bwd_sm90", 256): tuple(
+        (64, 64, stages, 1, dq_stages, 24, False, True, peeled)
+        for stages, dq_stages in ((2, 3), (2, 2), (2, 4), (2, 1), (1, 3))
+        for peeled in (True, False)
+    ),
     # BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages
     ("triton_bwd", 64): (
         (64, 128, 128, 64, 8, 2),

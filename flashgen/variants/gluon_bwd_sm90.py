@@ -30,10 +30,13 @@ _COVERED_FLAGS = frozenset(
     }
 )
 _OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
+_DQ_COLUMNS = (
+    64  # of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two
+)
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
-_STAGES = {"STAGES": (1, 4), "DS_STAGES": (1, 2), "DQ_STAGES": (1, 2)}
+_STAGES = {"STAGES": (1, 4), "DS_STAGES": (1, 2), "DQ_STAGES": (1, 4)}
 _REGISTERS = (24, 64)  # of the producer and the writer; setmaxnreg takes steps of 8
 _MAX_REGISTERS = 255  # of a thread
 _ARGUMENT_BYTES = 512
@@ -67,14 +70,14 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((64, 128, 2, 2, 1, 24, True, True, True), _H200),
     ),
     (256, False): (
-        ((64, 64, 2, 1, 1, 24, False, True, True), _H100),
-        ((64, 64, 2, 1, 1, 24, False, True, False), _FITS),
-        ((64, 64, 1, 1, 1, 24, False, True, False), _FITS),
+        ((64, 64, 2, 1, 3, 24, False, True, True), _H200),
+        ((64, 64, 2, 1, 3, 24, False, True, False), _FITS),
+        ((64, 64, 1, 1, 2, 24, False, True, False), _FITS),
     ),
     (256, True): (
-        ((64, 64, 2, 1, 1, 24, False, True, False), _H100),
-        ((64, 64, 2, 1, 1, 24, False, True, True), _FITS),
-        ((64, 64, 1, 1, 1, 24, False, True, False), _FITS),
+        ((64, 64, 2, 1, 3, 24, False, True, False), _H200),
+        ((64, 64, 2, 1, 3, 24, False, True, True), _FITS),
+        ((64, 64, 1, 1, 2, 24, False, True, False), _FITS),
     ),
 }
 # Go first where options keep values beside each score: at head dim 64 a step of 128 rows spills in its loop then.
@@ -98,7 +101,7 @@ class GluonBackwardSm90(Variant):
         Knob(name="BLOCK_N", values=(64, 128), meaning="keys of a thread block: 16 for each consumer warp"),
         Knob(name="STAGES", values=(2, 3), meaning="blocks of rows in flight"),
         Knob(name="DS_STAGES", values=(1, 2), meaning="buffers of ds"),
-        Knob(name="DQ_STAGES", values=(1, 2), meaning="buffers of staged dq"),
+        Knob(name="DQ_STAGES", values=(1, 2, 3), meaning="buffers of staged dq"),
         Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a thread of the producer and of the writer"),
         Knob(
             name="SCORES_AHEAD",
@@ -240,7 +243,8 @@ class GluonBackwardSm90(Variant):
     def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
         """The text of score_mod's derivative times `grad`, a `mods.DerivativeEmission`."""
         program, names, dialect = self._program(spec, score)
-        return program.emit_derivative(dialect=dialect, names=replace(names, grad=grad), like=score)
+        names = replace(names, grad=grad)
+        return program.emit_derivative(dialect=dialect, names=names, like=score, of_captures=False)
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""
@@ -279,11 +283,11 @@ class GluonBackwardSm90(Variant):
 
     def dq_panels(self, spec: AttentionSpec) -> int:
         """Parts of equal width in which dq is computed, staged and added."""
-        return 2 if self.block_d(spec) > _NARROW else 1
+        return self._columns(spec.head_dim) // _DQ_COLUMNS if self.is_wide(spec) else 1
 
     def dq_columns(self, spec: AttentionSpec) -> int:
         """Columns of such a part."""
-        return self.block_d(spec) // self.dq_panels(spec)
+        return _DQ_COLUMNS if self.is_wide(spec) else self.block_d(spec)
 
     def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """Consumer warps: 16 keys each, and two warpgroups for 64 keys where tiles are wide."""
@@ -349,6 +353,8 @@ class GluonBackwardSm90(Variant):
         for name, only in _WIDE_ONLY.items():
             if config[name] != only:
                 return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}"
+        if config.DQ_STAGES < 2:
+            return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where a head dim is above {_NARROW}: TMA reads two at a time"
         return None
 
     def _illegal_registers(self, spec: AttentionSpec, target: Target, config: KernelConfig) -> str | None:
@@ -398,7 +404,7 @@ class GluonBackwardSm90(Variant):
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
-        rows = _PORTFOLIO[width, spec.causal]
+        rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
         if self.keeps_values(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)

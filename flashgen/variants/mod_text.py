@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -52,11 +53,15 @@ class WithMods:
 
     def derivative(self, spec: AttentionSpec, of_captures: bool) -> Any:
         """The text of score_mod's derivative, of the raw score `raw` and the gradient `ds`: a `mods.DerivativeEmission`."""
-        from dataclasses import replace
-
         program, names, dialect = _of(spec)
         names = replace(names, score="raw", grad="ds")
         return program.emit_derivative(dialect=dialect, names=names, like="qk", of_captures=of_captures)
+
+    def reads_raw(self, spec: AttentionSpec, of_captures: bool) -> bool:
+        """Whether that derivative needs the raw score."""
+        slope = self.derivative(spec, of_captures)
+        texts = (*slope.statements, slope.score, *(one.value for one in slope.gradients))
+        return any(re.search(r"\braw\b", text) for text in texts)
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""

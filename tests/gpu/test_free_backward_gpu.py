@@ -14,7 +14,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "simulate"))
 
 from free_backward import Free, make
-from free_cases import CASES, bands_of_heads, chunks, prefix
+from free_cases import BIASES, CASES, bands_of_heads, chunks, prefix
 
 from flashgen.build import build
 from flashgen.gradients import GradientBuffers
@@ -62,6 +62,11 @@ def launch(case: Free, seed: int, deterministic: bool) -> GradientBuffers:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.why.replace(" ", "-") for case in CASES])
 def test_case(index: int, deterministic: bool) -> None:
     launch(CASES[index], index, deterministic).check().require(CASES[index].why)
+
+
+@pytest.mark.parametrize("index", range(len(BIASES)), ids=[case.why.replace(" ", "-") for case in BIASES])
+def test_gradient_of_a_bias(index: int) -> None:
+    launch(BIASES[index], index, deterministic=False).check().require(BIASES[index].why)
 
 
 SIZES = {"seqlen_q": 1500, "seqlen_k": 1500, "num_heads_q": 4, "num_heads_kv": 2, "batch": 2}

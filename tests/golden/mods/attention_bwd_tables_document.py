@@ -192,7 +192,6 @@ def add_dkdv(
         q_idx = rows[None, :]
         kv_idx = offs_n[:, None]
         # -- score_mod --
-        raw = qk
         table_index1 = floor_mod(q_idx - kv_idx, 5)
         table_inside = table_index1 < table_size1
         table_ptrs = table_ptr + h.to(tl.int64) * table_stride0 + table_index1.to(tl.int64) * table_stride1
@@ -220,8 +219,6 @@ def add_dkdv(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         # -- the derivative of score_mod --
-        if IS_MASKED:
-            raw = tl.where(visible, raw, 0.0)
         d_table_index1 = floor_mod(q_idx - kv_idx, 5)
         d_table_inside = d_table_index1 < table_size1
         d_table_ptrs = table_ptr + h.to(tl.int64) * table_stride0 + d_table_index1.to(tl.int64) * table_stride1
@@ -536,8 +533,6 @@ def add_dq(
         if IS_MASKED:
             ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
         # -- the derivative of score_mod --
-        if IS_MASKED:
-            raw = tl.where(visible, raw, 0.0)
         d_table_index1 = floor_mod(q_idx - kv_idx, 5)
         d_table_inside = d_table_index1 < table_size1
         d_table_ptrs = table_ptr + h.to(tl.int64) * table_stride0 + d_table_index1.to(tl.int64) * table_stride1

@@ -150,11 +150,13 @@ def add_dkdv(
     stride_bias_m,
     stride_bias_n,
     seqlen_k,
+    start_n,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what query rows [start, stop) contribute; start is a multiple of BLOCK_M. Unless IS_MASKED, all see every key."""
@@ -176,8 +178,12 @@ def add_dkdv(
         qk *= sm_scale
         bias_ptrs = bias_ptr + rows.to(tl.int64)[None, :] * stride_bias_m
         bias_ptrs = bias_ptrs + offs_n.to(tl.int64)[:, None] * stride_bias_n
-        bias_mask = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (rows < seqlen_q)[None, :]
+        if start_n + BLOCK_N <= seqlen_k:
+            bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
         if IS_MASKED:
             # -- mask --
@@ -308,11 +314,13 @@ def attention_bwd_dkdv(
             stride_bias_m,
             stride_bias_n,
             seqlen_k,
+            start_n,
             HEAD_DIM,
             HEAD_DIM_V,
             BLOCK_D,
             BLOCK_DV,
             BLOCK_M,
+            BLOCK_N,
             IS_MASKED=True,
         )
         dk, dv = add_dkdv(
@@ -338,11 +346,13 @@ def attention_bwd_dkdv(
             stride_bias_m,
             stride_bias_n,
             seqlen_k,
+            start_n,
             HEAD_DIM,
             HEAD_DIM_V,
             BLOCK_D,
             BLOCK_DV,
             BLOCK_M,
+            BLOCK_N,
             IS_MASKED=False,
         )
 
@@ -406,8 +416,11 @@ def add_dq(
         qk *= sm_scale
         bias_ptrs = bias_ptr + offs_m.to(tl.int64)[:, None] * stride_bias_m
         bias_ptrs = bias_ptrs + keys.to(tl.int64)[None, :] * stride_bias_n
-        bias_mask = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (keys < seqlen_k)[None, :]
+        bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
         if IS_MASKED:
             # -- mask --
@@ -420,12 +433,15 @@ def add_dq(
         if SUM_BIAS > 0:
             # -- the bias's gradient --
             live_rows, live_keys = (offs_m < seqlen_q)[:, None], (keys < kv_end)[None, :]
-            part = tl.where(live_rows & live_keys, ds, 0.0)
+            live = live_rows
+            if IS_MASKED:
+                live &= live_keys
+            part = tl.where(live, ds, 0.0)
             row_places = offs_m.to(tl.int64)[:, None] * stride_dbias_m
             key_places = keys.to(tl.int64)[None, :] * stride_dbias_n
             if BIAS_ROWS and BIAS_KEYS:
                 places = row_places + key_places
-                add_gradient(dbias_ptr, largest_ptr, places, part, live_rows & live_keys, term_bits, SUM_BIAS)
+                add_gradient(dbias_ptr, largest_ptr, places, part, live, term_bits, SUM_BIAS)
             elif BIAS_ROWS:
                 part = tl.sum(part, 1, keep_dims=True)
                 add_gradient(dbias_ptr, largest_ptr, row_places, part, live_rows, term_bits, SUM_BIAS)
@@ -649,6 +665,7 @@ def launch(
     causal_offset: query i sees keys j <= i + causal_offset.
     bias: floating, broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k).
     dbias: contiguous fp32 of bias's shape, written whole; None where nobody wants it.
+    Of any floating type where the bias has one element for each score.
     deterministic: whether its sums have to repeat bit for bit: that takes another pass over the scores.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
