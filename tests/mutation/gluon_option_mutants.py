@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
     "one-sided window": Case(**{**_SMALL, "window": (-1, 4)}),
     "softcap": Case(**{**_SMALL, "softcap": 0.5}),
     "alibi": Case(**{**_SMALL, "alibi": "bh"}),
-    "sinks": Case(**{**_SMALL, "sinks": True, "group": 2, "causal": True, "seqlen_q": 20, "scale": 0.01}),  # above the scores
+    "sinks": Case(**{**_SMALL, "sinks": True, "group": 2, "heads_kv": 3, "batch": 1, "causal": True, "seqlen_q": 20, "scale": 0.01}),  # above the scores
     "bias": Case(**{**_SMALL, "bias": "bhij"}),
     "attn_mask": Case(**{**_SMALL, "attn_mask": "bhij", "group": 2, "batch": 1}),
     "attn_mask of columns": Case(**{**_SMALL, "attn_mask": "b11j"}),
