@@ -269,7 +269,8 @@ class FlexKind(_Judged, Flex):
         if tile is None:
             return "max-autotune-no-cudagraphs"
         prefix = "fwd_" if op == "attention_fwd" else "bwd_"
-        return ", ".join(f"{name[4:]} {value}" for name, value in tile.items() if name.startswith(prefix))
+        words = ", ".join(f"{name[4:]} {value}" for name, value in tile.items() if name.startswith(prefix))
+        return words or "inductor's default tile"
 
     def forward(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

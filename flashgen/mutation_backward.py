@@ -79,7 +79,9 @@ class BackwardStudy(Study):
         for sizes, knobs, values, deterministic, dlse in (*_CASES, *(_CAUSAL_CASES if spec.causal else ())):
             heads = {"num_heads_kv": sizes.get("num_heads_q", 1), **sizes}
             # The tile is the only one of wide head dims; registers and memory of a card do not bind a simulation.
-            only = {"BLOCK_M": 64, "BLOCK_N": 64} if max(spec.head_dim, spec.head_dim_v) > _NARROW else {}
+            only: dict[str, Tunable] = {}
+            if max(spec.head_dim, spec.head_dim_v) > _NARROW:
+                only = {"BLOCK_M": 64, "BLOCK_N": 64, "DQ_STAGES": 3 if knobs.get("DQ_STAGES") == 1 else 2}
             config = KernelConfig(
                 variant=variant.name, **{**variant.default(spec, target).to_dict(), **_SMALL, **knobs, **only}
             )

@@ -110,6 +110,9 @@ class Operands:
             checks.block_mask(self.block_mask, scores, device)
         if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
+        self._try_mods(device)
+
+    def _try_mods(self, device: torch.device) -> None:
         if self.score_mod is not None:
             probe.score_mod(self.score_mod, device)
         if self.mask_mod is not None:
@@ -147,9 +150,15 @@ class Operands:
         key = None
         if self.has_functions and self.block_mask is None:
             key = fingerprint((self.score_mod, self.mask_mod), str(device), torch.get_default_dtype()).key
-        self.check(problem, device, tried=key in _tried)
+        empty = 0 in (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
+        self.check(problem, device, tried=True)
+        if self.has_functions and key not in _tried and not empty:
+            with probe.on_the_cpu():
+                self._try_mods(torch.device("cpu"))
         traced = self.traced(problem, device)
-        if key is not None and traced.mods is not None and 0 not in (problem.batch, problem.seqlen_q, problem.seqlen_k):
+        if traced.untraced and not empty:  # they will run as they are
+            self._try_mods(device)
+        if key is not None and traced.mods is not None and not empty:
             if len(_tried) >= _MOST_TRIED:
                 _tried.clear()
             _tried[key] = None
@@ -196,9 +205,13 @@ class Operands:
         if problem.mods is None or self.score_mod is None:
             return {}
         program, tensors = self._program(torch.device(problem.device))
+        masks = () if self.mask_mod is None else (self.mask_mod,)
+        block = None if self.block_mask is None else self.block_mask.mask_mod
+        # The user's own: a 0-d tensor of the CPU reaches a GPU as a copy, which nobody asks for its gradient.
+        walked = fingerprint((self.score_mod, *masks, block)).tensors
+        own = [x if at < 0 else walked[at] for x, at in zip(tensors, program.sources, strict=True)]
         reached = {one.capture for one in program.derivative.contributions}
-        named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
-        return {name: x for number, (name, x) in enumerate(named) if number in reached}
+        return {f"d{captured(program.captures[number].name)}": own[number] for number in sorted(reached)}
 
     def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
         """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.

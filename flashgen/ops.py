@@ -283,14 +283,18 @@ def _run_backward_kernel(
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
 
-    def sum_of(x: Tensor) -> Tensor:
-        return torch.zeros(x.shape, dtype=torch.float32, device=q.device)
+    def sum_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(x.shape, dtype=dtype, device=q.device)
 
     extra: dict[str, Tensor | None] = {}
     if operands.sinks is not None:
         extra["dsinks"] = sum_of(operands.sinks)  # cheap beside the rest: always written
     if operands.bias is not None:
-        extra["dbias"] = sum_of(operands.bias) if wanted["bias"] else None
+        # Where each score has its own bias nothing is summed, and the portable kernel rounds as it stores.
+        scores = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
+        stored = plan.backend == "triton" and tuple(operands.bias.shape) == scores
+        dtype = operands.bias.dtype if stored else torch.float32
+        extra["dbias"] = sum_of(operands.bias, dtype) if wanted["bias"] else None
     captured = operands.captured_gradients(problem)
     extra |= {name: sum_of(x) for name, x in captured.items()}
     outputs = (seen(x) for x in (dq, dk, dv))

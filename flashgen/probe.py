@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flashgen.errors import InvalidProblemError
 
@@ -64,6 +65,32 @@ def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> N
             "`score_mod` or `bias`."
         )
     _check_result(name, result, device)
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """Whatever lies on another device counts as zeros of its shape on the CPU.
+
+    A GPU loads each operation that it runs for the first time: some milliseconds each, for five elements.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        moved = {name: _here(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_here, args), **moved)
+
+
+def _here(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.device.type == "cpu" else torch.zeros((), dtype=value.dtype).expand(value.shape)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_here, value))
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value
+
+
+def on_the_cpu() -> TorchFunctionMode:
+    """Mods of kernels are tried on the CPU, whatever they read: only shapes and dtypes are looked at, and a trace knows the devices."""
+    return _OnTheCpu()  # type: ignore[no-untyped-call]
 
 
 def _indices(device: torch.device) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 Array = Any
 _STEP = 1 << 13  # positions that are computed at once
+_SAMPLES = 1 << 12  # values that are kept of functions that grow or fall throughout
 
 
 class Line:
@@ -27,6 +28,8 @@ class Line:
 
     def __init__(self, at: Callable[[Array], Array], first: int, last: int) -> None:
         self.at, self.first, self.last = at, first, last
+        # Of how many positions one value is a sample: it divides what is computed at once.
+        self._step = min(_STEP, 1 << ((last - first) // _SAMPLES).bit_length())
         # Positions whose bounds are kept together: a divisor of every tile, and few numbers in all.
         self._chunk = min(64, max(8, 1 << ((last - first + 1) // 2048).bit_length()))
 
@@ -41,7 +44,9 @@ class Line:
         """1 where values never fall, -1 where they never grow (and are not all equal), else 0."""
         rises = falls = True
         before: Any = None
+        samples: list[Array] = []
         for _, values in self.steps():
+            samples.append(values[:: self._step].copy())
             if before is not None:
                 rises, falls = rises and before <= values[0], falls and before >= values[0]
             rises = rises and bool(np.all(values[1:] >= values[:-1]))
@@ -49,6 +54,7 @@ class Line:
             if not (rises or falls):
                 return 0
             before = values[-1]
+        self._samples = np.concatenate(samples)
         return 1 if rises else -1
 
     def bounds(self, low: Array, high: Array) -> tuple[Array, Array]:
@@ -103,13 +109,28 @@ class Line:
         if self.direction == 0:
             return self._chunk_hull(low, high, limit, sign, strict)
         if self.direction * sign > 0:  # it holds from some position on
-            return self._crossing(low, high, fine), high
-        return low, self._crossing(low, high, lambda positions: ~fine(positions)) - 1
+            return self._crossing(low, high, fine, sign, limit, "right" if strict else "left"), high
+        stop = self._crossing(low, high, lambda x: ~fine(x), -sign, -np.asarray(limit), "left" if strict else "right")
+        return low, stop - 1
 
-    def _crossing(self, low: Array, high: Array, fine: Callable[[Array], Array]) -> Array:
-        """The first position in [low, high + 1] from which on `fine` holds, by bisection."""
-        below, above = np.asarray(low) - 1, np.asarray(high) + 1  # not fine; fine
-        for _ in range(int(self.last - self.first + 2).bit_length()):
+    def _crossing(
+        self, low: Array, high: Array, fine: Callable[[Array], Array], sign: int, limit: Array, side: Literal["left", "right"]
+    ) -> Array:  # fmt: skip
+        """The first position in [low, high + 1] from which on `fine` holds: among the samples, then by bisection between two of them.
+
+        Args:
+            low, high: ranges of positions.
+            fine: whether it holds.
+            sign, limit, side: the same of sign * value, which never falls: the place of `limit` among them.
+        """
+        samples = sign * self._samples.astype(np.float64 if self._samples.dtype.kind == "f" else np.int64)
+        place = np.searchsorted(samples, limit, side=side)
+        # Fine from here on, where there is such a sample; not fine at the sample before it.
+        reach = self.first + place * self._step
+        low, high = np.asarray(low), np.asarray(high)
+        below = np.maximum(low - 1, np.minimum(reach - self._step, high))  # not fine; fine
+        above = np.maximum(np.where(place < len(samples), np.minimum(high + 1, reach), high + 1), below + 1)
+        for _ in range((self._step - 1).bit_length()):
             middle = (below + above) >> 1
             inside = (middle > below) & (middle < above)
             good = fine(np.clip(middle, self.first, self.last))

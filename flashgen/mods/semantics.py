@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,9 +114,13 @@ def apply(op: str, values: Sequence[Array], dtype: str) -> Array:
         dtype: the operands' type, since bfloat16 is kept as float32.
     """
     with np.errstate(all="ignore"):
-        if op == "where":
-            return np.where(*values)
-        result = _UNARY[op](*values) if op in _UNARY else _BINARY[op](*values)
+        return _apply(op, values, dtype)
+
+
+def _apply(op: str, values: Sequence[Array], dtype: str) -> Array:
+    if op == "where":
+        return np.where(*values)
+    result = _UNARY[op](*values) if op in _UNARY else _BINARY[op](*values)
     return converted(result, dtype) if dtype == "bfloat16" and result.dtype != np.bool_ else result
 
 
@@ -131,10 +136,21 @@ def evaluate(root: Node, inputs: Mapping[str, Array], captures: Sequence[Array])
     Returns:
         The values; broadcastable to the inputs' common shape.
     """
+    with np.errstate(all="ignore"):
+        return _evaluated(root, inputs, captures)
+
+
+@lru_cache(maxsize=1024)
+def _order(root: Node) -> tuple[Node, ...]:
+    """The nodes of a value in order: it is evaluated many times where a mask is analysed."""
     from flashgen.mods.graph import ordered
 
+    return tuple(ordered(root))
+
+
+def _evaluated(root: Node, inputs: Mapping[str, Array], captures: Sequence[Array]) -> Array:
     values: dict[int, Array] = {}
-    for node in ordered(root):
+    for node in _order(root):
         args = [values[id(arg)] for arg in node.args]
         if node.op == "input":
             value = np.asarray(inputs[node.value], dtype=held(node.dtype))
@@ -145,7 +161,7 @@ def evaluate(root: Node, inputs: Mapping[str, Array], captures: Sequence[Array])
         elif node.op == "cast":
             value = converted(args[0], node.dtype)
         else:
-            value = apply(node.op, args, node.args[-1].dtype)
+            value = _apply(node.op, args, node.args[-1].dtype)
         values[id(node)] = value
     return values[id(root)]
 

@@ -37,14 +37,20 @@ class Event:
         owner: the partition that issued it.
         run: performs it.
         describe: for reports.
+        number: of a store, counted by its partition from 1.
     """
 
-    __slots__ = ("describe", "engine", "owner", "run")
+    __slots__ = ("describe", "engine", "number", "owner", "run")
 
     def __init__(
-        self, engine: str, owner: Partition, run: Callable[[], None], describe: Callable[[], str] = lambda: ""
+        self,
+        engine: str,
+        owner: Partition,
+        run: Callable[[], None],
+        describe: Callable[[], str] = lambda: "",
+        number: int = 0,
     ) -> None:
-        self.engine, self.owner, self.run, self.describe = engine, owner, run, describe
+        self.engine, self.owner, self.run, self.describe, self.number = engine, owner, run, describe, number
 
 
 class Task:

@@ -201,6 +201,10 @@ Reduce = Callable[[Array, Array], Array]
 def tma_store(tensor_desc: TensorDescriptor, coord: Any, src: SharedView, reduce: Reduce | None = None) -> None:
     """Start a store, or an atomic reduction, of shared memory; what lies outside of the tensor is dropped."""
     desc, part, clipped = tensor_desc, partition(), _clip(tensor_desc, coord, src)
+    if any(int(position) < 0 for position in coord):
+        fail(
+            OutOfBoundsError, f"a TMA store at {list(map(int, coord))}: coordinates below 0 are an illegal instruction"
+        )
     what = "TMA store" if reduce is None else "TMA reduction"
     part.stores_issued += 1
     part.last_store = here()
@@ -221,7 +225,7 @@ def tma_store(tensor_desc: TensorDescriptor, coord: Any, src: SharedView, reduce
             values = rounded(reduce(decode(target[inside], desc.dtype), values), desc.dtype)
         target[inside] = encode(values, desc.dtype)
 
-    event = Event("store", part, run)
+    event = Event("store", part, run, number=part.stores_issued)
     part.stores.append(event)
     launch().scheduler.events.append(event)
     launch().scheduler.point()
@@ -232,12 +236,14 @@ def store_wait(pendings: Any, read_only: Any = True) -> None:
 
     Only the thread that issued the stores knows of it, until a barrier of the partition.
     """
-    part, left = partition(), int(pendings)
-    while len(part.stores) > left:
-        launch().scheduler.perform(part.stores[0])
-    part.elected_store = max(part.elected_store, part.stores_issued - left)
+    part = partition()
+    # All but the latest, whichever of them are done already: a later store may have been faster.
+    done = part.stores_issued - int(pendings)
+    while late := [event for event in part.stores if event.number <= done]:
+        launch().scheduler.perform(late[0])
+    part.elected_store = max(part.elected_store, done)
     if not read_only:
-        part.elected_written = max(part.elected_written, part.stores_issued - left)
+        part.elected_written = max(part.elected_written, done)
     if "store-wait" in launch().settings.relax:
         part.knows.seen.raise_to(part.store, part.elected_store)
         part.knows.world.raise_to(part.world_store, part.elected_written)

@@ -46,7 +46,7 @@ class Options:
         varlen: whether sequences are packed, whose offsets and lengths each tile looks up.
         pack: whether heads of a group may share a tile.
         hides: whether a key may be hidden from all rows of a tile that loads it, and hold anything.
-        masked_when: in which steps over keys the mask is applied: `True`, `is_masked`, or none where it is empty.
+        masked_when: in which steps over keys the mask is applied: `True`, `IS_MASKED` (a compile-time flag of the step), or none where it is empty.
     """
 
     any: bool
@@ -86,12 +86,13 @@ class Options:
         if "alibi_shift" in self.score and not self.varlen:
             found["alibi_shift"] = "alibi_shift"
         # What `recompute` reads, and what the end of a packed sequence is written by, without TMA.
-        plain = "kv" * self.hides + "o" * self.varlen
+        plain = "qkv" * self.hides + "o" * self.varlen
         found |= {f"{x}_ptr": x for x in plain}
         found |= {**added.pointers, **added.scalars, **added.strides}
         for x in plain:
-            letters = {1: "m" if x == "o" else "n", 2: "h"} if self.varlen else {0: "b", 1: "n", 2: "h"}
-            found |= {f"stride_{x}{letter}": f"{x}.stride({dim})" for dim, letter in letters.items()}
+            letters = ("b", "m" if x in "qo" else "n", "h")
+            dims = range(1, 3) if self.varlen else range(3)
+            found |= {f"stride_{x}{letters[dim]}": f"{x}.stride({dim})" for dim in dims}
         return found
 
     @property
@@ -131,7 +132,7 @@ def options(spec: AttentionSpec) -> Options:
         varlen=spec.varlen,
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
         hides=spec.varlen or spec.window or spec.has_free_mask,
-        masked_when="True" if spec.has_attn_mask else "is_masked" if spec.has_diagonal or spec.has_free_mask else "",
+        masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -52,11 +53,15 @@ class WithMods:
 
     def derivative(self, spec: AttentionSpec, of_captures: bool) -> Any:
         """The text of score_mod's derivative, of the raw score `raw` and the gradient `ds`: a `mods.DerivativeEmission`."""
-        from dataclasses import replace
-
         program, names, dialect = _of(spec)
         names = replace(names, score="raw", grad="ds")
         return program.emit_derivative(dialect=dialect, names=names, like="qk", of_captures=of_captures)
+
+    def reads_raw(self, spec: AttentionSpec, of_captures: bool) -> bool:
+        """Whether that derivative needs the raw score."""
+        slope = self.derivative(spec, of_captures)
+        texts = (*slope.statements, slope.score, *(one.value for one in slope.gradients))
+        return any(re.search(r"\braw\b", text) for text in texts)
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""
@@ -103,7 +108,9 @@ class WithMods:
             "SUM_BIAS": "0 if sums[0] is None else sum_bias",
         }
         found = bias if spec.has_bias and spec.op == "attention_bwd" else {}
-        return {**found, "SUMS": "mode"} if self._captures(spec) else found
+        if self._captures(spec):
+            found |= {"SUMS": "mode"}
+        return {**found, "WRITES_DQ": "sums is gradients"} if found else {}
 
     def most_terms(self, spec: AttentionSpec) -> int:
         """Contributions of one pair to one gradient, at most."""

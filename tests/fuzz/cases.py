@@ -31,6 +31,7 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "thirds": lambda b, h, i, j: (i + j + h + b) % 3 != 0,
     "document": lambda b, h, i, j: i // 8 == j // 8,
     "columns": lambda b, h, i, j: (j + b) % 4 != 1,
+    "band": lambda b, h, i, j: (i - j < 30) & (j - i < 40),
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
 }

@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
     "gradients, rows of a mask": Case(**{**_WIDE, "grad": True, "attn_mask": "11i1", "causal": True}),
     "gradients, dropout": Case(**{**_WIDE, "grad": True, "dropout_p": 0.3, "sinks": True}),
     "gradients, mask_mod": Case(**{**_WIDE, "grad": True, "mask_mod": "document", "seqlen_q": 75, "seqlen_k": 60, "group": 1}),
+    "gradients, mask_mod of a band": Case(**{**_WIDE, "grad": True, "mask_mod": "band", "seqlen_q": 125, "group": 1}),
     "gradients, score_mod": Case(**{**_WIDE, "grad": True, "score_mod": "table", "seqlen_k": 40}),
     "gradients, squared": Case(**{**_WIDE, "grad": True, "score_mod": "squared", "seqlen_k": 40}),
     "gradients, captured and hidden": Case(**{**_WIDE, "grad": True, "score_mod": "gated", "mask_mod": "columns", "group": 1, "seqlen_k": 40}),
@@ -128,7 +129,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("operands of the first head", " + off_h.to(tl.int64) * stride_{{ name }}_h\n", "\n", FORWARD, "attn_mask"),
     ("the bias of the first keys", "bias_rows + (first + offs_n)[None, :]", "bias_rows + (offs_n)[None, :]", FORWARD, "bias"),
     ("rows that a bias leaves without a key", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED)", FORWARD, "bias of -inf"),
-    ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)\n        qk = soft_cap(qk, softcap)\n", FORWARD, "softcap, then bias"),
+    ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)\n        qk = soft_cap(qk, softcap)\n", FORWARD, "softcap, then bias"),
     ("attn_mask inverted", "mask=inside, other=0) != 0", "mask=inside, other=0) == 0", FORWARD, "attn_mask"),
     ("values that a mask hides from all", "> 0\n        v = tl.where(seen[:, None], v, 0.0)", "> 0\n        v = v + 0.0", FORWARD, "attn_mask of columns"),
     ("mask_mod's first block too late", "tl.maximum(first_block, tl.load(ranges) * BLOCK_N)", "tl.maximum(first_block, (tl.load(ranges) + 1) * BLOCK_N)", FORWARD, "mask_mod"),
@@ -157,29 +158,29 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("a mask alone, where a diagonal hides too", 'visible {{ "=" if loop.first and not spec.has_attn_mask else "&=" }} {{ condition }}', 'visible {{ "=" if loop.first and not spec.has_attn_mask else "|=" }} {{ condition }}', BACKWARD, "gradients, rows of a mask"),
     ("rows that mask_mod leaves begin a block late", "begin = tl.maximum(begin, tl.load(ranges) * BLOCK_M)", "begin = tl.maximum(begin, (tl.load(ranges) + 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod"),
     ("rows that mask_mod hides in part taken for whole ones", "full_start = tl.maximum(tl.maximum(full_start, tl.load(ranges + 1) * BLOCK_M), begin)", "full_start = begin", BACKWARD, "gradients, mask_mod"),
-    ("the last rows that mask_mod leaves forgotten", "stop = tl.minimum(stop, tl.load(ranges + 3) * BLOCK_M)", "stop = tl.minimum(stop, (tl.load(ranges + 3) - 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod"),
+    ("the last rows that mask_mod leaves forgotten", "stop = tl.minimum(stop, tl.load(ranges + 3) * BLOCK_M)", "stop = tl.minimum(stop, (tl.load(ranges + 3) - 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod of a band"),
     ("row ranges of the first block of keys", "start_n // BLOCK_N * 4\n", "0\n", BACKWARD, "gradients, mask_mod"),
-    ("hidden keys reach what score_mod captures", "        if IS_MASKED:\n            raw = tl.where(visible, raw, 0.0)\n", "", BACKWARD, "gradients, captured and hidden"),
-    ("score_mod's derivative left out", "        ds = {{ slope.score }}\n", "        ds = ds * 1.0\n", BACKWARD, "gradients, score_mod"),
+    ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= visible\n", "", BACKWARD, "gradients, captured and hidden"),
+    ("score_mod's derivative left out", "        ds = {{ slope.score }}\n", "        ds = ds * 1.0\n", BACKWARD, "gradients, squared"),
     ("score_mod's derivative at the new score", "        raw = qk\n", "        raw = qk * 0.5\n", BACKWARD, "gradients, squared"),
     ("what is captured gets the gradient of one tile", "tl.atomic_add(sum_ptr + places, value,", "tl.store(sum_ptr + places, value,", BACKWARD, "gradients, score_mod"),
     ("rows beyond the end add to what is captured", "live = (offs_m < seqlen_q)[:, None]", "live = (offs_m >= 0)[:, None]", BACKWARD, "gradients, constant of -inf"),
     ("the bias's gradient unreduced over rows", "part = tl.sum(part, 0, keep_dims=True)", "part = tl.max(part, 0, keep_dims=True)", BACKWARD, "gradients, bias of keys"),
     ("the bias's gradient unreduced over keys", "part = tl.sum(part, 1, keep_dims=True)", "part = tl.max(part, 1, keep_dims=True)", BACKWARD, "gradients, bias of rows"),
     ("the bias's gradient of the last batch alone", "whole_bias = shape == tuple(bias.shape)", "whole_bias = shape[1:] == tuple(bias.shape)[1:]", BACKWARD, "gradients, bias of heads"),
-    ("the bias's gradient after the cap's derivative", "            part = tl.where(live_rows & live_keys, ds, 0.0)\n", "            part = tl.where(live_rows & live_keys, ds * slack, 0.0)\n", BACKWARD, "gradients, bias and softcap"),
+    ("the bias's gradient after the cap's derivative", "            part = tl.where(live, ds, 0.0)\n", "            part = tl.where(live, ds * slack, 0.0)\n", BACKWARD, "gradients, bias and softcap"),
     ("the bias's gradient of the first sequence", "off_b * stride_dbias_b + off_h * stride_dbias_h", "off_h * stride_dbias_h", BACKWARD, "gradients, packed"),
     ("ordered sums with units too small to count", "factor = ((62 - term_bits", "factor = ((12 - term_bits", BACKWARD, "gradients, ordered"),
     ("ordered sums read in other units", "- 126 + term_bits - 62\n", "- 126 + term_bits - 61\n", BACKWARD, "gradients, ordered"),
     ("ordered sums of the first pass alone", "passes.append((fixed, 3, 3))", "passes.append((fixed, 3, 2))", BACKWARD, "gradients, ordered"),
     ("a partial block taken for a full one", "(kind == 2) | ((kind == 1) & allowed)", "(kind == 2) | (kind == 1)", FORWARD, "block_mask"),
     ("a block mask's full blocks masked", "(kind == 2) | ((kind == 1) & allowed)", "(kind > 0) & allowed", FORWARD, "block_mask as given"),
-    ("the kinds of the first rows", "({{ rows }} // block_size_q).to(tl.int64)", "({{ rows }} * 0).to(tl.int64)", FORWARD, "block_mask of odd blocks"),
+    ("the kinds of the first rows", "({{ rows }} // block_size_q).to(tl.int64)", "({{ rows }} * 0).to(tl.int64)", FORWARD, "block_mask as given, odd blocks"),
     ("a tile's kind from the wrong block", "tl.load(kind_row + start_n // block_size_k)", "tl.load(kind_row)", FORWARD, "block_mask as given"),
-    ("one kind of a tile that has several", "block_size_k % BLOCK_N == 0", "block_size_k % 8 == 0", FORWARD, "block_mask of odd blocks"),
+    ("one kind of a tile that has several", "block_size_k % BLOCK_N == 0", "block_size_k % 8 == 0", FORWARD, "block_mask as given, odd blocks"),
     ("unmasked blocks from where the masked ones begin", '("False", "masked", "listed")', '("False", "0", "listed")', FORWARD, "block_mask as given"),
-    ("block lists of the first head", "row_blocks_ptr + off_b * stride_row_blocks_b + off_h * stride_row_blocks_h", "row_blocks_ptr + off_b * stride_row_blocks_b", BACKWARD, "block_mask"),
-    ("block lists of the first queries", "key_blocks_ptr += (start_m // BLOCK_M).to(tl.int64) * stride_key_blocks_m", "key_blocks_ptr += 0", FORWARD, "block_mask"),
+    ("block lists of the first head", "row_blocks_ptr + off_b * stride_row_blocks_b + off_h * stride_row_blocks_h", "row_blocks_ptr + off_b * stride_row_blocks_b", BACKWARD, "block_mask as given"),
+    ("block lists of the first queries", "key_blocks_ptr += (start_m // BLOCK_M).to(tl.int64) * stride_key_blocks_m", "key_blocks_ptr += 0", FORWARD, "block_mask as given"),
     ("packed: gradients of keys that are not in use", "    dk = tl.where((offs_n < seqlen_k)[:, None], dk, 0.0)\n", "", BACKWARD, "gradients, packed"),
     ("packed: lse from the start", "row_start = off_h * total_q + first_q\n{% else %}\n        row_start", "row_start = off_h * total_q\n{% else %}\n        row_start", BACKWARD, "gradients, packed"),
     ("packed: keys of dk where queries start", "dk_ptr += first_k * stride_dkn", "dk_ptr += first_q * stride_dkn", BACKWARD, "gradients, packed"),
@@ -207,16 +208,23 @@ def _of_infinities() -> None:
     _agree((q, k, v), (scale,), score_mod=mod)
 
 
-def _as_given() -> None:
-    """A BlockMask whose full blocks its mask_mod would hide in part, and whose lists are in no order."""
-    counts, full_counts = torch.tensor([[[2, 1, 0]]], dtype=torch.int32), torch.tensor([[[1, 1, 2]]], dtype=torch.int32)
-    lists = torch.tensor([[[[3, 0, 1, 2], [2, 0, 1, 3], [0, 1, 2, 3]]]], dtype=torch.int32)
-    full = torch.tensor([[[[1, 0, 2, 3], [3, 0, 1, 2], [2, 0, 1, 3]]]], dtype=torch.int32)
+def _as_given(size: tuple[int, int]) -> None:
+    """A BlockMask whose full blocks its mask_mod would hide in part, and whose lists are of each head and in no order."""
+    g = torch.Generator().manual_seed(1)
+    rows, columns = -(-40 // size[0]), -(-100 // size[1])
+    lists = [
+        part
+        for _ in range(2)
+        for part in (
+            torch.randint(0, columns + 1, (2, 4, rows), generator=g, dtype=torch.int32),
+            torch.rand((2, 4, rows, columns), generator=g).argsort(-1).int(),
+        )
+    ]
     mask = BlockMask.from_kv_blocks(
-        counts, lists, full_counts, full, BLOCK_SIZE=(16, 16), mask_mod=lambda b, h, i, j: (i + j) % 3 > 0, seq_lengths=(40, 60)
-    )  # fmt: skip
-    q, k, v = (drawn(1, seqlen, 2, 16, seed=seqlen) for seqlen in (40, 60, 61))
-    _agree((q, k, v[:, :60]), (), block_mask=mask)
+        *lists, BLOCK_SIZE=size, mask_mod=lambda b, h, i, j: (i + j) % 3 > 0, seq_lengths=(40, 100)
+    )
+    q, k, v = (drawn(2, *shape, 16, seed=seed) for seed, shape in enumerate(((40, 4), (100, 2), (100, 2))))
+    _agree((q, k, v), (), block_mask=mask)
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -249,5 +257,6 @@ def _run(case: Case) -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"options-{name}": (lambda case=case: _run(case)) for name, case in CASES.items()},
     "options-gradients, constant of -inf": _of_infinities,
-    "options-block_mask as given": _as_given,
+    "options-block_mask as given": lambda: _as_given((16, 16)),
+    "options-block_mask as given, odd blocks": lambda: _as_given((16, 40)),
 }

@@ -134,6 +134,8 @@ OWN = (
     row("wide, logits near -600", "bf16", 192, 130, 90, dv=160, values="low"),
     row("one query, many keys", "bf16", 64, 1, 300, heads=(8, 1), causal=BR),
     row("many queries, two keys", "fp16", 128, 300, 2),
+    row("sections of two heads, the last of one", "bf16", 64, 100, 200, heads=(3, 3)),
+    row("sections of two heads, causal, the last of one", "bf16", 64, 150, 200, heads=(3, 3), causal=BR),
 )
 
 
@@ -166,7 +168,8 @@ KNOBS = (
 WIDE_KNOBS: tuple[dict[str, Any], ...] = (
     {"STAGES": 1},
     {"STAGES": 1, "DQ_STAGES": 2},
-    {"STAGES": 3},
+    {"STAGES": 3, "DQ_STAGES": 2},
+    {"DQ_STAGES": 4},
     {"PEELED": False},
 )
 
@@ -186,6 +189,7 @@ def test_wide_head_dims_leave_some_knobs_no_choice() -> None:
         config = with_knobs(VARIANT.default(spec, H100), **knobs)
         assert "head dim is above 128" in str(VARIANT.illegal(spec, H100, config))
     assert "shared memory" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), STAGES=3)))
+    assert "two at a time" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), DQ_STAGES=1)))
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)

@@ -117,6 +117,9 @@ BROKEN = {
     "global store out of bounds": before_the_end(
         f"gl.store(note_ptr + gl.arange(0, 16, {LAYOUT}), 1)", sim.OutOfBoundsError, names=("0 to 15", "8 elements")
     ),
+    "a store below 0": one(
+        STORE, STORE.replace("gl.program_id(0) * block_m", "-8"), sim.OutOfBoundsError, names=("illegal instruction",)
+    ),
     "index out of bounds": before_the_end("full.index(3)", sim.OutOfBoundsError, names=("index 3", "full")),
     "CTAs store to one place": before_the_end(
         "gl.store(note_ptr, 1)", sim.GlobalRaceError, names=("two writes of global memory", "cta1", "cta0")

@@ -144,6 +144,13 @@ def test_what_a_captured_graph_reads_is_held() -> None:
         assert block_ranges.held(thing, "cpu") is thing and id(thing) not in block_ranges._held
 
 
+def test_a_table_counts_for_all_batches_and_heads_even_where_nothing_is_left_out() -> None:
+    program, tensors = documents(torch.zeros(SIZE, dtype=torch.int32))
+    for turned in (False, True):
+        made = block_ranges.ranges(program, tensors, PROBLEM, (SIZE, SIZE), turned=turned)
+        assert made is not None and made.stride()[:2] == (0, 0)
+
+
 def test_large_tensors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_ranges, "_MOST_BYTES", 4 * SIZE - 1)
     program, tensors = documents(ids_of(50))

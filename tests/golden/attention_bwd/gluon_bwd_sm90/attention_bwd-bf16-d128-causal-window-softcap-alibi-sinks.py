@@ -537,8 +537,8 @@ def consume(
     v.store(dv.to(DTYPE))
     k.store((dk * sm_scale).to(DTYPE))
     fence_async_shared()
-    tma_store(dv_desc, [off_b, off_hkv, start_n - first_key, 0], v_tile)
-    tma_store(dk_desc, [off_b, off_hkv, start_n - first_key, 0], k_tile)
+    tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
+    tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
     store_wait(0)
 
 
@@ -777,7 +777,7 @@ def attention_bwd_preprocess(
     seqlen_q,
     lse_rows,
     HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -813,8 +813,8 @@ def attention_bwd_preprocess(
     tl.store(delta_ptr + row, delta)
 
     # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
+    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
     if turn_ptr is not None:
         tl.store(turn_ptr + block, 0)
 
@@ -830,9 +830,8 @@ def attention_bwd_postprocess(
     num_heads_q,
     seqlen_q,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PANELS: tl.constexpr,
     WARP_COLS: tl.constexpr,
 ):
     # One program per (block of rows, batch and head).
@@ -842,14 +841,14 @@ def attention_bwd_postprocess(
     off_b = (off_bh // num_heads_q).to(tl.int64)
     off_h = (off_bh % num_heads_q).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
-    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D))
-    # -- back from the order of `in_register_order`, panel by panel --
-    dq = dq.reshape([PANELS, BLOCK_D // (8 * PANELS * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
-    dq = dq.permute((3, 6, 4, 0, 2, 1, 5, 7)).reshape([BLOCK_M, BLOCK_D]) * sm_scale
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
     m = rows.to(tl.int64)[:, None]
+    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL))
+    # -- back from the order of `in_register_order` --
+    dq = dq.reshape([PANEL // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
+    dq = dq.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, PANEL]) * sm_scale
+    offs_d = tl.arange(0, PANEL)
+    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
     dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
@@ -909,7 +908,8 @@ def launch(
     widest = seqlen_q + seqlen_k
     window_left = widest if window_left < 0 else min(window_left, widest)
     window_right = 0
-    # Rows that see no key and keys that no row sees are outside of the tensors that TMA is told of: zeros, whatever they hold.
+    # Rows that see no key and keys that no row sees are outside of what TMA loads from: zeros, whatever they hold. It stores from
+    # the first key on: at a coordinate below 0 a store is an illegal instruction, a load is not (seen on an H200).
     first_row = max(0, -causal_offset - window_right)
     end_key = max(0, min(seqlen_k, seqlen_q + causal_offset + window_right))
     end_row = max(0, min(seqlen_q, seqlen_k - causal_offset + window_left))
@@ -945,7 +945,7 @@ def launch(
         seqlen_q,
         seqlen_q,
         HEAD_DIM_V=128,
-        BLOCK_D=128,
+        PANEL=128,
         BLOCK_DV=128,
         BLOCK_M=BLOCK_M,
         num_warps=8,
@@ -960,8 +960,8 @@ def launch(
         describe(v[:, first_key:], end_key - first_key, BLOCK_N, 128),
         describe(dout[:, first_row:], end_row - first_row, BLOCK_M, 128),
         TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk[:, first_key:], end_key - first_key, BLOCK_N, 128),
-        describe(dv[:, first_key:], end_key - first_key, BLOCK_N, 128),
+        describe(dk, seqlen_k, BLOCK_N, 128),
+        describe(dv, seqlen_k, BLOCK_N, 128),
         TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
         TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
         turns,
@@ -1006,9 +1006,8 @@ def launch(
         num_heads_q,
         seqlen_q,
         HEAD_DIM=128,
-        BLOCK_D=128,
+        PANEL=128,
         BLOCK_M=BLOCK_M,
-        PANELS=1,
         WARP_COLS=max(1, BLOCK_N // BLOCK_M),
         num_warps=8,
         enable_fp_fusion=True,

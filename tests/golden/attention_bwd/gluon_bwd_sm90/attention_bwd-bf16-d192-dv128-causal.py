@@ -195,8 +195,8 @@ def write_dq(
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
-        dq_stage = (2 * step + 0) % DQ_STAGES
-        mbarrier.wait(dq_full.index(dq_stage), ((2 * step + 0) // DQ_STAGES) & 1)
+        dq_stage = (3 * step + 0) % DQ_STAGES
+        mbarrier.wait(dq_full.index(dq_stage), ((3 * step + 0) // DQ_STAGES) & 1)
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
             turn = turn_ptr + off_bh * end + m_block
@@ -204,19 +204,29 @@ def write_dq(
             last_n = gl.minimum(num_n_blocks - 1, (m_block * BLOCK_M + BLOCK_M - 1 + causal_offset) // BLOCK_N)
             while gl.atomic_add(turn, 0, sem="acquire") != last_n - n_block:
                 pass
-        tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
-        store_wait(0)
-        mbarrier.arrive(dq_empty.index(dq_stage), count=1)
-        dq_stage = (2 * step + 1) % DQ_STAGES
-        mbarrier.wait(dq_full.index(dq_stage), ((2 * step + 1) // DQ_STAGES) & 1)
+        tma_reduce_add(dq_desc, [off_bh, (3 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        # TMA reads two buffers at a time: the one before this is free.
+        store_wait(1)
+        if step > 0:
+            mbarrier.arrive(dq_empty.index(((3 * step + 0) - 1) % DQ_STAGES), count=1)
+        dq_stage = (3 * step + 1) % DQ_STAGES
+        mbarrier.wait(dq_full.index(dq_stage), ((3 * step + 1) // DQ_STAGES) & 1)
+        tma_reduce_add(dq_desc, [off_bh, (3 * m_block + 1) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        # TMA reads two buffers at a time: the one before this is free.
+        store_wait(1)
+        mbarrier.arrive(dq_empty.index(((3 * step + 1) - 1) % DQ_STAGES), count=1)
+        dq_stage = (3 * step + 2) % DQ_STAGES
+        mbarrier.wait(dq_full.index(dq_stage), ((3 * step + 2) // DQ_STAGES) & 1)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
-        tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 1) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
-        store_wait(0)
-        mbarrier.arrive(dq_empty.index(dq_stage), count=1)
+        tma_reduce_add(dq_desc, [off_bh, (3 * m_block + 2) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        # TMA reads two buffers at a time: the one before this is free.
+        store_wait(1)
+        mbarrier.arrive(dq_empty.index(((3 * step + 2) - 1) % DQ_STAGES), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
+    store_wait(0)
 
 
 # -- the consumers: one partition of warps, 16 keys each --
@@ -285,18 +295,21 @@ def attend(
     delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
     ds_tile.store((p * (dp - delta[None, :])).to(DTYPE))
     fence_async_shared()
-    # -- dq and dk: a panel of dq is staged while others are multiplied --
+    # -- dq and dk: a panel of dq is staged, and added, while the next ones are multiplied --
     ds = ds_tile.permute((1, 0))
     dq_product = warpgroup_mma(ds, k.slice(0, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
     dv_1 = warpgroup_mma_wait(1, deps=(dv_1,))
     mbarrier.arrive(do_empty.index(0), count=1)
     dk_1 = warpgroup_mma(ds_tile, q_1, dk_1, is_async=True)
-    dk_2 = warpgroup_mma(ds_tile, q_2, dk_2, is_async=True)
-    dq = warpgroup_mma_wait(2, deps=(dq_product,))
+    dq = warpgroup_mma_wait(1, deps=(dq_product,))
     dq_product = warpgroup_mma(ds, k.slice(PANEL, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
-    stage_dq(dq, 2 * step, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
-    dk_1, dk_2, dq = warpgroup_mma_wait(0, deps=(dk_1, dk_2, dq_product))
-    stage_dq(dq, 2 * step + 1, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    dk_2 = warpgroup_mma(ds_tile, q_2, dk_2, is_async=True)
+    stage_dq(dq, 3 * step, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    dk_1, dq = warpgroup_mma_wait(1, deps=(dk_1, dq_product))
+    dq_product = warpgroup_mma(ds, k.slice(2 * PANEL, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
+    stage_dq(dq, 3 * step + 1, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    dk_2, dq = warpgroup_mma_wait(0, deps=(dk_2, dq_product))
+    stage_dq(dq, 3 * step + 2, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
     return dk_1, dk_2, dv_1
 
 
@@ -435,6 +448,7 @@ def consume(
         "seqlen_q",
         "seqlen_k",
         "num_n_blocks",
+        "section",
     ]
 )
 def attention_bwd(
@@ -456,6 +470,7 @@ def attention_bwd(
     seqlen_q,
     seqlen_k,
     num_n_blocks,
+    section,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -471,6 +486,14 @@ def attention_bwd(
     # -- which keys: blocks of one head are neighbours, so that they share its rows in L2 --
     off_bh = gl.program_id(0) // num_n_blocks
     n_block = gl.program_id(0) - off_bh * num_n_blocks
+    if not DETERMINISTIC:
+        # Of a section, as many heads as run at a time, all blocks of a number start after all of the number before: the
+        # longest of all its heads first.
+        index = gl.program_id(0) // (section * num_n_blocks)
+        rest = gl.program_id(0) - index * (section * num_n_blocks)
+        heads = gl.minimum(section, gl.num_programs(0) // num_n_blocks - index * section)
+        n_block = rest // heads
+        off_bh = index * section + rest - n_block * heads
     # Earlier keys are seen by more rows: the longest start first, but in order the last keys must.
     if DETERMINISTIC:
         n_block = num_n_blocks - 1 - n_block
@@ -493,7 +516,7 @@ def attention_bwd(
     k_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], DTYPE)
-    PANEL: gl.constexpr = BLOCK_D // 2
+    PANEL: gl.constexpr = 64
     p_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
     ds_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 1, BLOCK_M * PANEL // 256, 256], dq_desc.layout)
@@ -619,7 +642,7 @@ def attention_bwd_preprocess(
     seqlen_q,
     lse_rows,
     HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -654,8 +677,9 @@ def attention_bwd_preprocess(
     tl.store(delta_ptr + row, delta)
 
     # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    for panel in tl.static_range(3):
+        dq_sum_ptrs = dq_sum_ptr + (3 * block + panel) * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
+        tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
     if turn_ptr is not None:
         tl.store(turn_ptr + block, 0)
 
@@ -671,9 +695,8 @@ def attention_bwd_postprocess(
     num_heads_q,
     seqlen_q,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PANELS: tl.constexpr,
     WARP_COLS: tl.constexpr,
 ):
     # One program per (block of rows, batch and head).
@@ -683,16 +706,17 @@ def attention_bwd_postprocess(
     off_b = (off_bh // num_heads_q).to(tl.int64)
     off_h = (off_bh % num_heads_q).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
-    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D))
-    # -- back from the order of `in_register_order`, panel by panel --
-    dq = dq.reshape([PANELS, BLOCK_D // (8 * PANELS * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
-    dq = dq.permute((3, 6, 4, 0, 2, 1, 5, 7)).reshape([BLOCK_M, BLOCK_D]) * sm_scale
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
     m = rows.to(tl.int64)[:, None]
-    dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    for panel in tl.static_range(3):
+        dq = tl.load(dq_sum_ptr + (3 * block + panel) * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL))
+        # -- back from the order of `in_register_order` --
+        dq = dq.reshape([PANEL // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
+        dq = dq.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, PANEL]) * sm_scale
+        offs_d = panel * PANEL + tl.arange(0, PANEL)
+        mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
+        tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 # -- the launch --
@@ -725,7 +749,7 @@ def launch(
 ):
     """Launch on the current device's current stream.
 
-    Allocates 1032 bytes a query row and head: the sums of dq in fp32, delta, lse in base 2.
+    Allocates 776 bytes a query row and head: the sums of dq in fp32, delta, lse in base 2.
 
     q, dq (batch, seqlen_q, num_heads_q, 192), k, dk (batch, seqlen_k, num_heads_kv, 192),
     v, dv (batch, seqlen_k, num_heads_kv, 128), out, dout like q with last dimension 128: bf16; unit last
@@ -758,7 +782,7 @@ def launch(
     heads = batch * num_heads_q
     dout = addressable(dout)
     lse2, delta = lse.new_empty((2, heads, num_m_blocks * BLOCK_M))
-    dq_sum = lse.new_empty((heads, num_m_blocks * (BLOCK_M * 256 // 256), 256))
+    dq_sum = lse.new_empty((heads, num_m_blocks * (BLOCK_M * 192 // 256), 256))
     turns = torch.empty((heads, num_m_blocks), dtype=torch.int32, device=q.device) if deterministic else None
     attention_bwd_preprocess[(num_m_blocks * heads,)](
         out,
@@ -775,7 +799,7 @@ def launch(
         seqlen_q,
         lse_rows,
         HEAD_DIM_V=128,
-        BLOCK_D=256,
+        PANEL=64,
         BLOCK_DV=128,
         BLOCK_M=BLOCK_M,
         num_warps=8,
@@ -786,7 +810,7 @@ def launch(
         describe(k, seqlen_k, BLOCK_N, 256),
         describe(v, seqlen_k, BLOCK_N, 128),
         describe(dout, seqlen_q, BLOCK_M, 128),
-        TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
+        TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 64 // 256, 256], unswizzled(3)),
         describe(dk, seqlen_k, BLOCK_N, 256),
         describe(dv, seqlen_k, BLOCK_N, 128),
         TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
@@ -800,6 +824,7 @@ def launch(
         seqlen_q,
         seqlen_k,
         num_n_blocks,
+        max(1, num_multiprocessors(q.device) // num_n_blocks),
         BLOCK_M,
         BLOCK_N,
         256,
@@ -821,9 +846,8 @@ def launch(
         num_heads_q,
         seqlen_q,
         HEAD_DIM=192,
-        BLOCK_D=256,
+        PANEL=64,
         BLOCK_M=BLOCK_M,
-        PANELS=2,
         WARP_COLS=2,
         num_warps=8,
         enable_fp_fusion=True,
@@ -859,3 +883,9 @@ def swizzled(rows, columns):
 def unswizzled(rank):
     """The layout of boxes of fp32 numbers that no product reads."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=rank)
+
+
+@functools.cache
+def num_multiprocessors(device):
+    """How many thread blocks run at a time: each fills a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -467,6 +467,7 @@ def consume(
         "seqlen_q",
         "seqlen_k",
         "num_n_blocks",
+        "section",
     ]
 )
 def attention_bwd(
@@ -488,6 +489,7 @@ def attention_bwd(
     seqlen_q,
     seqlen_k,
     num_n_blocks,
+    section,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -506,6 +508,14 @@ def attention_bwd(
     # -- which keys: blocks of one head are neighbours, so that they share its rows in L2 --
     off_bh = gl.program_id(0) // num_n_blocks
     n_block = gl.program_id(0) - off_bh * num_n_blocks
+    if not DETERMINISTIC:
+        # Of a section, as many heads as run at a time, all blocks of a number start after all of the number before: the
+        # longest of all its heads first.
+        index = gl.program_id(0) // (section * num_n_blocks)
+        rest = gl.program_id(0) - index * (section * num_n_blocks)
+        heads = gl.minimum(section, gl.num_programs(0) // num_n_blocks - index * section)
+        n_block = rest // heads
+        off_bh = index * section + rest - n_block * heads
     # Earlier keys are seen by more rows: the longest start first, but in order the last keys must.
     if DETERMINISTIC:
         n_block = num_n_blocks - 1 - n_block
@@ -653,7 +663,7 @@ def attention_bwd_preprocess(
     seqlen_q,
     lse_rows,
     HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -688,8 +698,8 @@ def attention_bwd_preprocess(
     tl.store(delta_ptr + row, delta)
 
     # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
+    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
     if turn_ptr is not None:
         tl.store(turn_ptr + block, 0)
 
@@ -705,9 +715,8 @@ def attention_bwd_postprocess(
     num_heads_q,
     seqlen_q,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PANELS: tl.constexpr,
     WARP_COLS: tl.constexpr,
 ):
     # One program per (block of rows, batch and head).
@@ -717,14 +726,14 @@ def attention_bwd_postprocess(
     off_b = (off_bh // num_heads_q).to(tl.int64)
     off_h = (off_bh % num_heads_q).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
-    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D))
-    # -- back from the order of `in_register_order`, panel by panel --
-    dq = dq.reshape([PANELS, BLOCK_D // (8 * PANELS * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
-    dq = dq.permute((3, 6, 4, 0, 2, 1, 5, 7)).reshape([BLOCK_M, BLOCK_D]) * sm_scale
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
     m = rows.to(tl.int64)[:, None]
+    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL))
+    # -- back from the order of `in_register_order` --
+    dq = dq.reshape([PANEL // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
+    dq = dq.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, PANEL]) * sm_scale
+    offs_d = tl.arange(0, PANEL)
+    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
     dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
@@ -809,7 +818,7 @@ def launch(
         seqlen_q,
         lse_rows,
         HEAD_DIM_V=80,
-        BLOCK_D=128,
+        PANEL=128,
         BLOCK_DV=128,
         BLOCK_M=BLOCK_M,
         num_warps=8,
@@ -834,6 +843,7 @@ def launch(
         seqlen_q,
         seqlen_k,
         num_n_blocks,
+        max(1, num_multiprocessors(q.device) // num_n_blocks),
         BLOCK_M,
         BLOCK_N,
         128,
@@ -858,9 +868,8 @@ def launch(
         num_heads_q,
         seqlen_q,
         HEAD_DIM=80,
-        BLOCK_D=128,
+        PANEL=128,
         BLOCK_M=BLOCK_M,
-        PANELS=1,
         WARP_COLS=max(1, BLOCK_N // BLOCK_M),
         num_warps=8,
         enable_fp_fusion=True,
@@ -896,3 +905,9 @@ def swizzled(rows, columns):
 def unswizzled(rank):
     """The layout of boxes of fp32 numbers that no product reads."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=rank)
+
+
+@functools.cache
+def num_multiprocessors(device):
+    """How many thread blocks run at a time: each fills a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

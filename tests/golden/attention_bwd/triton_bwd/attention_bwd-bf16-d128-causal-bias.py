@@ -150,11 +150,13 @@ def add_dkdv(
     stride_bias_m,
     stride_bias_n,
     seqlen_k,
+    start_n,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what query rows [start, stop) contribute; start is a multiple of BLOCK_M. Unless IS_MASKED, all see every key."""
@@ -176,8 +178,12 @@ def add_dkdv(
         qk *= sm_scale
         bias_ptrs = bias_ptr + rows.to(tl.int64)[None, :] * stride_bias_m
         bias_ptrs = bias_ptrs + offs_n.to(tl.int64)[:, None] * stride_bias_n
-        bias_mask = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (rows < seqlen_q)[None, :]
+        if start_n + BLOCK_N <= seqlen_k:
+            bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
         if IS_MASKED:
             # -- mask --
@@ -308,11 +314,13 @@ def attention_bwd_dkdv(
             stride_bias_m,
             stride_bias_n,
             seqlen_k,
+            start_n,
             HEAD_DIM,
             HEAD_DIM_V,
             BLOCK_D,
             BLOCK_DV,
             BLOCK_M,
+            BLOCK_N,
             IS_MASKED=True,
         )
         dk, dv = add_dkdv(
@@ -338,11 +346,13 @@ def attention_bwd_dkdv(
             stride_bias_m,
             stride_bias_n,
             seqlen_k,
+            start_n,
             HEAD_DIM,
             HEAD_DIM_V,
             BLOCK_D,
             BLOCK_DV,
             BLOCK_M,
+            BLOCK_N,
             IS_MASKED=False,
         )
 
@@ -389,6 +399,7 @@ def add_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
@@ -406,8 +417,11 @@ def add_dq(
         qk *= sm_scale
         bias_ptrs = bias_ptr + offs_m.to(tl.int64)[:, None] * stride_bias_m
         bias_ptrs = bias_ptrs + keys.to(tl.int64)[None, :] * stride_bias_n
-        bias_mask = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (keys < seqlen_k)[None, :]
+        bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
         if IS_MASKED:
             # -- mask --
@@ -420,12 +434,15 @@ def add_dq(
         if SUM_BIAS > 0:
             # -- the bias's gradient --
             live_rows, live_keys = (offs_m < seqlen_q)[:, None], (keys < kv_end)[None, :]
-            part = tl.where(live_rows & live_keys, ds, 0.0)
+            live = live_rows
+            if IS_MASKED:
+                live &= live_keys
+            part = tl.where(live, ds, 0.0)
             row_places = offs_m.to(tl.int64)[:, None] * stride_dbias_m
             key_places = keys.to(tl.int64)[None, :] * stride_dbias_n
             if BIAS_ROWS and BIAS_KEYS:
                 places = row_places + key_places
-                add_gradient(dbias_ptr, largest_ptr, places, part, live_rows & live_keys, term_bits, SUM_BIAS)
+                add_gradient(dbias_ptr, largest_ptr, places, part, live, term_bits, SUM_BIAS)
             elif BIAS_ROWS:
                 part = tl.sum(part, 1, keep_dims=True)
                 add_gradient(dbias_ptr, largest_ptr, row_places, part, live_rows, term_bits, SUM_BIAS)
@@ -435,7 +452,8 @@ def add_dq(
             else:
                 part, always = tl.sum(tl.sum(part, 1), 0), tl.full([], True, tl.int1)
                 add_gradient(dbias_ptr, largest_ptr, 0, part, always, term_bits, SUM_BIAS)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if WRITES_DQ:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -499,6 +517,7 @@ def attention_bwd_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
 ):
     # One program per (batch, head, block of query rows), neighbours in the same head so that they share its keys in L2.
     num_m_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -571,6 +590,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=False,
     )
     dq = add_dq(
@@ -608,12 +628,14 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --
     dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
+    if WRITES_DQ:
+        store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
 
 
 def launch(
@@ -649,6 +671,7 @@ def launch(
     causal_offset: query i sees keys j <= i + causal_offset.
     bias: floating, broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k).
     dbias: contiguous fp32 of bias's shape, written whole; None where nobody wants it.
+    Of any floating type where the bias has one element for each score.
     deterministic: whether its sums have to repeat bit for bit: that takes another pass over the scores.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
@@ -770,6 +793,7 @@ def launch(
             BIAS_ROWS=bias_steps[2] != 0,
             BIAS_KEYS=bias_steps[3] != 0,
             SUM_BIAS=0 if sums[0] is None else sum_bias,
+            WRITES_DQ=sums is gradients,
         )
     if fixed:
         # Back from units to numbers; anything that is none makes all of them none.

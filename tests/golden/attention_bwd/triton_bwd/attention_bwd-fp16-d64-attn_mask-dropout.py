@@ -170,8 +170,12 @@ def add_dkdv(
         # -- mask: the caller's, and at the ends of the range the others --
         attn_mask_ptrs = attn_mask_ptr + rows.to(tl.int64)[None, :] * stride_attn_mask_m
         attn_mask_ptrs = attn_mask_ptrs + offs_n.to(tl.int64)[:, None] * stride_attn_mask_n
-        inside = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
+        inside = (rows < seqlen_q)[None, :]
+        if start_n + BLOCK_N <= seqlen_k:
+            attn_mask = tl.load(attn_mask_ptrs, mask=inside, other=0)
+        else:
+            attn_mask = tl.load(attn_mask_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0)
+        visible = attn_mask != 0
         p = tl.where(visible, p, 0.0)
         kept = tl.trans(keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         # -- dv --
@@ -366,8 +370,11 @@ def add_dq(
         # -- mask: the caller's, and at the ends of the range the others --
         attn_mask_ptrs = attn_mask_ptr + offs_m.to(tl.int64)[:, None] * stride_attn_mask_m
         attn_mask_ptrs = attn_mask_ptrs + keys.to(tl.int64)[None, :] * stride_attn_mask_n
-        inside = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
-        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (keys < seqlen_k)[None, :]
+        attn_mask = tl.load(attn_mask_ptrs, mask=inside, other=0)
+        visible = attn_mask != 0
         if IS_MASKED:
             # -- mask --
             visible &= (keys < kv_end)[None, :]

@@ -255,14 +255,22 @@ def add_dkdv(
         qk -= slope * tl.abs(distance).to(tl.float32)
         bias_ptrs = bias_ptr + rows.to(tl.int64)[None, :] * stride_bias_m
         bias_ptrs = bias_ptrs + offs_n.to(tl.int64)[:, None] * stride_bias_n
-        bias_mask = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (rows < seqlen_q)[None, :]
+        if start_n + BLOCK_N <= seqlen_k:
+            bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
         # -- mask: the caller's, and at the ends of the range the others --
         attn_mask_ptrs = attn_mask_ptr + rows.to(tl.int64)[None, :] * stride_attn_mask_m
         attn_mask_ptrs = attn_mask_ptrs + offs_n.to(tl.int64)[:, None] * stride_attn_mask_n
-        inside = (rows < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
+        inside = (rows < seqlen_q)[None, :]
+        if start_n + BLOCK_N <= seqlen_k:
+            attn_mask = tl.load(attn_mask_ptrs, mask=inside, other=0)
+        else:
+            attn_mask = tl.load(attn_mask_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0)
+        visible = attn_mask != 0
         if IS_MASKED:
             # -- mask --
             visible &= offs_n[:, None] <= (rows + causal_offset + window_right)[None, :]
@@ -604,6 +612,7 @@ def add_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
@@ -626,14 +635,20 @@ def add_dq(
         qk -= slope * tl.abs(distance).to(tl.float32)
         bias_ptrs = bias_ptr + offs_m.to(tl.int64)[:, None] * stride_bias_m
         bias_ptrs = bias_ptrs + keys.to(tl.int64)[None, :] * stride_bias_n
-        bias_mask = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (keys < seqlen_k)[None, :]
+        bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+        qk += bias.to(tl.float32)
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
         # -- mask: the caller's, and at the ends of the range the others --
         attn_mask_ptrs = attn_mask_ptr + offs_m.to(tl.int64)[:, None] * stride_attn_mask_m
         attn_mask_ptrs = attn_mask_ptrs + keys.to(tl.int64)[None, :] * stride_attn_mask_n
-        inside = (offs_m < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
-        visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (keys < seqlen_k)[None, :]
+        attn_mask = tl.load(attn_mask_ptrs, mask=inside, other=0)
+        visible = attn_mask != 0
         if IS_MASKED:
             # -- mask --
             visible &= keys[None, :] <= (offs_m + causal_offset + window_right)[:, None]
@@ -649,12 +664,15 @@ def add_dq(
         if SUM_BIAS > 0:
             # -- the bias's gradient --
             live_rows, live_keys = (offs_m < seqlen_q)[:, None], (keys < kv_end)[None, :]
-            part = tl.where(live_rows & live_keys, ds, 0.0)
+            live = live_rows
+            if IS_MASKED:
+                live &= live_keys
+            part = tl.where(live, ds, 0.0)
             row_places = offs_m.to(tl.int64)[:, None] * stride_dbias_m
             key_places = keys.to(tl.int64)[None, :] * stride_dbias_n
             if BIAS_ROWS and BIAS_KEYS:
                 places = row_places + key_places
-                add_gradient(dbias_ptr, largest_ptr, places, part, live_rows & live_keys, term_bits, SUM_BIAS)
+                add_gradient(dbias_ptr, largest_ptr, places, part, live, term_bits, SUM_BIAS)
             elif BIAS_ROWS:
                 part = tl.sum(part, 1, keep_dims=True)
                 add_gradient(dbias_ptr, largest_ptr, row_places, part, live_rows, term_bits, SUM_BIAS)
@@ -667,7 +685,8 @@ def add_dq(
         ds *= slack
         ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
         k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if WRITES_DQ:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -746,6 +765,7 @@ def attention_bwd_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
 ):
     # One program per (head, sequence, block of its query rows), whatever the lengths; a few find nothing to do and end.
     pid = tl.program_id(0)
@@ -849,6 +869,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
     dq = add_dq(
@@ -900,6 +921,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=False,
     )
     dq = add_dq(
@@ -951,12 +973,14 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --
     dq_ptrs = dq_ptr + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
+    if WRITES_DQ:
+        store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
 
 
 def launch(
@@ -1012,6 +1036,7 @@ def launch(
     philox: int64 (2), the forward's seed and offset. dropout_p: of dropping a probability.
     sinks: (num_heads_q) logits; their gradient is written to dsinks, fp32.
     dbias: contiguous fp32 of bias's shape, written whole; None where nobody wants it.
+    Of any floating type where the bias has one element for each score.
     deterministic: whether its sums have to repeat bit for bit: that takes another pass over the scores.
     """
     total_q, num_heads_q, _ = q.shape
@@ -1186,6 +1211,7 @@ def launch(
             BIAS_ROWS=bias_steps[2] != 0,
             BIAS_KEYS=bias_steps[3] != 0,
             SUM_BIAS=0 if sums[0] is None else sum_bias,
+            WRITES_DQ=sums is gradients,
         )
     if fixed:
         # Back from units to numbers; anything that is none makes all of them none.

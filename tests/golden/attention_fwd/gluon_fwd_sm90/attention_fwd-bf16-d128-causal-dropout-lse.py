@@ -16,7 +16,7 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        Each warpgroup walks over the blocks of keys that its rows see; a branch leaves out the mask where they see all of one.
+Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
 """
@@ -233,6 +233,23 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -244,9 +261,8 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = gl.minimum(rows_m + causal_offset, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    return gl.where(visible, qk, -float("inf"))
+    qk = hide_beyond(qk, offs_n, gl.minimum(rows_m + causal_offset, seqlen_k - 1))
+    return qk
 
 
 @gluon.jit
@@ -340,6 +356,12 @@ def online_softmax(
 
 
 @gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
     nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
@@ -368,7 +390,6 @@ def attend(
     off_bh,
     start_m,
     dropout_threshold,
-    is_masked,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -380,6 +401,7 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -400,7 +422,7 @@ def attend(
         pass_turn(step, (WG + 1) % NUM_WG)
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
-    if is_masked:
+    if IS_MASKED:
         qk = mask_scores(
             qk,
             rows_m,
@@ -579,42 +601,84 @@ def consume(
             LAZY_SUM,
             QK_LAYOUT,
         )
-        for n in range(end - 2, first - 1, -1):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                n * BLOCK_N,
-                seqlen_k,
-                causal_offset,
-                philox_seed,
-                philox_offset,
-                off_bh,
-                start_m,
-                dropout_threshold,
-                (n < full_first) | (n >= full_end),
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-            )
-            step += 1
+        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+        for part in range(2):
+            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    philox_seed,
+                    philox_offset,
+                    off_bh,
+                    start_m,
+                    dropout_threshold,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=True,
+                )
+                step += 1
+            p = repacked(p)
+            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    philox_seed,
+                    philox_offset,
+                    off_bh,
+                    start_m,
+                    dropout_threshold,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                )
+                step += 1
+            p = repacked(p)
         if OWN_STAGING:
             mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --

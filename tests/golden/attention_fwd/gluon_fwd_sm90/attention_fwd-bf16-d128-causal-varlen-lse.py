@@ -16,7 +16,7 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
-Options        Each warpgroup walks over the blocks of keys that its rows see; a branch leaves out the mask where they see all of one.
+Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
 """
@@ -286,6 +286,23 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -297,9 +314,8 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = gl.minimum(rows_m + causal_offset, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    return gl.where(visible, qk, -float("inf"))
+    qk = hide_beyond(qk, offs_n, gl.minimum(rows_m + causal_offset, seqlen_k - 1))
+    return qk
 
 
 @gluon.jit
@@ -330,6 +346,12 @@ def online_softmax(
 
 
 @gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Starts the product of queries and keys; `use_acc` says that the accumulator starts from nothing."""
     nothing = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT)
@@ -353,7 +375,6 @@ def attend(
     start_n,
     seqlen_k,
     causal_offset,
-    is_masked,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -365,6 +386,7 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    IS_MASKED: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -385,7 +407,7 @@ def attend(
         pass_turn(step, (WG + 1) % NUM_WG)
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
-    if is_masked:
+    if IS_MASKED:
         qk = mask_scores(
             qk,
             rows_m,
@@ -413,8 +435,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -434,7 +457,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -447,8 +472,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 128)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
@@ -501,6 +534,7 @@ def consume(
     ticket_box,
     ticket_bars,
     qk_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -508,6 +542,8 @@ def consume(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     bottom_right,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -630,37 +666,76 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        for n in range(end - 2, first - 1, -1):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                n * BLOCK_N,
-                seqlen_k,
-                causal_offset,
-                (n < full_first) | (n >= full_end),
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-            )
-            step += 1
+        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+        for part in range(2):
+            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=True,
+                )
+                step += 1
+            p = repacked(p)
+            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    n * BLOCK_N,
+                    seqlen_k,
+                    causal_offset,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                )
+                step += 1
+            p = repacked(p)
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -690,9 +765,11 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_h.to(gl.int64) * stride_qh + (first_q + rows_m).to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + first_k.to(gl.int64) * stride_kn + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + first_k.to(gl.int64) * stride_vn + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -710,7 +787,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: by TMA where all rows are the sequence's own, since it would write into the next one --
         acc = acc * norm[:, None]
         if start_m + ROWS <= seqlen_q:
@@ -756,6 +832,7 @@ def attention_fwd(
     lse_ptr,
     counter_ptr,
     qk_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -763,6 +840,8 @@ def attention_fwd(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     bottom_right,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -839,6 +918,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -846,6 +926,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -887,6 +969,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -894,6 +977,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -974,6 +1059,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -981,6 +1067,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1022,6 +1110,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1029,6 +1118,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1070,6 +1161,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1077,6 +1169,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1216,6 +1310,7 @@ def launch(
     )
     # -- arguments of the options --
     added = (
+        q,
         k,
         v,
         o,
@@ -1223,6 +1318,8 @@ def launch(
         cu_seqlens_k,
         seqused_k,
         int(bottom_right),
+        q.stride(1),
+        q.stride(2),
         k.stride(1),
         k.stride(2),
         v.stride(1),

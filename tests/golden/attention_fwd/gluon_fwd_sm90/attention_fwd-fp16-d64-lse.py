@@ -196,6 +196,12 @@ def mask_scores(
 
 
 @gluon.jit
+def row_max(scores, BLOCK_N: gl.constexpr):
+    """The maximum of each row by two chains of comparisons: the exponentials wait half as long as for one."""
+    return gl.max(gl.max(gl.max(scores.reshape([WG_ROWS, BLOCK_N // 8, 4, 2]), 1), 2), 1)
+
+
+@gluon.jit
 def online_softmax(
     qk,
     m_i,
@@ -212,7 +218,7 @@ def online_softmax(
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    m_new = gl.maximum(m_i, gl.max(qk, 1) * qk_scale)
+    m_new = gl.maximum(m_i, gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout) * qk_scale)
     m_safe = m_new
     if IS_MASKED:
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.

@@ -87,11 +87,15 @@ def attend(
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         qk *= sm_scale
         bias_ptrs = bias_rows + (first + offs_n)[None, :] * stride_bias_n
-        bias_mask = (offs_m < seqlen_q)[:, None] & (start_n + offs_n < kv_end)[None, :]
-        qk += tl.load(bias_ptrs, mask=bias_mask, other=0.0).to(tl.float32)
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (start_n + offs_n < kv_end)[None, :]
+        qk += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
         # -- mask: the caller's, and at the ends of the range the others --
         attn_mask_ptrs = attn_mask_rows + (first + offs_n)[None, :] * stride_attn_mask_n
-        inside = (offs_m < seqlen_q)[:, None] & (start_n + offs_n < kv_end)[None, :]
+        inside = (offs_m < seqlen_q)[:, None]
+        if IS_MASKED:
+            inside &= (start_n + offs_n < kv_end)[None, :]
         visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
         if IS_MASKED:
             visible &= (start_n + offs_n < kv_end)[None, :]

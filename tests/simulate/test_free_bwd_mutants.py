@@ -1,0 +1,107 @@
+"""Broken edits of what options add to the Hopper backward: each is noticed by the case that runs its line."""
+
+from __future__ import annotations
+
+import pytest
+from free_backward import Free, launch, make
+from free_cases import BIASES, CASES, GROUPS, TALL, bands_of_heads
+
+from flashgen.simulator import SimulationError
+
+OF = {case.why: case for case in (*CASES, *BIASES)}
+FIRST_KEYS = OF["nobody sees the first keys, in whole blocks"]
+LOW = Free(why="", sizes={"seqlen_q": 150, "seqlen_k": 200}, window=(-1, 150), values="low")
+BOTH_ENDS, CAUSAL_WINDOW = OF["a window with both ends in the middle"], OF["a causal window"]
+OUTSIDE = OF["rows beyond the last key, keys before the first row"]
+CHUNKS, COLUMNS = OF["chunks, with ranges by keys"], OF["a mask of columns"]
+SQUARED = OF["a score with a derivative, of heads and batches"]
+ALIBI, SOFTCAP = OF["ALiBi, causal, rows without a key"], OF["a strong softcap, causal, with sinks"]
+DROPOUT = OF["dropout"]
+BLOCKS = OF["a BlockMask of each batch, causal, beside a mask"]
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}
+BANDS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260, "num_heads_q": 2}, mask_mod=bands_of_heads, knobs=SMALL)
+WINDOWS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL)
+HEADS = Free(
+    why="",
+    sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260},
+    mask_mod=lambda b, h, i, j: (h % 2 == 1) | (j <= i),
+    knobs=SMALL,
+)
+LISTS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, block_mask="11", block_size=(64, 64), knobs=SMALL)
+SINKS = Free(why="", sizes={**TALL, "seqlen_q": 400, "seqlen_k": 130}, window=(60, 60), sinks=True)
+RAGGED = Free(
+    why="", sizes={"seqlen_q": 130, "seqlen_k": 128}, score_mod=lambda s, b, h, i, j: s + 1.0 / (130 - i), knobs=SMALL
+)
+
+MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
+    ("the window shows one row too many", BOTH_ENDS, "offs_n - causal_offset + window_left + 1\n", "offs_n - causal_offset + window_left + 2\n"),
+    ("the window hides its first row", BOTH_ENDS, "offs_n - causal_offset - window_right, 2147", "offs_n - causal_offset - window_right + 1, 2147"),
+    ("rows after the window", BOTH_ENDS, "visible &= rows_m[None, :] < end_m[:, None]", "visible &= rows_m[None, :] >= 0"),
+    ("keys that do not exist", LOW, "exists = (offs_n >= first_key) & (offs_n < end_key)", "exists = offs_n >= 0"),
+    ("blocks of rows from a later one on", WINDOWS, "first_key) - causal_offset - window_right, 0) // BLOCK_M", "first_key) - causal_offset - window_right, 0) // BLOCK_M + 1"),
+    ("blocks of rows end early", WINDOWS, "window_left + 1, seqlen_q), BLOCK_M)", "window_left - 63, seqlen_q), BLOCK_M)"),
+    ("whole blocks from the first row on", WINDOWS, "full = gl.cdiv(gl.maximum(start_n + BLOCK_N - 1 -", "full = gl.cdiv(gl.maximum(start_n -"),
+    ("whole blocks one too far", WINDOWS, "rows_full // BLOCK_M, end)", "rows_full // BLOCK_M + 1, end)"),
+    ("rows loaded from the first of all", OUTSIDE, "[off_b, off_h, start_m - first_row, 0], q_full", "[off_b, off_h, start_m, 0], q_full"),
+    ("gradients loaded from the first of all", OUTSIDE, "[off_b, off_h, start_m - first_row, 0], do_full", "[off_b, off_h, start_m, 0], do_full"),
+    ("keys loaded from the first of all", BOTH_ENDS, "    start_n -= first_key\n", "    start_n -= 0\n"),
+    ("dk stored where keys are loaded", BOTH_ENDS, "tma_store(dk_desc, [off_b, off_hkv, start_n, 0]", "tma_store(dk_desc, [off_b, off_hkv, start_n - first_key, 0]"),
+    ("keys before the first one keep what they held", FIRST_KEYS, "gradient[:, :first_key].zero_()", "pass"),
+    ("turns in the order of keys", WINDOWS, "before = gl.minimum(end_n - 1,", "before = n_block - gl.minimum(0,"),
+    ("the second side forgotten", WINDOWS, "for side in range(2):", "for side in range(1):"),
+    ("a step twice", WINDOWS, "first_step = side * (masked_steps + unmasked_steps)", "first_step = side * masked_steps"),
+    ("delta of rows without a key", OUTSIDE, 'tl.where(lse == -float("inf"), 0.0, delta)', "delta"),
+    ("sinks of rows without a key left out", SINKS, "-(sink_p * delta.view(batch, num_heads_q, -1))", "-(sink_p * delta.view(batch, num_heads_q, -1))[:, :, 100:]"),
+    ("a sink in base e", SINKS, "sinks.float()[:, None] * 1.4426950408889634", "sinks.float()[:, None]"),
+    ("mask_mod not evaluated", COLUMNS, "        visible &= (kv_idx + b) % 4 != 1\n", ""),
+    ("ranges of the first block of keys", CHUNKS, "gl.minimum(start_n, seqlen_k - 1) // BLOCK_N * 4", "gl.minimum(start_n, 0) * 4"),
+    ("blocks that hide something taken for whole ones", BANDS, "full = gl.maximum(full, gl.load(ranges + 1))\n        full_end = gl.minimum(full_end, gl.load(ranges + 2))", "full = begin\n        full_end = gl.minimum(full_end, gl.load(ranges + 3))"),
+    ("the last block of rows forgotten", BANDS, "end = gl.minimum(end, gl.load(ranges + 3))", "end = gl.minimum(end, gl.load(ranges + 3) - 1)"),
+    ("visits of whole blocks alone", BANDS, "begin, _, _, end = row_blocks(", "_, begin, end, _ = row_blocks("),
+    ("visits of earlier keys", BANDS, "range(n_block + 1, end_n, 128)", "range(0, n_block, 128)"),
+    ("ranges of the first head of a group", OF["a mask of heads alone, of all batches"], "first = torch.where(first < end, first, 2**30).amin(2)", "first = first[:, :, 0]"),
+    ("a group unmasked where one head is", HEADS, "full.amax(2), full_end.amin(2)", "full.amin(2), full_end.amax(2)"),
+    ("NaN in a key that nobody sees", OF["keys hidden everywhere in a block hold NaN"], "keys.to(gl.float32) * 0.0 == 0.0", "keys.to(gl.float32) * 0.0 != 1.0"),
+    ("NaN in a value that nobody sees", OF["keys hidden everywhere in a block hold NaN"], "ds = gl.where(p != 0.0, ds, 0.0)", "ds = gl.where(p >= 0.0, ds, 0.0)"),
+    ("no derivative of the score", SQUARED, "    p = d_value_2\n", "    p = p * 1.0\n"),
+    ("the score before the scale", OF["a score of positions"], "scaled = scores * sm_scale", "scaled = scores"),
+    ("a score of rows that do not exist", RAGGED, "        visible &= (rows_m < seqlen_q)[None, :]\n", ""),
+    ("the ragged block of rows taken for a whole one", RAGGED, "full_end = gl.minimum(full_end, seqlen_q // BLOCK_M)", "full_end = end"),
+    ("no derivative of the cap", SOFTCAP, "p *= 1.0 - squashed * squashed", "p *= 1.0"),
+    ("the cap without its factor", SOFTCAP, "capped = softcap * squashed", "capped = squashed"),
+    ("an even tanh", SOFTCAP, "grown = gl.exp2(x * ", "grown = gl.exp2(gl.abs(x) * "),
+    ("ALiBi from the top left", ALIBI, "(start_m + alibi_shift - start_n)", "(start_m - start_n)"),
+    ("ALiBi of the first head", ALIBI, "off_h * stride_alibi_h", "off_hkv * 0"),
+    ("ALiBi a bonus in front of the diagonal", OF["ALiBi of each batch"], "gl.abs(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])", "(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])"),
+    ("the caller's mask inverted", OF["attn_mask of rows and keys"], "mask=inside, other=0) != 0", "mask=inside, other=0) == 0"),
+    ("the caller's mask of the first head", Free(why="", sizes=GROUPS, attn_mask="1h1j"), "off_h.to(gl.int64) * stride_attn_mask_h", "off_hkv.to(gl.int64) * stride_attn_mask_h"),
+    ("the bias of the first keys", OF["a bias with -inf"], "offs_n.to(gl.int64)[:, None] * stride_bias_n\n", "(offs_n % 16).to(gl.int64)[:, None] * stride_bias_n\n"),
+    ("the bias's gradient after the score's derivative", OF["a bias of every pair, under a score"], "gl.store(dbias_ptrs, ds, mask=exists)", "gl.store(dbias_ptrs, ds * 1.05, mask=exists)"),
+    ("the bias's gradient of one row", OF["a bias of keys"], "gl.sum(ds, 1), mask", "gl.max(ds, 1), mask"),
+    ("the bias's gradient stored by each head", OF["a bias that heads share"], "else 2", "else 1"),
+    ("dropout of the first head", DROPOUT, "(off_b * num_heads_kv + off_hkv) * group + member", "(off_b * num_heads_kv + off_hkv) * group"),
+    ("dropout of the first keys", DROPOUT, "c0 = (start_n // 2 +", "c0 = (0 * start_n +"),
+    ("dropout's words swapped", DROPOUT, "kept.permute((0, 4, 1, 2, 5, 3))", "kept.permute((0, 5, 1, 2, 4, 3))"),
+    ("nine rounds of dropout", DROPOUT, "gl.static_range(10)", "gl.static_range(9)"),
+    ("dp not dropped", DROPOUT, "dp = gl.where(kept, dp * dropout_scale, 0.0)", "dp = dp * 1.0"),
+    ("p not scaled for dv", DROPOUT, "gl.where(kept, p * dropout_scale, 0.0)", "gl.where(kept, p, 0.0)"),
+    ("full blocks of a BlockMask masked", BLOCKS, "(kind == 2) | ((kind == 1) & allowed)", "(kind >= 1) & allowed"),
+    ("a block that is not listed", BLOCKS, "(kind == 2) | ((kind == 1) & allowed)", "(kind == 2) | allowed"),
+    ("the list of the first keys", LISTS, "wide_n * stride_row_blocks_n", "0 * wide_n * stride_row_blocks_n"),
+    ("turns of a list counted from the front", LISTS, "(visits.flip(2).cumsum(2).flip(2) - visits)", "(visits.cumsum(2) - visits)"),
+    ("kinds of the first head", OF["a BlockMask of each head, whose keys are shared"], "off_h.to(gl.int64) * stride_block_kinds_h", "off_hkv.to(gl.int64) * stride_block_kinds_h"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[name.replace(" ", "-") for name, *_ in MUTANTS])
+def test_a_broken_line_is_noticed(index: int) -> None:
+    name, case, old, new = MUTANTS[index]
+    text = case.source.text
+    assert old in text, f"{name}: not in the text any more"
+    broken = text.replace(old, new)
+    buffers, values = make(case, 2)
+    try:
+        launch(case, buffers, values, text=broken, schedule="priority", seed=3, max_steps=60_000)
+    except SimulationError:
+        return
+    assert not buffers.check().ok, f"{name}: nobody noticed"
