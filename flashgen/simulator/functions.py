@@ -333,6 +333,12 @@ def static_print(*values: Any, sep: str = " ", end: str = "\n", file: Any = None
 
 ASM: dict[str, Callable[..., Any]] = {
     "mov.b32 $0, $1;": np.copy,
+    "{ .reg .pred seen; setp.le.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }": (
+        lambda x, at, last: np.where(at <= last, x, np.float32(-np.inf))
+    ),
+    "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; setp.le.and.s32 seen, $2, $4, seen; selp.f32 $0, $1, 0fFF800000, seen; }": (
+        lambda x, at, first, last: np.where((at >= first) & (at <= last), x, np.float32(-np.inf))
+    ),
     "ex2.approx.ftz.f32 $0, $1;": np.exp2,
     "ex2.approx.f32 $0, $1;": np.exp2,
     "lg2.approx.f32 $0, $1;": np.log2,

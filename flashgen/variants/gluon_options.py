@@ -86,12 +86,13 @@ class Options:
         if "alibi_shift" in self.score and not self.varlen:
             found["alibi_shift"] = "alibi_shift"
         # What `recompute` reads, and what the end of a packed sequence is written by, without TMA.
-        plain = "kv" * self.hides + "o" * self.varlen
+        plain = "qkv" * self.hides + "o" * self.varlen
         found |= {f"{x}_ptr": x for x in plain}
         found |= {**added.pointers, **added.scalars, **added.strides}
         for x in plain:
-            letters = {1: "m" if x == "o" else "n", 2: "h"} if self.varlen else {0: "b", 1: "n", 2: "h"}
-            found |= {f"stride_{x}{letter}": f"{x}.stride({dim})" for dim, letter in letters.items()}
+            letters = ("b", "m" if x in "qo" else "n", "h")
+            dims = range(1, 3) if self.varlen else range(3)
+            found |= {f"stride_{x}{letters[dim]}": f"{x}.stride({dim})" for dim in dims}
         return found
 
     @property

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
 import backward_mutants as backward
+import gluon_option_mutants as hopper
 import option_mutants as options
 from problems import BR, FAR, TL, Row, far_tensors, row
 
@@ -58,7 +59,7 @@ class Mutant:
     def checks(self) -> dict[str, Callable[[], None]]:
         """Those that run what the template is for."""
         if self.check:
-            return {self.check: options.CHECKS[self.check]}
+            return {self.check: {**options.CHECKS, **hopper.CHECKS}[self.check]}
         return CHECKS if self.file in (FORWARD, SOFTMAX, LAUNCH) else backward.CHECKS
 
 
@@ -189,6 +190,10 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(name=f"options: {name}", old=old, new=new, file=file, check=f"options-{check}")
         for name, old, new, file, check in options.MUTANTS
+    ),
+    *(
+        Mutant(name=f"options, Hopper: {name}", old=old, new=new, file=file, check=f"Hopper options-{check}")
+        for name, old, new, file, check in hopper.MUTANTS
     ),
 )
 

@@ -55,6 +55,8 @@ CASES: dict[str, Case] = {
     "mask_mod of columns": Case(**{**_NARROW, "mask_mod": "columns"}),
     "mask_mod of nothing": Case(**{**_WIDE, "mask_mod": "nothing"}),
     "mask_mod by heads": Case(**{**_NARROW, "mask_mod": "thirds", "causal": True, "group": 3, "seqlen_q": 20}),
+    "block_mask": Case(**{**_WIDE, "block_mask": "document", "causal": True}),
+    "block_mask and mask_mod": Case(**{**_NARROW, "block_mask": "columns", "mask_mod": "rows", "tile": (128, 32), "group": 3}),
     "mask_mod in a window": Case(**{**_WIDE, "mask_mod": "rows", "window": (60, 10), "sinks": True}),
     "score_mod": Case(**{**_WIDE, "score_mod": "relative", "causal": True}),
     "score_mod with a table": Case(**{**_NARROW, "score_mod": "gated", "group": 3}),

@@ -251,6 +251,23 @@ def modify_scores(
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -271,8 +288,7 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = rows_m * 0 + (seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
+    qk = hide_beyond(qk, offs_n, rows_m * 0 + (seqlen_k - 1))
     # -- block_mask: its mask_mod counts in its partial blocks alone --
     if ONE_KIND:
         block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q
@@ -292,8 +308,8 @@ def mask_scores(
     block_documents_ptrs_2 = documents_ptr + kv_idx.to(gl.int64) * documents_stride0
     block_documents_k = gl.load(block_documents_ptrs_2, mask=block_documents_inside_2, other=0)
     allowed = (block_documents_q == block_documents_k) & (kv_idx <= q_idx)
-    visible &= (kind == 2) | ((kind == 1) & allowed)
-    return gl.where(visible, qk, -float("inf"))
+    qk = gl.where((kind == 2) | ((kind == 1) & allowed), qk, -float("inf"))
+    return qk
 
 
 @gluon.jit
@@ -451,8 +467,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -487,7 +504,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from the listed blocks of keys: values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -500,8 +519,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 128)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     PARTS: gl.constexpr = (BLOCK_N + KEYS - 1) // KEYS
     end = seqlen_k
     for part in range(n_listed * PARTS):
@@ -552,7 +579,8 @@ def recompute(
             QK_LAYOUT,
         )
         if BLOCK_N < KEYS:
-            qk = gl.where(start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT)) < end, qk, -float("inf"))
+            columns = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT))
+            qk = gl.where(columns[None, :] < end, qk, -float("inf"))
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
         sees = (qk != -float("inf")) & (rows_s < seqlen_q)[:, None]
@@ -585,6 +613,7 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     block_kinds_ptr,
@@ -609,6 +638,9 @@ def consume(
     table_stride0,
     table_stride1,
     documents_stride0,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -828,6 +860,8 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -848,9 +882,12 @@ def consume(
         mbarrier.arrive(v_empty.index(stage), count=1)
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_b.to(gl.int64) * stride_qb + (off_h + row // ROWS).to(gl.int64) * stride_qh
+            q_offs += rows_m.to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -883,7 +920,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -930,6 +966,7 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     block_kinds_ptr,
@@ -954,6 +991,9 @@ def attention_fwd(
     table_stride0,
     table_stride1,
     documents_stride0,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -1032,6 +1072,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         block_kinds_ptr,
@@ -1056,6 +1097,9 @@ def attention_fwd(
                         table_stride0,
                         table_stride1,
                         documents_stride0,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1099,6 +1143,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         block_kinds_ptr,
@@ -1123,6 +1168,9 @@ def attention_fwd(
                         table_stride0,
                         table_stride1,
                         documents_stride0,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1209,6 +1257,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         block_kinds_ptr,
@@ -1233,6 +1282,9 @@ def attention_fwd(
                         table_stride0,
                         table_stride1,
                         documents_stride0,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1276,6 +1328,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         block_kinds_ptr,
@@ -1300,6 +1353,9 @@ def attention_fwd(
                         table_stride0,
                         table_stride1,
                         documents_stride0,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1343,6 +1399,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         block_kinds_ptr,
@@ -1367,6 +1424,9 @@ def attention_fwd(
                         table_stride0,
                         table_stride1,
                         documents_stride0,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1511,6 +1571,7 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
+        q,
         k,
         v,
         block_kinds,
@@ -1535,6 +1596,9 @@ def launch(
         captured_table.stride(0),
         captured_table.stride(1),
         captured_documents.stride(0),
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),

@@ -250,6 +250,23 @@ def modify_scores(
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -264,14 +281,13 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = rows_m * 0 + (seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
+    qk = hide_beyond(qk, offs_n, rows_m * 0 + (seqlen_k - 1))
     # -- the caller's mask --
     attn_mask_ptrs = attn_mask_head + rows_m.to(gl.int64)[:, None] * stride_attn_mask_m
     attn_mask_ptrs += offs_n.to(gl.int64)[None, :] * stride_attn_mask_n
     inside = (rows_m < seqlen_q)[:, None] & (offs_n < seqlen_k)[None, :]
-    visible &= gl.load(attn_mask_ptrs, mask=inside, other=0) != 0
-    return gl.where(visible, qk, -float("inf"))
+    qk = gl.where(gl.load(attn_mask_ptrs, mask=inside, other=0) != 0, qk, -float("inf"))
+    return qk
 
 
 @gluon.jit
@@ -406,8 +422,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -433,7 +450,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -446,8 +465,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 128)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
@@ -517,6 +544,7 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     bias_ptr,
@@ -529,6 +557,9 @@ def consume(
     stride_attn_mask_h,
     stride_attn_mask_m,
     stride_attn_mask_n,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -698,6 +729,8 @@ def consume(
                 TAKE_TURNS,
             )
             step += 1
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -728,9 +761,12 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_b.to(gl.int64) * stride_qb + (off_h + row // ROWS).to(gl.int64) * stride_qh
+            q_offs += rows_m.to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -754,7 +790,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -796,6 +831,7 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     bias_ptr,
@@ -808,6 +844,9 @@ def attention_fwd(
     stride_attn_mask_h,
     stride_attn_mask_m,
     stride_attn_mask_n,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -885,6 +924,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -897,6 +937,9 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -939,6 +982,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -951,6 +995,9 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1028,6 +1075,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1040,6 +1088,9 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1082,6 +1133,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1094,6 +1146,9 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1136,6 +1191,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1148,6 +1204,9 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1276,6 +1335,7 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
+        q,
         k,
         v,
         bias,
@@ -1288,6 +1348,9 @@ def launch(
         attn_mask.stride(1),
         attn_mask.stride(2),
         attn_mask.stride(3),
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),

@@ -233,6 +233,23 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -244,9 +261,8 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = gl.minimum(rows_m + causal_offset, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    return gl.where(visible, qk, -float("inf"))
+    qk = hide_beyond(qk, offs_n, gl.minimum(rows_m + causal_offset, seqlen_k - 1))
+    return qk
 
 
 @gluon.jit

@@ -286,6 +286,23 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def hide_beyond(qk, offs_n, last_n):
+    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $2, $3;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r",
+        [qk, offs_n[None, :], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -297,9 +314,8 @@ def mask_scores(
 ):
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    last_n = gl.minimum(rows_m + causal_offset, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    return gl.where(visible, qk, -float("inf"))
+    qk = hide_beyond(qk, offs_n, gl.minimum(rows_m + causal_offset, seqlen_k - 1))
+    return qk
 
 
 @gluon.jit
@@ -419,8 +435,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -440,7 +457,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -453,8 +472,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 128)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
@@ -507,6 +534,7 @@ def consume(
     ticket_box,
     ticket_bars,
     qk_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -514,6 +542,8 @@ def consume(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     bottom_right,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -704,6 +734,8 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -733,9 +765,11 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_h.to(gl.int64) * stride_qh + (first_q + rows_m).to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + first_k.to(gl.int64) * stride_kn + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + first_k.to(gl.int64) * stride_vn + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -753,7 +787,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: by TMA where all rows are the sequence's own, since it would write into the next one --
         acc = acc * norm[:, None]
         if start_m + ROWS <= seqlen_q:
@@ -799,6 +832,7 @@ def attention_fwd(
     lse_ptr,
     counter_ptr,
     qk_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -806,6 +840,8 @@ def attention_fwd(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     bottom_right,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -882,6 +918,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -889,6 +926,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -930,6 +969,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -937,6 +977,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1017,6 +1059,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1024,6 +1067,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1065,6 +1110,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1072,6 +1118,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1113,6 +1161,7 @@ def attention_fwd(
                         ticket_box,
                         (ticket_full, ticket_empty),
                         qk_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1120,6 +1169,8 @@ def attention_fwd(
                         cu_seqlens_k_ptr,
                         seqused_k_ptr,
                         bottom_right,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1259,6 +1310,7 @@ def launch(
     )
     # -- arguments of the options --
     added = (
+        q,
         k,
         v,
         o,
@@ -1266,6 +1318,8 @@ def launch(
         cu_seqlens_k,
         seqused_k,
         int(bottom_right),
+        q.stride(1),
+        q.stride(2),
         k.stride(1),
         k.stride(2),
         v.stride(1),

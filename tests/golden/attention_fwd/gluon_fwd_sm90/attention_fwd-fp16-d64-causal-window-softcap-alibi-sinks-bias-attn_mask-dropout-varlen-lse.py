@@ -340,6 +340,24 @@ def modify_scores(
 
 
 @gluon.jit
+def hide_outside(qk, offs_n, first_n, last_n):
+    """Scores with -inf at keys outside of [first_n, last_n] of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.ge.s32 seen, $2, $3;
+            setp.le.and.s32 seen, $2, $4, seen;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r,r",
+        [qk, offs_n[None, :], first_n[:, None], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -358,14 +376,13 @@ def mask_scores(
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     last_n = gl.minimum(rows_m + causal_offset + window_right, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    visible &= offs_n[None, :] >= (rows_m + causal_offset - window_left)[:, None]
+    qk = hide_outside(qk, offs_n, rows_m + causal_offset - window_left, last_n)
     # -- the caller's mask --
     attn_mask_ptrs = attn_mask_head + rows_m.to(gl.int64)[:, None] * stride_attn_mask_m
     attn_mask_ptrs += offs_n.to(gl.int64)[None, :] * stride_attn_mask_n
     inside = (rows_m < seqlen_q)[:, None] & (offs_n < seqlen_k)[None, :]
-    visible &= gl.load(attn_mask_ptrs, mask=inside, other=0) != 0
-    return gl.where(visible, qk, -float("inf"))
+    qk = gl.where(gl.load(attn_mask_ptrs, mask=inside, other=0) != 0, qk, -float("inf"))
+    return qk
 
 
 @gluon.jit
@@ -602,8 +619,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -640,7 +658,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -653,8 +673,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 64)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 64)[None, :]
@@ -732,6 +760,7 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -760,6 +789,8 @@ def consume(
     stride_attn_mask_m,
     stride_attn_mask_n,
     stride_sinks,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -982,6 +1013,8 @@ def consume(
                 TAKE_TURNS,
             )
             step += 1
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -1019,9 +1052,11 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_h.to(gl.int64) * stride_qh + (first_q + rows_m).to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + first_k.to(gl.int64) * stride_kn + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + first_k.to(gl.int64) * stride_vn + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -1056,7 +1091,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: by TMA where all rows are the sequence's own, since it would write into the next one --
         acc = acc * norm[:, None]
         if start_m + ROWS <= seqlen_q:
@@ -1106,6 +1140,7 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
+    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -1134,6 +1169,8 @@ def attention_fwd(
     stride_attn_mask_m,
     stride_attn_mask_n,
     stride_sinks,
+    stride_qm,
+    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -1211,6 +1248,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1239,6 +1277,8 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1281,6 +1321,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1309,6 +1350,8 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1392,6 +1435,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1420,6 +1464,8 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1462,6 +1508,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1490,6 +1537,8 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1532,6 +1581,7 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1560,6 +1610,8 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
+                        stride_qm,
+                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1724,6 +1776,7 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
+        q,
         k,
         v,
         o,
@@ -1752,6 +1805,8 @@ def launch(
         attn_mask.stride(2),
         attn_mask.stride(3),
         sinks.stride(0),
+        q.stride(1),
+        q.stride(2),
         k.stride(1),
         k.stride(2),
         v.stride(1),

@@ -246,6 +246,24 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def hide_outside(qk, offs_n, first_n, last_n):
+    """Scores with -inf at keys outside of [first_n, last_n] of each row; said in PTX, since a tile of conditions is packed into bits."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.ge.s32 seen, $2, $3;
+            setp.le.and.s32 seen, $2, $4, seen;
+            selp.f32 $0, $1, 0fFF800000, seen;
+        }""",
+        "=f,f,r,r,r",
+        [qk, offs_n[None, :], first_n[:, None], last_n[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def mask_scores(
     qk,
     rows_m,
@@ -260,9 +278,8 @@ def mask_scores(
     """Scores with -inf where a row does not see a key."""
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     last_n = gl.minimum(rows_m + causal_offset + window_right, seqlen_k - 1)
-    visible = offs_n[None, :] <= last_n[:, None]
-    visible &= offs_n[None, :] >= (rows_m + causal_offset - window_left)[:, None]
-    return gl.where(visible, qk, -float("inf"))
+    qk = hide_outside(qk, offs_n, rows_m + causal_offset - window_left, last_n)
+    return qk
 
 
 @gluon.jit
@@ -392,8 +409,9 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
-    q,
     staging,
+    q_ptr,
+    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -415,7 +433,9 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
+    All go through the output's staging memory, queries first, then keys and values 64 at a time.
+
+    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -428,8 +448,16 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory.
+    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
     tma.store_wait(0)
+    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
+    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
+    q_mask = q_mask & (offs_d < 64)[None, :]
+    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
+    partition_barrier()
+    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
+    partition_barrier()
+    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 64)[None, :]
@@ -484,12 +512,16 @@ def consume(
     ticket_bars,
     qk_scale,
     causal_offset,
+    q_ptr,
     k_ptr,
     v_ptr,
     sinks_ptr,
     window_left,
     window_right,
     stride_sinks,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -682,6 +714,8 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -714,9 +748,12 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+            q_offs = off_b.to(gl.int64) * stride_qb + (off_h + row // ROWS).to(gl.int64) * stride_qh
+            q_offs += rows_m.to(gl.int64) * stride_qm
             acc = recompute(
-                q,
                 o_tiles.index(WG),
+                q_ptr,
+                q_offs,
                 k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -736,7 +773,6 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -780,12 +816,16 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     causal_offset,
+    q_ptr,
     k_ptr,
     v_ptr,
     sinks_ptr,
     window_left,
     window_right,
     stride_sinks,
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -862,12 +902,16 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         causal_offset,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         sinks_ptr,
                         window_left,
                         window_right,
                         stride_sinks,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -909,12 +953,16 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         causal_offset,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         sinks_ptr,
                         window_left,
                         window_right,
                         stride_sinks,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -994,12 +1042,16 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         causal_offset,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         sinks_ptr,
                         window_left,
                         window_right,
                         stride_sinks,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1041,12 +1093,16 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         causal_offset,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         sinks_ptr,
                         window_left,
                         window_right,
                         stride_sinks,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1088,12 +1144,16 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         causal_offset,
+                        q_ptr,
                         k_ptr,
                         v_ptr,
                         sinks_ptr,
                         window_left,
                         window_right,
                         stride_sinks,
+                        stride_qb,
+                        stride_qm,
+                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1234,12 +1294,16 @@ def launch(
     )
     # -- arguments of the options --
     added = (
+        q,
         k,
         v,
         sinks,
         window_left,
         window_right,
         sinks.stride(0),
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),

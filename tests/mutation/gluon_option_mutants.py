@@ -1,0 +1,116 @@
+"""Broken edits of what options add to the Hopper forward: (name, text that stands there once, what it becomes, file, check that notices)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
+
+from cases import Case
+from judge import judge
+
+from flashgen.errors import AccuracyError
+
+FORWARD = "gluon/attention_fwd_sm90.py.jinja"
+RANGE, WALK, SCORES, RECOMPUTE, DROPOUT, PACKING, LAUNCH = (
+    f"gluon/parts/fwd_{part}.py.jinja"
+    for part in ("key_range", "walk", "scores", "recompute", "dropout", "packing", "launch_options")
+)
+
+_SMALL = {
+    "backend": "gluon", "dtype": "fp16", "batch": 2, "seqlen_q": 70, "seqlen_k": 150, "heads_kv": 1, "group": 1,
+    "head_dim": 16, "head_dim_v": 16, "lse": True, "tile": (128, 32), "seed": 3,
+}  # fmt: skip
+_LONG = {**_SMALL, "batch": 1, "seqlen_q": 200, "seqlen_k": 230}
+_PACKED = {**_SMALL, "batch": 1, "lengths": ((30, 70, 60), (0, 5, 5), (140, 90, 33)), "seqused": True, "causal": True}
+
+CASES: dict[str, Case] = {
+    "window": Case(**{**_LONG, "window": (80, 30), "group": 4}),  # more tiles than thread blocks
+    "narrow window": Case(**{**_LONG, "window": (3, 2)}),
+    "causal window": Case(**{**_SMALL, "window": (9, 9), "causal": True}),
+    "one-sided window": Case(**{**_SMALL, "window": (-1, 4)}),
+    "softcap": Case(**{**_SMALL, "softcap": 0.5}),
+    "alibi": Case(**{**_SMALL, "alibi": "bh"}),
+    "sinks": Case(**{**_SMALL, "sinks": True, "group": 2, "heads_kv": 3, "batch": 1, "causal": True, "seqlen_q": 20, "scale": 0.01}),  # above the scores
+    "bias": Case(**{**_SMALL, "bias": "bhij"}),
+    "attn_mask": Case(**{**_SMALL, "attn_mask": "bhij", "group": 2, "batch": 1}),
+    "attn_mask of columns": Case(**{**_SMALL, "attn_mask": "b11j"}),
+    "mask_mod": Case(**{**_LONG, "mask_mod": "document"}),
+    "mask_mod of columns": Case(**{**_SMALL, "mask_mod": "columns"}),
+    "score_mod": Case(**{**_SMALL, "score_mod": "table", "group": 2, "batch": 1}),
+    "block_mask": Case(**{**_SMALL, "block_mask": "document"}),
+    "block_mask of large blocks": Case(**{**_LONG, "block_mask": "document", "block_size": (64, 64)}),
+    "dropout": Case(**{**_SMALL, "dropout_p": 0.3, "group": 2, "batch": 1}),
+    "packed": Case(**_PACKED),
+}  # fmt: skip
+
+FULL = "gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1)"
+MASKED = "gl.where(part == 0, full_end, first) - 1, -1)"
+FIRST = "qk = hide_outside(qk, offs_n, rows_m + causal_offset - window_left, last_n)"
+LAST = "last_n = gl.minimum(rows_m + causal_offset + window_right, seqlen_k - 1)"
+KEEP = "c1 = quarter(zero + (start_m // 2 + i // 16 * 8 + i % 8)[:, None], BLOCK_N)"
+
+MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("the window shows one key too many on the left", FIRST, FIRST.replace("window_left", "window_left - 1"), SCORES, "window"),
+    ("the window hides its first key", FIRST, FIRST.replace("window_left", "window_left + 1"), SCORES, "narrow window"),
+    ("the window shows one key too many on the right", LAST, LAST.replace("window_right", "window_right + 1"), SCORES, "window"),
+    ("the ragged tail of a window", LAST, "last_n = rows_m + causal_offset + window_right", SCORES, "one-sided window"),
+    ("a causal window looks ahead", "    window_right = 0\n", "    window_right = max(window_right, 0)\n", LAUNCH, "causal window"),
+    ("no limit taken for 0", "window_left = widest if window_left < 0 else", "window_left = 0 if window_left < 0 else", LAUNCH, "one-sided window"),
+    ("the first block of a window too late", "first = kv_start // BLOCK_N\n", "first = kv_start // BLOCK_N + 1\n", RANGE, "window"),
+    ("the end of a window too early", "gl.maximum(last_m + causal_offset + window_right + 1, 0))", "gl.maximum(first_m + causal_offset + window_right + 1, 0))", RANGE, "window"),
+    ("full blocks of the first row on the left", "full_first = gl.cdiv(gl.maximum(last_m +", "full_first = gl.cdiv(gl.maximum(first_m +", RANGE, "window"),
+    ("full blocks of the last row on the right", "full_end = gl.minimum(kv_end, gl.maximum(first_m + causal_offset + window_right", "full_end = gl.minimum(kv_end, gl.maximum(last_m + causal_offset + window_right", RANGE, "window"),
+    ("full blocks rounded up", "gl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N)", "gl.maximum(last_m + causal_offset - window_left, 0) - BLOCK_N + 1, BLOCK_N)", RANGE, "window"),
+    ("the blocks of the first warpgroup for all", "first = gl.minimum(first, other)\n        end = gl.maximum(end, other_end)", "first = gl.minimum(first, first + 0 * other)\n        end = gl.maximum(end, 0 * other_end)", RANGE, "window"),
+    ("ranges of the first rows", "ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 4", "ranges += 0", RANGE, "mask_mod"),
+    ("mask_mod's last block forgotten", "end = gl.minimum(end, gl.load(ranges + 3))", "end = gl.minimum(end, gl.load(ranges + 3) - 1)", RANGE, "mask_mod"),
+    ("blocks that mask_mod hides in part taken for whole ones", "full_first = gl.maximum(full_first, gl.load(ranges + 1))\n        full_end = gl.minimum(full_end, gl.load(ranges + 2))", "full_first = gl.maximum(full_first, gl.load(ranges))\n        full_end = gl.minimum(full_end, gl.load(ranges + 3))", RANGE, "mask_mod of columns"),
+    ("the first masked block before the whole ones left out", MASKED, "gl.where(part == 0, full_end, first), -1)", WALK, "window"),
+    ("whole blocks walked twice", FULL, "full_end - 1, full_first - 1, -1)", WALK, "window"),
+    ("a listed block left out", "gl.where(part == 0, n_masked, n_listed)):", "gl.where(part == 0, n_masked - 1, n_listed)):", WALK, "block_mask"),
+    ("the first listed block met twice", "range(gl.where(part == 0, 1, n_listed),", "range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
+    ("kinds of the first rows", "block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q", "block_row = gl.minimum(start_m, 0)", SCORES, "block_mask of large blocks"),
+    ("blocks left of the walk not released", "        for _ in range(first - n_first):\n", "        for _ in range(0 * (first - n_first)):\n", FORWARD, "window"),
+    ("softcap without its factor", "return softcap - (2.0 * softcap) * inverse", "return 1.0 - 2.0 * inverse", SCORES, "softcap"),
+    ("scores not scaled before options", "    qk *= sm_scale\n", "", SCORES, "softcap"),
+    ("ALiBi in front of the diagonal is a bonus", "qk -= slope * gl.abs(distance)", "qk -= slope * distance", SCORES, "alibi"),
+    ("ALiBi from the top left", "rows_m + (alibi_shift - start_n)", "rows_m + (0 * alibi_shift - start_n)", SCORES, "alibi"),
+    ("ALiBi of the first sequence", "alibi_slopes_ptr + off_b.to(gl.int64) * stride_alibi_b", "alibi_slopes_ptr", FORWARD, "alibi"),
+    ("the sink missing in the denominator", "l_i = l_i * alpha + gl.exp2(sink - m_last)", "l_i = l_i * alpha", FORWARD, "sinks"),
+    ("the sink in base e", "sink = gl.load(sink_ptrs).to(gl.float32) * 1.4426950408889634", "sink = gl.load(sink_ptrs).to(gl.float32)", FORWARD, "sinks"),
+    ("the sink of the tile's first head", "(off_h + row // ROWS).to(gl.int64) * stride_sinks", "(off_h + 0 * row).to(gl.int64) * stride_sinks", FORWARD, "sinks"),
+    ("values not rescaled for the sink", "        norm *= alpha\n", "        norm *= 1.0\n", FORWARD, "sinks"),
+    ("the maximum of lse without the sink", '{{ "m_last" if spec.has_sinks else "m_i" }}', "m_i", FORWARD, "sinks"),
+    ("operands of the first sequence", "_ptr + off_b.to(gl.int64) * stride_{{ name }}_b", "_ptr", FORWARD, "bias"),
+    ("operands of the first head", "        {{ name }}_head += off_h.to(gl.int64) * stride_{{ name }}_h\n", "", FORWARD, "attn_mask"),
+    ("the bias of the first keys", "bias_ptrs += (start_n + offs_n).to(gl.int64)", "bias_ptrs += offs_n.to(gl.int64)", SCORES, "bias"),
+    ("attn_mask inverted", "mask=inside, other=0) != 0, qk", "mask=inside, other=0) == 0, qk", SCORES, "attn_mask"),
+    ("values that a mask hides from all", "        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):\n", "        if is_spoiled(acc * 0.0 + 1.0, rows_m * 0 + seqlen_q, seqlen_q, O_LAYOUT):\n", FORWARD, "attn_mask of columns"),
+    ("values read that only others see", "v_mask = (seen & (keys < end))[:, None]", "v_mask = (keys < end)[:, None]", RECOMPUTE, "attn_mask of columns"),
+    ("computed anew with another maximum", "p = gl.exp2(qk * qk_scale - m_s[:, None])", "p = gl.exp2(qk * qk_scale - m_s[:, None] * 0.5)", RECOMPUTE, "attn_mask of columns"),
+    ("mask_mod not evaluated", '    qk = gl.where({{ mask.result }}, qk, -float("inf"))\n', "", SCORES, "mask_mod of columns"),
+    ("score_mod not evaluated", "    qk = {{ score.result }}\n", "", SCORES, "score_mod"),
+    ("dropout without its factor", "        norm *= dropout_scale\n", "", FORWARD, "dropout"),
+    ("dropout shifted by a row", KEEP, KEEP.replace("start_m // 2", "start_m // 2 + 1"), DROPOUT, "dropout"),
+    ("dropout transposed", "words = gl.join(left, right)", "words = gl.join(left, right).permute([0, 1, 2, 3, 5, 4])", DROPOUT, "dropout"),
+    ("the same dropout in every head", "off_bh = off_b * num_heads_q + off_h", "off_bh = off_b * num_heads_q", FORWARD, "dropout"),
+    ("seqused_k ignored", "seqlen_k = gl.minimum(seqlen_k, gl.load(seqused_k_ptr + off_b))", "seqlen_k = seqlen_k + 0", PACKING, "packed"),
+    ("a block of the next sequence", "// TILE_ROWS + middle <= block", "// TILE_ROWS + middle < block", PACKING, "packed"),
+    ("rows of the next sequence written", "        if start_m + ROWS <= seqlen_q:\n", "        if start_m < seqlen_q:\n", FORWARD, "packed"),
+    ("too few blocks for ragged sequences", "num_m_blocks = total_q // BLOCK_M + batch", "num_m_blocks = -(-total_q // BLOCK_M)", FORWARD, "packed"),
+    ("lse of every sequence at the start", "off_h.to(gl.int64) * total_q + first_q + rows_m", "off_h.to(gl.int64) * total_q + rows_m", FORWARD, "packed"),
+)  # fmt: skip
+
+
+def _run(case: Case) -> None:
+    said = judge(case)
+    if said is not None:
+        raise AccuracyError(said)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    f"Hopper options-{name}": (lambda case=case: _run(case)) for name, case in CASES.items()
+}
