@@ -206,7 +206,7 @@ def test_shipped_portfolios_are_within_the_bound_on_every_measured_problem() -> 
             groups.setdefault((one.variant, spec.dtype, spec.block_head_dim, spec.block_head_dim_v), []).append(one)
     assert len(groups) >= 3
     for (variant, dtype, dim, dim_v), rows in groups.items():
-        found = portfolios.find(arch="sm_90", op="attention_fwd", variant=variant, dtype=dtype, head_dim=dim, head_dim_v=dim_v)  # fmt: skip
+        found = portfolios.find(arch="sm_90", op=by_name(variant).op, variant=variant, dtype=dtype, head_dim=dim, head_dim_v=dim_v)  # fmt: skip
         own = [KernelConfig(variant=variant, **member.config) for member in found]
         for problem in problems_seen(rows):
             assert min(problem.slowdowns.get(config, 9.0) for config in own) <= BOUND

@@ -117,7 +117,7 @@ def test_hopper_gpus_have_rows_of_both_kernels(gpu: str, monkeypatch: pytest.Mon
     here = {(row.spec_key, tuple(row.shape.values())) for row in rows}
     there = [row for name in HOPPER for row in seeds.load(name, "attention_fwd")]
     measured = [row for row in there if (row.variant, row.status) == (VARIANT.name, "ok")]
-    assert len(measured) >= 50 and {(row.spec_key, tuple(row.shape.values())) for row in measured} <= here
+    assert len(measured) >= 30 and {(row.spec_key, tuple(row.shape.values())) for row in measured} <= here
     for row in rows:
         # Nothing forecasts this kernel: no predicted time, and the message says so.
         assert row.predicted_ms is None
