@@ -203,7 +203,9 @@ def tune_flex(path: Path, budget_s: float) -> int:
                 out, _ = process.communicate()
             lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
             log = Path(folder) / f"{head_dim}.json"
-            choices = json.loads(log.read_text()) if log.exists() else [one for one in lines if "choices" in one]
+            choices = [one for one in lines if "choices" in one] or (
+                json.loads(log.read_text()) if log.exists() else []
+            )
             found["kernel_options"][str(head_dim)] = options_of(choices)
             found["seconds"][str(head_dim)] = next(
                 (one["seconds"] for one in lines if "seconds" in one), "not finished"
@@ -214,11 +216,15 @@ def tune_flex(path: Path, budget_s: float) -> int:
 
 
 def options_of(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first choice of the last forward and of the last backward in inductor's log, as kernel_options."""
+    """The first choice of the last forward and of the last backward in inductor's log, as kernel_options.
+
+    An entry is {"kernel_type": ..., "choices": [...]}; in PyTorch 2.11 {shapes: [...]}, with the type in each choice.
+    """
     options: dict[str, Any] = {}
     for entry in log:
-        prefix = {"forward": "fwd_", "backward": "bwd_"}.get(entry["kernel_type"])
-        best = entry["choices"][0]
+        choices = entry["choices"] if "choices" in entry else next(iter(entry.values()))
+        best = choices[0]
+        prefix = {"forward": "fwd_", "backward": "bwd_"}.get(entry.get("kernel_type") or best.get("kernel_type"))
         if prefix is not None:
             options |= {f"{prefix}{name}": best[name] for name in _TUNABLES if best.get(name) is not None}
     return options

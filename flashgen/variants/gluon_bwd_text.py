@@ -85,7 +85,7 @@ class BackwardText:
             found |= {name: (name, False) for name in ("dropout_threshold", "dropout_scale")}
         if spec.has_bias:
             head = "off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h"
-            found["dbias_ptr"] = (f"dbias_ptr + {head}", True)
+            found |= {"start_n": ("start_n", False), "dbias_ptr": (f"dbias_ptr + {head}", True)}
             found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
         if self.sums(spec):
             found |= {name: (name, False) for name in ("seqlen_k", *self.sums(spec))}
