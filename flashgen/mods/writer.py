@@ -49,7 +49,11 @@ _JUMPS = {*COMPARISONS, "floor", "ceil", "round", "trunc", "sign", "load"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """What the arguments are called where the expression stands; any expression that binds like a name."""
+    """What the arguments are called where the expression stands; any expression that binds like a name.
+
+    Attributes:
+        apart: q_idx - kv_idx in fp32, where that is at hand: conversions of a tile of integers are slow.
+    """
 
     score: str = "score"
     b: str = "b"
@@ -57,6 +61,7 @@ class Names:
     q_idx: str = "q_idx"
     kv_idx: str = "kv_idx"
     grad: str = "grad"
+    apart: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +276,12 @@ class Writer:
 
     def _cast(self, node: Node) -> tuple[str, int]:
         (x,) = node.args
+        if self.names.apart and node.dtype == "float32" and x.op == "sub":
+            indices = [arg.value for arg in x.args if arg.op == "input"]
+            if indices == ["q_idx", "kv_idx"]:
+                return self.names.apart, _ATOM
+            if indices == ["kv_idx", "q_idx"]:
+                return f"-{self.names.apart}", _UNARY
         return f"{self._operand(x, _ATOM)}.to({self.dialect.lang}.{kernel_name(node.dtype)})", _ATOM
 
     def _load(self, node: Node) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from flashgen.problem import Problem
 from flashgen.spec import MAX_HEAD_DIM, AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
-from flashgen.variants.gluon_options import Options, emission, options
+from flashgen.variants.gluon_options import Options, emission, options, words
 from flashgen.variants.mod_text import WithMods
 
 _COVERED_FLAGS = frozenset(
@@ -25,6 +25,7 @@ _STAGES = (1, 8)
 _REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
 _SECTION = (1, 1 << 16)
 _ARGUMENT_BYTES = 512
+_EXACT = 1 << 23  # positions whose differences, shifted by a length, fp32 holds
 
 _H200 = (
     "measured on one H200, interleaved, bf16, S 512 to 16384, full and causal (benchmarks/results/h200_gluon_fwd.jsonl)"
@@ -130,6 +131,8 @@ class GluonForwardSm90(WithMods, Variant):
         reason = super().refuses(problem)
         if reason is not None:
             return reason
+        if (problem.has_score_mod or problem.has_alibi) and max(problem.seqlen_q, problem.seqlen_k) >= _EXACT:
+            return f"counts distances in fp32, exact below {_EXACT} positions: sequences of {problem.seqlen_q} and {problem.seqlen_k} are longer"
         if problem.unaligned:
             return f"TMA needs addresses and strides that are multiples of 16 bytes, and none that are 0: {', '.join(problem.unaligned)} is not so"
         return None
@@ -141,6 +144,10 @@ class GluonForwardSm90(WithMods, Variant):
     def mod(self, spec: AttentionSpec, kind: str) -> Any:
         """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
         return emission(spec, kind)
+
+    def measures_distance(self, spec: AttentionSpec, kind: str) -> bool:
+        """Whether the text of a mod reads q_idx - kv_idx in fp32."""
+        return "apart" in words(spec, kind)
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
         """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""

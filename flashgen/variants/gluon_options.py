@@ -168,14 +168,22 @@ def _matrix(name: str) -> list[str]:
     return [f"{name}_head", f"stride_{name}_m", f"stride_{name}_n"]
 
 
+def words(spec: AttentionSpec, kind: str) -> set[str]:
+    """The names in the text of a mod; none where the spec has no such mod."""
+    given = {"score": spec.has_score_mod, "mask": spec.has_mask_mod, "block": spec.has_block_mask}
+    if spec.mods is None or not given[kind]:
+        return set()
+    text = emission(spec, kind)
+    lines = " ".join((*text.statements, *text.results))
+    return set("".join(c if c.isalnum() or c == "_" else " " for c in lines).split())
+
+
 def _captured(spec: AttentionSpec, kind: str) -> list[str]:
     """What the text of a mod reads: where it stands, and the tensors that it captured."""
     if spec.mods is None:
         return []
-    text = emission(spec, kind)
-    lines = " ".join((*text.statements, *text.results))
-    words = set("".join(c if c.isalnum() or c == "_" else " " for c in lines).split())
-    return [name for name in ("off_b", "off_h", *spec.mods.program.parameters) if name in words]
+    found = words(spec, kind)
+    return [name for name in ("off_b", "off_h", *spec.mods.program.parameters) if name in found]
 
 
 def emission(spec: AttentionSpec, kind: str) -> Any:
@@ -185,6 +193,6 @@ def emission(spec: AttentionSpec, kind: str) -> Any:
     if spec.mods is None:
         raise RenderError(f"{spec.key} has mods that were not traced: nothing can be rendered for them.")
     program = spec.mods.program
-    names = mods.Names(score="qk", b="off_b", h="off_h", q_idx="q_idx", kv_idx="kv_idx")
+    names = mods.Names(score="qk", b="off_b", h="off_h", q_idx="q_idx", kv_idx="kv_idx", apart="apart")
     emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
     return emit(dialect=mods.GLUON, names=names, like="qk")

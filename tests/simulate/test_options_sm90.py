@@ -57,6 +57,7 @@ CASES: dict[str, Case] = {
     "mask_mod by heads": Case(**{**_NARROW, "mask_mod": "thirds", "causal": True, "group": 3, "seqlen_q": 20}),
     "block_mask": Case(**{**_WIDE, "block_mask": "document", "causal": True}),
     "block_mask and mask_mod": Case(**{**_NARROW, "block_mask": "columns", "mask_mod": "rows", "tile": (128, 32), "group": 3}),
+    "block_mask and attn_mask": Case(**{**_WIDE, "block_mask": "columns", "attn_mask": "1h11", "mask_mod": "thirds", "causal": True}),
     "mask_mod in a window": Case(**{**_WIDE, "mask_mod": "rows", "window": (60, 10), "sinks": True}),
     "score_mod": Case(**{**_WIDE, "score_mod": "relative", "causal": True}),
     "score_mod with a table": Case(**{**_NARROW, "score_mod": "gated", "group": 3}),

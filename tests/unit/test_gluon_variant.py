@@ -112,3 +112,16 @@ def test_the_compiler_agrees(words: str) -> None:
     assert (facts.loop_spill_ops, facts.serialised, facts.undefined_registers) == (0, False, 0)
     assert facts.loop_macs == config.BLOCK_M * config.BLOCK_N * (spec.head_dim + spec.head_dim_v)
     assert VARIANT.illegal(spec, H100, config, facts) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_an_unmasked_block_costs_what_it_costs_in_the_plain_kernel(head_dim: int) -> None:
+    """Instructions of the loop over blocks that need no mask, at the plain kernel's tile; nothing spilled there."""
+    plain = spec_of(f"bf16-d{head_dim}-causal")
+    (tile, _), *_ = [(known.config, known.source) for known in VARIANT.known_good(plain, H100)]
+    limit = compile_facts(plain, tile, H100).loop["total"]
+    for words in ("causal-window", "causal-sinks-lse", "window-varlen"):
+        facts = compile_facts(spec_of(f"bf16-d{head_dim}-{words}"), tile, H100)
+        assert facts.loop["total"] <= limit + 8, words
+        assert (facts.loop_spill_ops, facts.serialised, facts.undefined_registers) == (0, False, 0), words

@@ -308,6 +308,21 @@ def soft_cap(scores, softcap):
 
 
 @gluon.jit
+def less_columns(rows, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """rows[i] - j of a tile in fp32, exact below 2^24: one subtraction of a number that the compiler knows each.
+
+    A lane holds two neighbours of every eight columns; converting a tile of integers would take as long as its exponentials.
+    """
+    tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 8])
+    LAYOUT: gl.constexpr = tile.type.layout
+    rows = gl.convert_layout(rows.to(gl.float32), gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    ones = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))).to(gl.float32)
+    eights = (gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))) * 8).to(gl.float32)
+    apart = rows[:, None][:, :, None] - ones[None, :][:, None, :] - eights[None, :][:, :, None]
+    return gl.convert_layout(apart.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
+
+
+@gluon.jit
 def modify_scores(
     qk,
     rows_m,
@@ -328,9 +343,8 @@ def modify_scores(
     offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     qk *= sm_scale
     qk = soft_cap(qk, softcap)
-    # -- ALiBi: differences of small numbers in fp32, since conversions from integers are slow --
-    distance = (rows_m + (alibi_shift - start_n)).to(gl.float32)[:, None] - offs_n.to(gl.float32)[None, :]
-    qk -= slope * gl.abs(distance)
+    # -- ALiBi --
+    qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n), BLOCK_N, QK_LAYOUT))
     # -- bias --
     bias_ptrs = bias_head + rows_m.to(gl.int64)[:, None] * stride_bias_m
     bias_ptrs += (start_n + offs_n).to(gl.int64)[None, :] * stride_bias_n
