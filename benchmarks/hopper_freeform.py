@@ -177,10 +177,17 @@ def said(one: Comparison, rows: list[dict[str, Any]]) -> str:
 # -- FlexAttention's tiles --
 
 
-def tune_flex(path: Path) -> int:
-    """max-autotune the causal kind once a head dim, in processes side by side, and write the winners as kernel_options."""
+def tune_flex(path: Path, budget_s: float) -> int:
+    """max-autotune the causal kind once a head dim, in processes side by side, and write the winners as kernel_options.
+
+    What is not tuned when the budget is spent (the backward comes last) has no options: inductor then takes its default tile.
+    """
     side_by_side.need_gpu()
-    found: dict[str, Any] = {"torch": "", "gpu": "", "seconds": {}, "kernel_options": {}}
+    import torch
+
+    end = time.monotonic() + budget_s
+    where = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+    found: dict[str, Any] = {**where, "seconds": {}, "kernel_options": {}}
     with tempfile.TemporaryDirectory() as folder:
         processes = {}
         for head_dim in HEAD_DIMS:
@@ -189,28 +196,35 @@ def tune_flex(path: Path) -> int:
             words = [sys.executable, sys.argv[0], "--tune-flex-one", str(head_dim)]
             processes[head_dim] = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
         for head_dim, process in processes.items():
-            out, _ = process.communicate()
+            try:
+                out, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, _ = process.communicate()
+            lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
             log = Path(folder) / f"{head_dim}.json"
-            if process.returncode:
-                click.echo(f"head dim {head_dim}: rc {process.returncode}: {out[-300:]}", err=True)
-                continue
-            said = json.loads(out.splitlines()[-1])
-            found |= {"torch": said["torch"], "gpu": said["gpu"]}
-            found["seconds"][str(head_dim)] = said["seconds"]
-            found["kernel_options"][str(head_dim)] = options_of(
-                json.loads(log.read_text()) if log.exists() else said["choices"]
+            choices = [one for one in lines if "choices" in one] or (
+                json.loads(log.read_text()) if log.exists() else []
+            )
+            found["kernel_options"][str(head_dim)] = options_of(choices)
+            found["seconds"][str(head_dim)] = next(
+                (one["seconds"] for one in lines if "seconds" in one), "not finished"
             )
     path.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(path.read_text())
-    return 0 if len(found["kernel_options"]) == len(HEAD_DIMS) else 1
+    return 0 if all(seconds != "not finished" for seconds in found["seconds"].values()) else 1
 
 
 def options_of(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first choice of the last forward and of the last backward in inductor's log, as kernel_options."""
+    """The first choice of the last forward and of the last backward in inductor's log, as kernel_options.
+
+    An entry is {"kernel_type": ..., "choices": [...]}; in PyTorch 2.11 {shapes: [...]}, with the type in each choice.
+    """
     options: dict[str, Any] = {}
     for entry in log:
-        prefix = {"forward": "fwd_", "backward": "bwd_"}.get(entry["kernel_type"])
-        best = entry["choices"][0]
+        choices = entry["choices"] if "choices" in entry else next(iter(entry.values()))
+        best = choices[0]
+        prefix = {"forward": "fwd_", "backward": "bwd_"}.get(entry.get("kernel_type") or best.get("kernel_type"))
         if prefix is not None:
             options |= {f"{prefix}{name}": best[name] for name in _TUNABLES if best.get(name) is not None}
     return options
@@ -221,8 +235,8 @@ def tune_flex_one(head_dim: int) -> None:
     import torch
     from torch._inductor.select_algorithm import add_feedback_saver
 
-    seen: list[dict[str, Any]] = []  # for releases that keep no log of FlexAttention's choices
-    add_feedback_saver(lambda timings, name, *rest, **more: seen.append(choice_of(timings, name)))
+    # For releases that keep no log of FlexAttention's choices.
+    add_feedback_saver(lambda timings, name, *rest, **more: print(json.dumps(choice_of(timings, name)), flush=True))
     start = time.monotonic()
     p = problem(LENGTHS[0], head_dim, "cuda")
     inputs = side_by_side.Inputs(p, "attention_bwd", cache=0, memory=0)
@@ -232,8 +246,7 @@ def tune_flex_one(head_dim: int) -> None:
     peer.prepare(p, "attention_bwd", inputs.of("bhsd")[:1])[0]()
     torch.cuda.synchronize()
     seconds = {"forward": round(forward, 1), "forward and backward": round(time.monotonic() - start - forward, 1)}
-    where = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-    click.echo(json.dumps({**where, "seconds": seconds, "choices": seen}))
+    click.echo(json.dumps({"seconds": seconds}))
 
 
 def choice_of(timings: dict[Any, float], name: str) -> dict[str, Any]:
@@ -334,7 +347,7 @@ def main(
         _tune_flex_one(tune_flex_one)
         return 0
     if tune_flex is not None:
-        return _tune_flex(tune_flex)
+        return _tune_flex(tune_flex, budget_s)
     chosen = _words("--kinds", kinds, tuple(freeform.KINDS))
     names = ("flashgen", *_words("--contestants", contestants, NAMES))
     wanted = {int(word) for word in _words("--lengths", lengths, tuple(map(str, LENGTHS)))}

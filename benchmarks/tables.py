@@ -44,6 +44,35 @@ def cells_of(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Cell]:
     return found
 
 
+def renewed(
+    cells: dict[tuple[str, ...], Cell], again: dict[tuple[str, ...], Cell], over: str = "sdpa-cudnn"
+) -> dict[tuple[str, ...], Cell]:
+    """Cells with those of a later run in their place; what was not timed again is chained over a peer that was.
+
+    A chained ratio is the earlier one times what that peer's ratio has changed by; it is marked, and has no interval.
+    """
+    found = dict(cells)
+    for key, cell in again.items():
+        found[key], old = dict(cell), cells.get(key, {})
+        before, now = ratio(old, over), ratio(cell, over)
+        for name in old:
+            before_this = ratio(old, name)
+            if name not in cell and None not in (before, now, before_this):
+                found[key][name] = {"ratio_median": str(before_this * now / before), "chained": "yes"}  # type: ignore[operator]
+    return found
+
+
+def chained(cells: dict[tuple[str, ...], Cell]) -> str:
+    """What is said of chained ratios; nothing where there are none."""
+    count = sum(any(row.get("chained") for row in cell.values()) for cell in cells.values())
+    if not count:
+        return ""
+    return (
+        f" A ratio with ~ was not timed beside today's kernel ({count} cells): it is that of an earlier run of ours "
+        "times how cuDNN's ratio has changed since."
+    )
+
+
 def ratio(cell: Cell, contestant: str) -> float | None:
     """A contestant's time over the baseline's; None where it was not timed."""
     text = cell.get(contestant, {}).get("ratio_median")
@@ -104,11 +133,11 @@ def forward() -> str:
     rows = read("h200_forward.csv")
     peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
     names = ("head_dim", "head_dim_v", "num_heads_q", "num_heads_kv", "causal", "seqlen_q")
-    cells = cells_of(rows, *names)
+    cells = renewed(cells_of(rows, *names), cells_of(read("h200_forward_again.csv"), *names))
     lengths = sorted({int(key[5]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide: TFLOP/s, and in brackets how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take.",
+        f"{', '.join(PEERS[name] for name in peers)} take.{chained(cells)}",
         "",
         *columns_of(lengths, "forward"),
     ]
@@ -129,7 +158,10 @@ def forward() -> str:
 def _figures(cell: Cell | None, peers: Sequence[str], *, own: str = "flashgen") -> str:
     if cell is None or not cell[own]["tflops"]:
         return "-"
-    others = ["-" if (found := ratio(cell, peer)) is None else f"{found:.2f}" for peer in peers]
+    others = [
+        "-" if (found := ratio(cell, peer)) is None else f"{'~' if cell[peer].get('chained') else ''}{found:.2f}"
+        for peer in peers
+    ]
     return f"{float(cell[own]['tflops']):.0f} ({', '.join(others)})"
 
 
@@ -137,11 +169,12 @@ def backward() -> str:
     """Hopper backward, and what a fixed order of sums costs."""
     rows = read("h200_backward.csv")
     peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
-    cells = cells_of(rows, "head_dim", "head_dim_v", "causal", "seqlen_q")
+    names = ("head_dim", "head_dim_v", "causal", "seqlen_q")
+    cells = renewed(cells_of(rows, *names), cells_of(read("h200_backward_again.csv"), *names))
     lengths = sorted({int(key[3]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide, through autograd: TFLOP/s, how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.",
+        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.{chained(cells)}",
         "",
         *columns_of(lengths, "backward"),
     ]

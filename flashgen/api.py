@@ -63,7 +63,9 @@ def attention(
         attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
         score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients. It is
             called once with a few zeros before anything runs, to see what shape and dtype it gives.
-        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, elementwise, gives bool; tried likewise.
+        mask_mod: FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, elementwise, gives bool; tried likewise. Kernels leave out whole
+            blocks that it hides. Tensors that it reads are copied to the host for that, once for each content (the only call that
+            waits for the device); where a content is first met while a CUDA graph is captured, every block is masked.
         block_mask: torch's BlockMask, taken as given.
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.

@@ -61,7 +61,9 @@ def ranges(
     sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
     read = program.mask_reads
     if not read:
-        return held(_of_code(_ByDigest(program), sizes, problem.device, turned), problem.device)
+        made, stream = _of_code(_ByDigest(program), sizes, problem.device, turned)
+        _used((made,), stream)
+        return held(made, problem.device)
     return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, turned)
 
 
@@ -79,8 +81,32 @@ class _ByDigest:
 
 
 @lru_cache(maxsize=256)
-def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, turned: bool) -> Tensor:
-    return _analysed(program.program, (), sizes, device, turned)
+def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, turned: bool) -> tuple[Tensor, int]:
+    made = _analysed(program.program, (), sizes, device, turned)
+    return made, _settled(made.device)
+
+
+# -- streams: what is remembered is complete before any of them sees it, and not given back while one reads it --
+
+
+def _settled(device: torch.device) -> int:
+    """The current stream, once it has done all that it was asked; 0 where there are none."""
+    if device.type != "cuda":
+        return 0
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    return int(stream.cuda_stream)
+
+
+def _used(tensors: Sequence[Tensor], made_on: int) -> None:
+    """Note that the current stream reads tensors that were made on another one."""
+    if not tensors or tensors[0].device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(tensors[0].device)
+    # A captured graph's are held for good.
+    if stream.cuda_stream != made_on and not torch.cuda.is_current_stream_capturing():
+        for x in tensors:
+            x.record_stream(stream)
 
 
 # -- masks that read tensors --
@@ -96,6 +122,7 @@ class _Known:
         copies: what the tensors held, as integers, on their device; none where the ranges leave nothing out anyway.
         precise: the ranges of that content.
         masked: ranges that mask every block.
+        stream: on which all of these were made.
     """
 
     versions: tuple[int | None, ...]
@@ -103,9 +130,11 @@ class _Known:
     copies: tuple[Tensor, ...]
     precise: Tensor
     masked: Tensor
+    stream: int
 
     def current(self, tensors: Sequence[Tensor]) -> Tensor:
         """The ranges for what the tensors hold when the device gets there."""
+        _used((self.precise, self.masked, *self.copies), self.stream)
         if not self.copies:
             return self.masked
         same: Tensor | None = None
@@ -160,6 +189,7 @@ def _remember(
             copies=() if torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
             precise=precise,
             masked=masked,
+            stream=_settled(read[0].device),
         )
     with _lock:
         for old in [old for old, one in _contents.items() if any(storage.expired() for storage in one.storages)]:

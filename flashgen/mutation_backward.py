@@ -31,10 +31,12 @@ class BackwardCase(Case):
     Attributes:
         deterministic: whether sums of dq are ordered, and must be.
         dlse: whether lse has a gradient.
+        processors: of the simulated device: how many heads make a section follows from them.
     """
 
     deterministic: bool
     dlse: bool
+    processors: int = 3
 
 
 _SMALL: dict[str, Tunable] = {
@@ -44,6 +46,10 @@ _SMALL: dict[str, Tunable] = {
 _OTHER_ARMS: dict[str, Tunable] = {
     "BLOCK_N": 128, "STAGES": 3, "DS_STAGES": 1, "DQ_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": False,
 }  # fmt: skip
+
+# No knobs of their own, but a device of five processors: two heads of two blocks run at a time.
+_SECTIONS: dict[str, Tunable] = {}
+_FIVE = 5
 
 # Sizes, knobs, values of the inputs, whether sums are ordered, whether lse has a gradient.
 _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values, bool, bool], ...] = (
@@ -55,6 +61,9 @@ _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values, bool, b
     ({"seqlen_q": 100, "seqlen_k": 128}, {"BLOCK_M": 128, "PEELED": False}, "normal", True, False),
     # A key that does not exist has an exponential that overflows; two warpgroups, of which one may run ahead.
     ({"seqlen_q": 200, "seqlen_k": 90}, {"BLOCK_N": 128}, "low", False, True),
+    # Sections of two heads, and one head that is left.
+    ({"seqlen_q": 64, "seqlen_k": 128, "num_heads_q": 3}, _SECTIONS, "normal", False, False),
+    ({"seqlen_q": 64, "seqlen_k": 128, "num_heads_q": 3}, _SECTIONS, "normal", True, False),
 )
 _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values, bool, bool], ...] = (
     # Rows beyond the last key see all keys, and none that does not exist.
@@ -87,7 +96,12 @@ class BackwardStudy(Study):
             )
             found.append(
                 BackwardCase(
-                    problem=replace(base, **heads), config=config, values=values, deterministic=deterministic, dlse=dlse
+                    problem=replace(base, **heads),
+                    config=config,
+                    values=values,
+                    deterministic=deterministic,
+                    dlse=dlse,
+                    processors=_FIVE if knobs is _SECTIONS else 3,
                 )
             )
         return tuple(found)
@@ -100,7 +114,7 @@ class BackwardStudy(Study):
         args = {**buffers.inputs, **buffers.outputs, **buffers.scalars, **dict(case.config)}
         report = simulate(
             text, {**args, "deterministic": case.deterministic}, schedule=schedule, seed=seed, max_steps=_MAX_STEPS,
-            smem_bytes=_SMEM_BYTES, ordered_sums=case.deterministic,
+            smem_bytes=_SMEM_BYTES, ordered_sums=case.deterministic, processors=case.processors,
         )  # fmt: skip
         return self._right(number, buffers), work_of(report)
 

@@ -51,18 +51,21 @@ def tune(
         DatabaseError: the database cannot be written.
     """
     from flashgen import tuner  # the tuner is imported by nobody but this function and the command line
+    from flashgen.tuner.ahead import ahead
 
     where = Target.named(target) if isinstance(target, str) else target
-    return tuner.tune(
-        problems,
-        target=where,
-        mode=mode,
-        max_trials=max_trials,
-        timeout_s=timeout_s,
-        database=None if database is None else str(database),
-        workers=workers,
-        progress=progress,
-    )
+    with ahead(mode, None) as worker:  # it comes up while the search is imported
+        return tuner.tune(
+            problems,
+            target=where,
+            mode=mode,
+            max_trials=max_trials,
+            timeout_s=timeout_s,
+            database=None if database is None else str(database),
+            workers=workers,
+            progress=progress,
+            worker=worker,
+        )
 
 
 def export(

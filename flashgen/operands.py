@@ -205,9 +205,13 @@ class Operands:
         if problem.mods is None or self.score_mod is None:
             return {}
         program, tensors = self._program(torch.device(problem.device))
+        masks = () if self.mask_mod is None else (self.mask_mod,)
+        block = None if self.block_mask is None else self.block_mask.mask_mod
+        # The user's own: a 0-d tensor of the CPU reaches a GPU as a copy, which nobody asks for its gradient.
+        walked = fingerprint((self.score_mod, *masks, block)).tensors
+        own = [x if at < 0 else walked[at] for x, at in zip(tensors, program.sources, strict=True)]
         reached = {one.capture for one in program.derivative.contributions}
-        named = [(f"d{captured(row.name)}", x) for row, x in zip(program.captures, tensors, strict=True)]
-        return {name: x for number, (name, x) in enumerate(named) if number in reached}
+        return {f"d{captured(program.captures[number].name)}": own[number] for number in sorted(reached)}
 
     def binder(self, problem: Problem, config: KernelConfig) -> tuple[set[str], Callable[..., dict[str, Any]]]:
         """What of `launch_values` follows from captured tensors: its names, and what makes it of the tensors of a fingerprint's walk.

@@ -1,4 +1,4 @@
-"""Write the predicted rows of `tuning_db/seeds`: every preset's layers, for every target and variant that covers them. No GPU needed.
+"""Write the predicted rows of `tuning_db/seeds`: every preset's plain layers, for every target and variant that covers them. No GPU needed.
 
     nice python scripts/predict_seeds.py [--folder tuning_db/seeds] [--workers N] [--target NAME ...] [--variant NAME ...]
 
@@ -35,10 +35,11 @@ from flashgen.variants import REGISTRY, Variant, candidates
 
 
 def problems() -> list[Problem]:
-    """Every kind of layers of every preset, each once, and the gradients of each."""
+    """Every kind of plain layers of every preset, each once, and the gradients of each; layers with options run defaults."""
     found = [Problem.preset(name, layer=layers.kind) for name, model in PRESETS.items() for layers in model.layers]
     # The softmax scale changes neither kernel nor tile, so that one row serves.
     plain = dict.fromkeys(replace(problem, softmax_scale=None) for problem in found)
+    plain = dict.fromkeys(problem for problem in plain if set(problem.spec.flags) <= {"causal", "has_lse"})
     return [*plain, *(problem.backward for problem in plain)]
 
 

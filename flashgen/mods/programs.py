@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -279,6 +279,8 @@ def bound(made: Program, tensors: Sequence[Tensor], device: torch.device) -> tup
 
 
 _numbers: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+# A captured graph, or another stream, may still read a number that is forgotten: sixteen thousand more are kept, some bytes each.
+_dropped: deque[Tensor] = deque(maxlen=1 << 14)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -291,8 +293,10 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
         known = _numbers.get(key)
         if known is None:
             known = _numbers[key] = tensor.detach().to(device)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # whatever stream asks next finds it there
             while len(_numbers) > _KEPT:
-                _numbers.popitem(last=False)
+                _dropped.append(_numbers.popitem(last=False)[1])
     return known
 
 

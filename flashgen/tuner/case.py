@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from flashgen import accuracy, samples, torch_blocked
+from flashgen import accuracy, torch_blocked
 from flashgen.build import build
 from flashgen.coverage import has_options
-from flashgen.operands import Operands
 from flashgen.problem import Problem
 from flashgen.render import KernelSource
 from flashgen.spec import AttentionSpec, Mods
@@ -19,6 +18,8 @@ from flashgen.variants import Variant, by_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flashgen.operands import Operands
 
 _POISON = 0xFF  # bytes of all ones: NaN in every float dtype
 _GUARD_BYTES = 4096
@@ -91,6 +92,8 @@ class Case:
         p = self.problem
         if self.given is None:
             return {"sm_scale": p.scale, "causal_offset": p.causal_offset, **self.variant.launch_options(p)}
+        from flashgen import samples  # only where there are options: it loads what a call loads
+
         name = str(sorted(config.items()))
         if (
             name not in self.values
@@ -159,7 +162,11 @@ def prepare(request: dict[str, Any], provider: Provider) -> Case:
         problem = replace(problem, mods=Mods(digest=program.digest, program=program, samples=tensors))
         spec = problem.spec
     problem = replace(problem, device=provider.device)
-    given = samples.operands(problem, device=provider.device) if has_options(spec) else None
+    given: Operands | None = None
+    if has_options(spec):
+        from flashgen import samples
+
+        given = samples.operands(problem, device=provider.device)
     source = KernelSource(text=request["text"], spec=spec, variant=request["variant"])
     make = _backward if spec.op == "attention_bwd" else _forward
     inputs, outputs = make(problem, spec, provider.device, given)

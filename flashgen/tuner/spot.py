@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flashgen import accuracy, samples
+from flashgen import accuracy
 from flashgen.accuracy import AccuracyReport
-from flashgen.operands import Operands
 from flashgen.reference import (
     attention_low_precision,
     attention_oracle,
@@ -24,6 +23,8 @@ from flashgen.tuner.case import Case
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flashgen.operands import Operands
 
 _CHECKED_ROWS = 64
 _HONEST_RUNS = 4
@@ -76,6 +77,8 @@ def _with_options(case: Case) -> AccuracyReport:
 
     A row's dq depends on no other row; those of keys and values do on all, and are held against the oracle on the small problems alone.
     """
+    from flashgen import samples
+
     p, tensors, given = case.problem, _tensors(case), case.given
     assert given is not None
     backward = case.spec.op == "attention_bwd"

@@ -16,7 +16,7 @@ from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from flashgen import gradients, samples
+from flashgen import gradients
 from flashgen.accuracy import AccuracyReport
 from flashgen.bench import PROTOCOL_GRAPH, PROTOCOL_SEARCH, measure
 from flashgen.problem import Problem
@@ -124,6 +124,8 @@ def checked(case: Case, config: dict[str, Any], problems: list[Problem] | None =
     launch, device = partial(case.launch, **config), case.provider.device
     if case.given is None:
         return gradients.check_launch(launch, case.spec, device=device, strides=("dense",), problems=problems)
+    from flashgen import samples
+
     of_variant = case.variant.config(**config)
     return samples.check_launch(launch, case.problem, of_variant, device=device, strides=("dense",), problems=problems)
 

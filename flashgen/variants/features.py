@@ -103,7 +103,7 @@ ELEMENTS: Mapping[str, str] = {
     "cu_seqlens_k_ptr": "i32",
     "seqused_k_ptr": "i32",
     "alibi_slopes_ptr": "fp32",
-    "attn_mask_ptr": "i1",
+    "attn_mask_ptr": "u1",  # as Triton calls every bool
     "philox_ptr": "i64",
     "mask_ranges_ptr": "i32",
     "row_ranges_ptr": "i32",
@@ -161,7 +161,7 @@ def elements(spec: AttentionSpec) -> Mapping[str, str]:
 
 
 _ELEMENT = {
-    "bool": "i1", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
+    "bool": "u1", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
     "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64",
 }  # fmt: skip
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from flashgen.config import KernelConfig, Tunable
-from flashgen.errors import RenderError
 from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
-from flashgen.variants.features import Signature, signature
+from flashgen.variants.gluon_bwd_text import BackwardText
 
 _COVERED_FLAGS = frozenset(
     {
@@ -29,10 +26,8 @@ _COVERED_FLAGS = frozenset(
         "has_block_mask",
     }
 )
-_OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
-_DQ_COLUMNS = (
-    64  # of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two
-)
+# Of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two.
+_DQ_COLUMNS = 64
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
@@ -88,7 +83,7 @@ _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
 _WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
 
 
-class GluonBackwardSm90(Variant):
+class GluonBackwardSm90(BackwardText, Variant):
     """`templates/gluon/attention_bwd_sm90.py.jinja`."""
 
     name = "gluon_bwd_sm90"
@@ -125,8 +120,6 @@ class GluonBackwardSm90(Variant):
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if value % 8:
                 return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
-        if spec.mods is not None and spec.has_score_mod and spec.mods.program.derivative.contributions:
-            return "gradients of tensors that score_mod captures: not covered by this kernel yet"
         return None
 
     def refuses(self, problem: Problem) -> str | None:
@@ -138,129 +131,9 @@ class GluonBackwardSm90(Variant):
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
         if problem.bias_grad and problem.deterministic:
             return "the gradient of bias in a fixed order: not covered by this kernel yet"
+        if problem.deterministic and self.sums(problem.spec):
+            return "gradients of tensors that score_mod captures in a fixed order: not covered by this kernel yet"
         return None
-
-    # -- what options add to the template --
-
-    def signature(self, spec: AttentionSpec) -> Signature:
-        """The arguments that a spec's options add to `launch` and to the kernel; `inner` is what of them the consumers take."""
-        found = signature(replace(spec, has_sinks=False))
-
-        def kept(names: Mapping[str, str]) -> dict[str, str]:
-            return {
-                name: value for name, value in names.items() if not name.removeprefix("stride_").startswith(_OF_ROWS)
-            }
-
-        pointers, strides = kept(found.pointers), kept(found.strides)
-        walked = ("row_ranges", "row_blocks", "row_counts")
-        names = (*pointers, *found.scalars, *strides)
-        inner = tuple(name for name in names if not name.removeprefix("stride_").startswith(walked))
-        launch = tuple(name for name in signature(spec).launch if not name.startswith(_OF_ROWS))
-        return replace(found, launch=launch, pointers=pointers, strides=strides, inner=inner)
-
-    def is_free(self, spec: AttentionSpec) -> bool:
-        """Whether blocks of rows need a mask on both ends of those that do not, or positions must stay the call's own."""
-        of_positions = spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.dropout
-        of_mods = spec.has_mask_mod or spec.has_score_mod or spec.has_block_mask
-        return spec.window or of_mods or (spec.causal and of_positions)
-
-    def row_arguments(self, spec: AttentionSpec) -> tuple[str, ...]:
-        """What decides which blocks of rows a block of keys meets, by the kernel's names."""
-        if spec.has_block_mask:
-            return ()
-        diagonal = ("causal_offset", "first_key", "end_key") if spec.has_diagonal else ()
-        window = ("window_left", "window_right") if spec.window else ()
-        length = ("seqlen_k",) if spec.has_mask_mod or not spec.has_diagonal else ()
-        ranges = ("row_ranges_ptr",) if spec.has_mask_mod else ()
-        return ("seqlen_q", *length, *diagonal, *window, *ranges)
-
-    def inner(self, spec: AttentionSpec) -> tuple[tuple[str, str, bool], ...]:
-        """What a step takes because of options: its name there, what the loop passes, and whether that changes from step to step."""
-        found: dict[str, tuple[str, bool]] = {}
-        place = spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.mods is not None
-        if spec.modifies_scores:
-            found["sm_scale"] = ("sm_scale", False)
-        if place:
-            found["offs_n"] = ("offs_n", False)
-        if spec.window:
-            found["end_m"] = ("end_m", False)
-        if spec.softcap:
-            found["softcap"] = ("softcap", False)
-        if spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.has_block_mask:
-            found["seqlen_q"] = ("seqlen_q", False)
-        if spec.has_alibi:
-            slope = "gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32)"
-            found |= {
-                "start_n": ("start_n", False),
-                "slope": (slope, True),
-                "alibi_shift": ("seqlen_k - seqlen_q", False),
-            }
-        for name in ("bias", "attn_mask"):
-            if getattr(spec, f"has_{name}"):
-                head = f"{name}_ptr + off_b.to(gl.int64) * stride_{name}_b + off_h.to(gl.int64) * stride_{name}_h"
-                found |= {"seqlen_k": ("seqlen_k", False), f"{name}_ptr": (head, True)}
-                found |= {f"stride_{name}_{x}": (f"stride_{name}_{x}", False) for x in "mn"}
-        if spec.has_block_mask:
-            strides = "off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h"
-            found |= {name: (name, False) for name in ("start_n", "seqlen_k", "block_size_q", "block_size_k")}
-            found["block_kinds_ptr"] = (f"block_kinds_ptr + {strides}", True)
-            found["stride_block_kinds_m"] = ("stride_block_kinds_m", False)
-        if spec.dropout:
-            found |= {"philox_ptr": ("philox_ptr", False), "start_n": ("start_n", False)}
-            found["off_bh"] = ("(off_b * num_heads_kv + off_hkv) * group + member", True)
-            found |= {name: (name, False) for name in ("dropout_threshold", "dropout_scale")}
-        if spec.has_bias:
-            head = "off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h"
-            found["dbias_ptr"] = (f"dbias_ptr + {head}", True)
-            found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
-        if spec.mods is not None:
-            found |= {"b": ("off_b", False), "h": ("off_h", True)}
-            found |= {name: (name, False) for name in spec.mods.program.parameters}
-        return tuple((name, *rest) for name, rest in found.items())
-
-    def takes(self, spec: AttentionSpec, name: str) -> bool:
-        """Whether a step takes an argument, or what is passed to it is made of it."""
-        return any(name in (own, *passed.replace("-", " ").split()) for own, passed, _ in self.inner(spec))
-
-    def takes_head(self, spec: AttentionSpec) -> bool:
-        """Whether a step must know its query head."""
-        return any("off_h" in passed for _, passed, _ in self.inner(spec))
-
-    def needs_rows(self, spec: AttentionSpec) -> bool:
-        """Whether rows and heads matter where nothing is masked, too."""
-        return spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout
-
-    def keeps_values(self, spec: AttentionSpec) -> bool:
-        """Whether a step holds more than scores and their gradient for each pair."""
-        return spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout
-
-    def mod(self, spec: AttentionSpec, kind: str, score: str) -> Any:
-        """The text of a spec's `score` or `mask` in a step, a `mods.Emission`; scores are keys x rows and called `score`."""
-        program, names, dialect = self._program(spec, score)
-        emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
-        return emit(dialect=dialect, names=names, like=score if kind == "score" else None)
-
-    def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
-        """The text of score_mod's derivative times `grad`, a `mods.DerivativeEmission`."""
-        program, names, dialect = self._program(spec, score)
-        names = replace(names, grad=grad)
-        return program.emit_derivative(dialect=dialect, names=names, like=score, of_captures=False)
-
-    def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
-        """The jit functions that a spec's mods call, each once."""
-        emitted = [self.mod(spec, "mask", "s")] if spec.has_mask_mod else []
-        emitted += [self.mod(spec, "block", "s")] if spec.has_block_mask else []
-        emitted += [self.mod(spec, "score", "s"), self.derivative(spec, "s", "p")] if spec.has_score_mod else []
-        return tuple(dict.fromkeys(helper for one in emitted for helper in one.helpers))
-
-    @staticmethod
-    def _program(spec: AttentionSpec, score: str) -> tuple[Any, Any, Any]:
-        from flashgen import mods  # imports torch: only where a mod was given, which needed it already
-
-        if spec.mods is None:
-            raise RenderError(f"{spec.key} has mods that were not traced: nothing can be rendered for them.")
-        names = mods.Names(score=score, b="b", h="h", q_idx="q_idx", kv_idx="kv_idx")
-        return spec.mods.program, names, mods.GLUON
 
     # -- what it compiles --
 
@@ -324,7 +197,11 @@ class GluonBackwardSm90(Variant):
         return {"deterministic": problem.deterministic}
 
     def unordered(self, problem: Problem) -> tuple[str, ...]:
-        return () if problem.deterministic else ("dq", *(["dbias"] if problem.bias_grad else []))
+        return (
+            ()
+            if problem.deterministic
+            else ("dq", *(["dbias"] if problem.bias_grad else []), *self.sums(problem.spec).values())
+        )
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

@@ -108,7 +108,9 @@ class WithMods:
             "SUM_BIAS": "0 if sums[0] is None else sum_bias",
         }
         found = bias if spec.has_bias and spec.op == "attention_bwd" else {}
-        return {**found, "SUMS": "mode"} if self._captures(spec) else found
+        if self._captures(spec):
+            found |= {"SUMS": "mode"}
+        return {**found, "WRITES_DQ": "sums is gradients"} if found else {}
 
     def most_terms(self, spec: AttentionSpec) -> int:
         """Contributions of one pair to one gradient, at most."""

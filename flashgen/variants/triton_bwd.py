@@ -152,7 +152,7 @@ class TritonBackward(WithMods, Variant):
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
         dims = {**head_dims(spec), "BLOCK_D": spec.block_head_dim_out}
         # A bias of every score, whose gradient is wanted; a block mask of blocks that tiles divide.
-        usual = {"BIAS_ROWS": True, "BIAS_KEYS": True, "SUM_BIAS": 4, "SUMS": 1}
+        usual = {"BIAS_ROWS": True, "BIAS_KEYS": True, "SUM_BIAS": 4, "SUMS": 1, "WRITES_DQ": True}
         sums = {name: usual[name] for name in self.sum_constants(spec)}
         kind: dict[str, Tunable | None] = {"ONE_KIND": True} if spec.has_block_mask else {}
         value_dims = {name: dims[name] for name in ("HEAD_DIM_V", "BLOCK_DV")}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "simulate"))
 
-from free_backward import Free, make
-from free_cases import BIASES, CASES, bands_of_heads, chunks, prefix
+from free_backward import Free, judged, make
+from free_cases import BIASES, CASES, LEARNED, bands_of_heads, chunks, prefix
 
 from flashgen.build import build
 from flashgen.gradients import GradientBuffers
@@ -64,9 +64,12 @@ def test_case(index: int, deterministic: bool) -> None:
     launch(CASES[index], index, deterministic).check().require(CASES[index].why)
 
 
-@pytest.mark.parametrize("index", range(len(BIASES)), ids=[case.why.replace(" ", "-") for case in BIASES])
-def test_gradient_of_a_bias(index: int) -> None:
-    launch(BIASES[index], index, deterministic=False).check().require(BIASES[index].why)
+SUMS = (*BIASES, *LEARNED)
+
+
+@pytest.mark.parametrize("index", range(len(SUMS)), ids=[case.why.replace(" ", "-") for case in SUMS])
+def test_gradients_of_a_bias_and_of_captured_tensors(index: int) -> None:
+    judged(launch(SUMS[index], index, deterministic=False)).require(SUMS[index].why)
 
 
 SIZES = {"seqlen_q": 1500, "seqlen_k": 1500, "num_heads_q": 4, "num_heads_kv": 2, "batch": 2}

@@ -14,6 +14,7 @@ from torch import Tensor
 import flashgen
 from flashgen import ops
 from flashgen.config import KernelConfig
+from flashgen.mods import programs
 from flashgen.variants.triton_bwd import TritonBackward
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
@@ -137,3 +138,18 @@ def test_a_gradient_that_nobody_wants_costs_no_pass() -> None:
         out = flashgen.attention(q, k, v, bias=bias, backend="triton", deterministic=True)
         torch.autograd.grad(out.sum(), q)  # type: ignore[union-attr]
     assert seen[-1]["dbias"] is None
+
+
+def test_a_number_that_is_copied_to_the_device_gets_its_gradient() -> None:
+    """As on a GPU, where a 0-d tensor of the CPU is moved: the kernel has another tensor than the user."""
+    factor = torch.tensor(0.7).requires_grad_()
+
+    def copied(made: Any, tensors: Any, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(x.detach().clone() for x in bound(made, tensors, device))
+
+    options = {"score_mod": lambda s, b, h, i, j: s * factor}
+    (want,) = gradients("torch", (factor,), **options)
+    bound = programs.bound
+    with mock.patch.object(programs, "bound", copied):
+        (got,) = gradients("triton", (factor,), **options)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)

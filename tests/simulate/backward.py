@@ -55,8 +55,11 @@ def considered(key: str) -> tuple[Mutant, ...]:
     """
     study, variant = study_of(key), by_name("gluon_bwd_sm90")
     spec = study.spec
+    columns = variant.dq_panels(spec) * variant.dq_columns(
+        spec
+    )  # of dq: nothing else is compared with the head dim of keys
     tiles = {
-        "HEAD_DIM": (spec.head_dim, variant.block_d(spec)),
+        "HEAD_DIM": (spec.head_dim, columns),
         "HEAD_DIM_V": (spec.head_dim_v, variant.block_dv(spec)),
     }
     same = {f"offs_d < {name}" for name, (head_dim, tile) in tiles.items() if head_dim == tile}

@@ -55,16 +55,18 @@ REVIEWED: dict[str, dict[str, str]] = {
 def considered(key: str) -> tuple[Mutant, ...]:
     """The mutants of a spec: all, but for those of lines that are compiled out where q and the output have different widths.
 
-    The output then never leaves through q's memory, whatever the configuration.
+    The output then never leaves through q's memory, whatever the configuration. A full kernel's line for rows without a key is
+    left out there, too.
     """
     study = study_of(key)
     if study.spec.head_dim == study.spec.head_dim_v:
         return study.mutants
     found = tuple(mutant for mutant in study.mutants if study.reaches(mutant))
     left_out = {mutant.line for mutant in study.mutants} - {mutant.line for mutant in found}
-    if len(left_out) > 2:
+    if len(left_out) > (2 if study.spec.causal else 3):
         raise AssertionError(
-            f"{key}: lines {sorted(left_out)} are not run by any case: two are expected, of the arm without OWN_STAGING"
+            f"{key}: lines {sorted(left_out)} are not run by any case: expected are two of the arm without OWN_STAGING, and one "
+            "of rows without a key where the kernel is not causal"
         )
     return found
 

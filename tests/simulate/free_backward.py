@@ -43,6 +43,7 @@ class Free:
         bias_inf: whether a tenth of the bias is -inf.
         dbias: whether its gradient is wanted.
         known: whether the launch is told where a mask_mod hides whole blocks.
+        learned: a score_mod that takes `table` as its last argument, which wants a gradient.
         knobs: of the configuration that differ from the default.
     """
 
@@ -61,6 +62,8 @@ class Free:
     dbias: bool = False
     attn_mask: str = ""
     score_mod: Mod | None = None
+    learned: Mod | None = None
+    table: Tensor | None = None
     mask_mod: Mod | None = None
     block_mask: str = ""
     block_size: tuple[int, int] = (128, 128)
@@ -77,19 +80,27 @@ class Free:
             dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v or self.head_dim, causal=bool(self.causal),
             causal_alignment=self.causal or "bottom-right", window_size=self.window, softcap=self.softcap,
             has_alibi=bool(self.alibi), has_sinks=self.sinks, has_bias=bool(self.bias), has_attn_mask=bool(self.attn_mask),
-            has_score_mod=self.score_mod is not None, has_mask_mod=self.mask_mod is not None, has_block_mask=bool(self.block_mask), dropout_p=self.dropout_p, **sizes,
+            has_score_mod=self.score is not None, has_mask_mod=self.mask_mod is not None, has_block_mask=bool(self.block_mask), dropout_p=self.dropout_p, **sizes,
         )  # fmt: skip
         return replace(made.backward, mods=self.traced())
 
+    @property
+    def score(self) -> Mod | None:
+        """The score_mod of FlexAttention's signature."""
+        learned, table = self.learned, self.table
+        if learned is None:
+            return self.score_mod
+        return lambda s, b, h, i, j: learned(s, b, h, i, j, table)
+
     def traced(self) -> Mods | None:
-        if self.score_mod is None and self.mask_mod is None and not self.block_mask:
+        if self.score is None and self.mask_mod is None and not self.block_mask:
             return None
         program, _ = self.program()
         return Mods(digest=program.digest, program=program)
 
     def program(self) -> tuple[Any, tuple[Tensor, ...]]:
         masks = {} if self.mask_mod is None else {"mask_mod": self.mask_mod}
-        return mods.program(self.score_mod, masks, torch.device("cpu"), third if self.block_mask else None)
+        return mods.program(self.score, masks, torch.device("cpu"), third if self.block_mask else None)
 
     @property
     def config(self) -> KernelConfig:
@@ -171,7 +182,8 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     renamed = {"alibi_slopes": "alibi"}
     block_mask, mask_mod = listed(case, seed) if case.block_mask else (None, case.mask_mod)
     call = replace(
-        buffers.call, window=case.window, softcap=case.softcap, score_mod=case.score_mod, mask_mod=mask_mod,
+        buffers.call, window=case.window, softcap=case.softcap, score_mod=case.learned or case.score_mod, mask_mod=mask_mod,
+        captured=() if case.table is None else (case.table,),
         dropout_p=case.dropout_p, philox=PHILOX, **{renamed.get(name, name): x for name, x in operands.items()},
     )  # fmt: skip
     hidden = ~call.visible().any(2)  # (batch, num_heads_q, seqlen_k)
@@ -202,6 +214,12 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
     if p.mods is not None:
         program, tensors = case.program()
         values |= {f"captured_{row.name}": x for row, x in zip(program.captures, tensors, strict=True)}
+        for name in VARIANT.sums(p.spec).values():  # type: ignore[attr-defined]
+            learned = values[name[1:]]
+            outputs[name], buffers.allocations[name] = place(
+                tuple(learned.shape), torch.float32, "cpu", False, "dense", "o"
+            )
+            outputs[name].zero_()
         if block_mask is not None:
             values |= block_lists.launch_values(block_mask, p, VARIANT.mask_tiles(case.config))
         values["row_ranges"] = row_ranges(case, program, tensors) if case.known else None
@@ -246,4 +264,14 @@ def run(
     """Simulate one case and judge its gradients."""
     buffers, values = make(case, seed, dlse=seed % 2 == 0 if dlse is None else dlse)
     launch(case, buffers, values, deterministic=deterministic, seed=seed, **options)
-    return buffers.check()
+    return judged(buffers)
+
+
+def judged(buffers: GradientBuffers) -> AccuracyReport:
+    """The worst of all gradients, that of a captured tensor included."""
+    oracle, honest = buffers.references()
+    for name in buffers.outputs:
+        if name.startswith("dcaptured_"):
+            for result in (oracle, *honest):
+                result.gradients[name[1:]] = result.gradients["captured0"]
+    return buffers.check((oracle, honest))

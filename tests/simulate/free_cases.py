@@ -125,6 +125,37 @@ CASES = (
     Free(why="wide: operands", sizes=GROUPS, head_dim=72, head_dim_v=192, alibi="h", bias="bhij", attn_mask="b1ij", causal=BR),
 )  # fmt: skip
 
+PAIRS = torch.randn(4, 31, generator=torch.Generator().manual_seed(1)).requires_grad_()
+ROWS = torch.randn(2, 300, generator=torch.Generator().manual_seed(2)).requires_grad_()
+KEYS = (1.0 + 0.3 * torch.randn(300, generator=torch.Generator().manual_seed(3))).requires_grad_()
+HEADS = (1.0 + 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(4))).requires_grad_()
+
+
+def of_pairs(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
+    return s + table[h, torch.clamp(q_idx - kv_idx, -15, 15) + 15]
+
+
+def of_rows(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
+    return s * torch.sigmoid(table[h % 2, q_idx])
+
+
+def of_keys(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
+    return s * table[kv_idx]
+
+
+def of_heads(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
+    return s * table[h] + 0.01 * table[h] * (q_idx - kv_idx)
+
+
+# Gradients of captured tensors, in fast mode alone.
+LEARNED = (
+    Free(why="a table of distances", sizes=GROUPS, learned=of_pairs, table=PAIRS, causal=BR),
+    Free(why="a table of rows, beside a mask", sizes=TALL, learned=of_rows, table=ROWS, mask_mod=shuffled, softcap=2.0),
+    Free(why="a table of keys", sizes=GROUPS, learned=of_keys, table=KEYS, head_dim=128, window=(60, 40)),
+    Free(why="a number of each head, read twice, under a bias", sizes=GROUPS, learned=of_heads, table=HEADS, bias="1hij", dbias=True),
+    Free(why="wide: a table of distances", sizes=GROUPS, learned=of_pairs, table=PAIRS, head_dim=136),
+)  # fmt: skip
+
 # The gradient of a bias, in fast mode alone: in order the portable kernel computes it.
 BIASES = (
     Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),

@@ -230,6 +230,14 @@ def test_fast_sums_depend_on_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("deterministic", MODES)
+@pytest.mark.parametrize("causal", [BR, None])
+def test_sections_of_several_heads(causal: Any, deterministic: bool) -> None:
+    """A device on which two heads run at a time, and a head that is left: with the usual three processors it is one at a time."""
+    case = row("", "bf16", 64, 100, 200, causal=causal, heads=(6, 3))
+    run(case, processors=5, deterministic=deterministic).require("sections")
+
+
+@pytest.mark.parametrize("deterministic", MODES)
 def test_a_row_that_sees_no_key_may_hold_anything(deterministic: bool) -> None:
     """NaN in its query, its gradient and its lse's gradient reaches nobody, itself included."""
     problem = row("", "bf16", 64, 200, 70, causal=BR, heads=(2, 1)).problem

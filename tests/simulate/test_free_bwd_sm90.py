@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from free_backward import H100, VARIANT, Free, launch, make, run
-from free_cases import BIASES, CASES, GROUPS, TALL, WIDE, bands_of_heads, chunks, own_document, prefix, shuffled
+from free_cases import (
+    BIASES,
+    CASES,
+    GROUPS,
+    LEARNED,
+    TALL,
+    WIDE,
+    bands_of_heads,
+    chunks,
+    own_document,
+    prefix,
+    shuffled,
+)
 
 from flashgen.simulator import SCHEDULES
 
@@ -22,15 +34,18 @@ def test_case(index: int, deterministic: bool) -> None:
     run(case, index, deterministic=deterministic, schedule=SCHEDULES[(index + 2 * deterministic) % 4]).require(case.why)
 
 
-@pytest.mark.parametrize("index", range(len(BIASES)), ids=[case.why.replace(" ", "-") for case in BIASES])
-def test_gradient_of_a_bias(index: int) -> None:
-    run(BIASES[index], index, deterministic=False, schedule=SCHEDULES[index % 4]).require(BIASES[index].why)
+SUMS = (*BIASES, *LEARNED)
+
+
+@pytest.mark.parametrize("index", range(len(SUMS)), ids=[case.why.replace(" ", "-") for case in SUMS])
+def test_gradients_of_a_bias_and_of_captured_tensors(index: int) -> None:
+    run(SUMS[index], index, deterministic=False, schedule=SCHEDULES[index % 4]).require(SUMS[index].why)
 
 
 def test_what_is_refused_has_its_reason() -> None:
-    table = torch.zeros(4, requires_grad=True)
-    learned = Free(why="", sizes=WIDE, score_mod=lambda s, b, h, i, j: s + table[h])
-    assert "gradients of tensors that score_mod captures" in str(VARIANT.supports(learned.problem.spec, H100))
+    learned = replace(LEARNED[0].problem, deterministic=True)
+    assert VARIANT.refuses(LEARNED[0].problem) is None
+    assert "captures in a fixed order" in str(VARIANT.refuses(learned))
     biased = replace(BIASES[0].problem, bias_grad=True)
     assert VARIANT.refuses(biased) is None
     assert "in a fixed order" in str(VARIANT.refuses(replace(biased, deterministic=True)))

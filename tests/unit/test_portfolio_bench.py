@@ -50,13 +50,12 @@ def test_the_fastest_right_candidate_wins(portfolio: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(portfolio, "CHECKED", 5)
     rows = portfolio.measure(by_name("triton_fwd"), PROBLEM, CPU, CpuProvider(), session="s", checked={})
     found = {(row.config["BLOCK_N"], row.config["num_stages"]): row for row in rows}
-    assert [found[at(tile)].status for tile in tiles] == [
-        "wrong_result",
-        "wrong_result",
-        "compile_error",
-        "wrong_result",
-        "ok",
-    ]
+    statuses = [found[at(tile)].status for tile in tiles]
+    assert statuses[1:] == ["wrong_result", "compile_error", "wrong_result", "ok"]
+    first = found[at(tiles[0])]  # slower than the winner it is not looked at, faster it is found out
+    assert first.status == "wrong_result" or (
+        first.error_ratio is None and first.latency_ms > found[at(tiles[4])].latency_ms
+    )
     winner = found[at(tiles[4])]
     assert winner.rank == 1 and winner.latency_ms and winner.error_ratio is not None and winner.error_ratio <= 1.0
     assert (

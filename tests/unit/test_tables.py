@@ -51,6 +51,19 @@ def test_a_table_follows_its_file(tables: Any, tmp_path: Path, monkeypatch: pyte
         tables.where(rows)
 
 
+def test_what_was_not_timed_again_is_chained_and_says_so(tables: Any) -> None:
+    def cell(**ratios: float) -> dict[str, dict[str, str]]:
+        others = {name.replace("_", "-"): {"ratio_median": str(value)} for name, value in ratios.items()}
+        return {"flashgen": {"ratio_median": "", "tflops": "500"}, **others}
+
+    old = {("64",): cell(fa4=0.9, sdpa_cudnn=1.2), ("128",): cell(fa4=1.1, sdpa_cudnn=1.0)}
+    found = tables.renewed(old, {("64",): cell(sdpa_cudnn=1.6)})
+    assert tables.ratio(found[("64",)], "fa4") == pytest.approx(0.9 * 1.6 / 1.2) and found[("128",)] == old[("128",)]
+    assert tables._figures(found[("64",)], ["fa4", "sdpa-cudnn"]) == "500 (~1.20, 1.60)"
+    assert tables._figures(found[("128",)], ["fa4"]) == "500 (1.10)"
+    assert "(1 cells)" in tables.chained(found) and tables.chained(old) == ""
+
+
 def test_an_unknown_mark_is_an_error(tables: Any) -> None:
     with pytest.raises(click.ClickException, match="'star' is not made here"):
         tables.filled("<!-- table: star -->\n<!-- end of table -->")

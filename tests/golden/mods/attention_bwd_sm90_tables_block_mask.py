@@ -254,6 +254,7 @@ def attend(
     block_size_k,
     block_kinds_ptr,
     stride_block_kinds_m,
+    sum_of_table_ptr,
     b,
     h,
     table_ptr,
@@ -333,15 +334,6 @@ def attend(
         visible &= (kind == 2) | ((kind == 1) & allowed)
         p = gl.where(visible, p, 0.0)
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-    # -- ds is that of the modified score: times the derivative of score_mod --
-    d_table_index1 = floor_mod(q_idx - kv_idx, 5)
-    d_table_inside = d_table_index1 < table_size1
-    d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
-    d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
-    p = p * sigmoid(d_table_value)
-    if IS_MASKED:
-        # A derivative may be anything where nothing is seen.
-        p = gl.where(visible, p, 0.0)
     # -- ds: in registers for dk, in shared memory for dq --
     if DV_FIRST:
         dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -352,6 +344,23 @@ def attend(
     ds = p * (dp - delta[None, :])
     if IS_MASKED:
         ds = gl.where(p != 0.0, ds, 0.0)  # the value of a key that nobody sees may be NaN
+    # -- ds is that of the modified score: times the derivative of score_mod --
+    d_table_index1 = floor_mod(q_idx - kv_idx, 5)
+    d_table_inside = d_table_index1 < table_size1
+    d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
+    d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
+    d_value = sigmoid(d_table_value)
+    d_table_index1_2 = floor_mod(q_idx - kv_idx, 5)
+    # -- what a captured tensor gets, in the order in which thread blocks arrive --
+    part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
+    part = gl.where(p != 0.0, part, 0.0)
+    sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
+    gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+    gl.atomic_add(sum_ptrs, part, mask=gets_some, sem="relaxed")
+    ds = ds * d_value
+    if IS_MASKED:
+        # A derivative may be anything where nothing is seen.
+        ds = gl.where(p != 0.0, ds, 0.0)
     ds = ds.to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     ds_tile.store(ds)
@@ -417,6 +426,7 @@ def consume(
     table_stride0,
     table_stride1,
     documents_stride0,
+    sum_of_table_ptr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -498,6 +508,7 @@ def consume(
                 block_size_k,
                 block_kinds_ptr + off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h,
                 stride_block_kinds_m,
+                sum_of_table_ptr,
                 off_b,
                 off_h,
                 table_ptr,
@@ -549,6 +560,7 @@ def consume(
                 block_size_k,
                 block_kinds_ptr + off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h,
                 stride_block_kinds_m,
+                sum_of_table_ptr,
                 off_b,
                 off_h,
                 table_ptr,
@@ -636,6 +648,7 @@ def attention_bwd(
     stride_row_counts_b,
     stride_row_counts_h,
     stride_row_counts_n,
+    sum_of_table_ptr,
     visits_ptr,
     stride_visits_b,
     stride_visits_h,
@@ -737,6 +750,7 @@ def attention_bwd(
                     table_stride0,
                     table_stride1,
                     documents_stride0,
+                    sum_of_table_ptr,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -925,6 +939,7 @@ def launch(
     captured_documents,
     row_blocks,
     row_counts,
+    dcaptured_table,
     deterministic=True,
     BLOCK_M,
     BLOCK_N,
@@ -949,6 +964,7 @@ def launch(
     block_kinds: uint8 (batch or 1, num_heads_q or 1, blocks, blocks) of block_size_q queries x block_size_k keys: 0 not listed, 1
     where mask_mod counts, 2 all seen. row_blocks, row_counts: int32 (batch or 1, num_heads_q or 1, blocks of BLOCK_N keys, ...):
     the blocks of BLOCK_M rows that each visits, first those that need a mask; how many do and how many do not.
+    dcaptured_table: its gradient, fp32, contiguous, zeroed; summed in the order in which thread blocks arrive.
     deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
@@ -1023,6 +1039,7 @@ def launch(
         row_counts.stride(0),
         row_counts.stride(1),
         row_counts.stride(2),
+        dcaptured_table,
         visits,
         *(visits.stride()[:2] if deterministic else (0, 0)),
         num_heads_kv,

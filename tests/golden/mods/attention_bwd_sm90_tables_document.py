@@ -324,6 +324,8 @@ def attend(
     sm_scale,
     offs_n,
     seqlen_q,
+    seqlen_k,
+    sum_of_table_ptr,
     b,
     h,
     table_ptr,
@@ -394,15 +396,6 @@ def attend(
         visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
         p = gl.where(visible, p, 0.0)
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-    # -- ds is that of the modified score: times the derivative of score_mod --
-    d_table_index1 = floor_mod(q_idx - kv_idx, 5)
-    d_table_inside = d_table_index1 < table_size1
-    d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
-    d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
-    p = p * sigmoid(d_table_value)
-    if IS_MASKED:
-        # A derivative may be anything where nothing is seen.
-        p = gl.where(visible, p, 0.0)
     # -- ds: in registers for dk, in shared memory for dq --
     if DV_FIRST:
         dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -413,6 +406,23 @@ def attend(
     ds = p * (dp - delta[None, :])
     if IS_MASKED:
         ds = gl.where(p != 0.0, ds, 0.0)  # the value of a key that nobody sees may be NaN
+    # -- ds is that of the modified score: times the derivative of score_mod --
+    d_table_index1 = floor_mod(q_idx - kv_idx, 5)
+    d_table_inside = d_table_index1 < table_size1
+    d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
+    d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
+    d_value = sigmoid(d_table_value)
+    d_table_index1_2 = floor_mod(q_idx - kv_idx, 5)
+    # -- what a captured tensor gets, in the order in which thread blocks arrive --
+    part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
+    part = gl.where(p != 0.0, part, 0.0)
+    sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
+    gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+    gl.atomic_add(sum_ptrs, part, mask=gets_some, sem="relaxed")
+    ds = ds * d_value
+    if IS_MASKED:
+        # A derivative may be anything where nothing is seen.
+        ds = gl.where(p != 0.0, ds, 0.0)
     ds = ds.to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     ds_tile.store(ds)
@@ -472,6 +482,7 @@ def consume(
     table_stride0,
     table_stride1,
     documents_stride0,
+    sum_of_table_ptr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -549,6 +560,8 @@ def consume(
                 sm_scale,
                 offs_n,
                 seqlen_q,
+                seqlen_k,
+                sum_of_table_ptr,
                 off_b,
                 off_h,
                 table_ptr,
@@ -592,6 +605,8 @@ def consume(
                 sm_scale,
                 offs_n,
                 seqlen_q,
+                seqlen_k,
+                sum_of_table_ptr,
                 off_b,
                 off_h,
                 table_ptr,
@@ -665,6 +680,7 @@ def attention_bwd(
     documents_stride0,
     stride_row_ranges_b,
     stride_row_ranges_h,
+    sum_of_table_ptr,
     num_heads_kv,
     group,
     seqlen_q,
@@ -761,6 +777,7 @@ def attention_bwd(
                     table_stride0,
                     table_stride1,
                     documents_stride0,
+                    sum_of_table_ptr,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -948,6 +965,7 @@ def launch(
     captured_table,
     captured_documents,
     row_ranges,
+    dcaptured_table,
     deterministic=True,
     BLOCK_M,
     BLOCK_N,
@@ -971,6 +989,7 @@ def launch(
     causal_offset: query i sees keys j <= i + causal_offset (ignored: this kernel is not causal).
     row_ranges: int32 (batch or 1, num_heads_q or 1, blocks of keys, 4): for each block of BLOCK_N keys the first block of
     BLOCK_M rows that sees any of them, the first and the end of those that see all of them, the end; None if not known.
+    dcaptured_table: its gradient, fp32, contiguous, zeroed; summed in the order in which thread blocks arrive.
     deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
@@ -1033,6 +1052,7 @@ def launch(
         captured_documents.stride(0),
         0 if row_ranges is None else row_ranges.stride(0),
         0 if row_ranges is None else row_ranges.stride(1),
+        dcaptured_table,
         num_heads_kv,
         num_heads_q // num_heads_kv,
         seqlen_q,

@@ -489,6 +489,7 @@ def add_dq(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUMS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
@@ -559,7 +560,8 @@ def add_dq(
             ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
         if IS_MASKED:
             k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if WRITES_DQ:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -624,6 +626,7 @@ def attention_bwd_dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUMS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
 ):
     # One program per (batch, head, block of query rows), neighbours in the same head so that they share its keys in L2.
     num_m_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -708,6 +711,7 @@ def attention_bwd_dq(
         BLOCK_DV,
         BLOCK_N,
         SUMS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
     dq = add_dq(
@@ -746,6 +750,7 @@ def attention_bwd_dq(
         BLOCK_DV,
         BLOCK_N,
         SUMS,
+        WRITES_DQ,
         IS_MASKED=False,
     )
     dq = add_dq(
@@ -784,12 +789,14 @@ def attention_bwd_dq(
         BLOCK_DV,
         BLOCK_N,
         SUMS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --
     dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
+    if WRITES_DQ:
+        store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
 
 
 def launch(
@@ -951,6 +958,7 @@ def launch(
             **dims,
             **options,
             SUMS=mode,
+            WRITES_DQ=sums is gradients,
         )
     if fixed:
         # Back from units to numbers; anything that is none makes all of them none.

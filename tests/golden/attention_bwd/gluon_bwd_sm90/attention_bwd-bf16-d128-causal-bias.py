@@ -269,6 +269,7 @@ def attend(
     bias_ptr,
     stride_bias_m,
     stride_bias_n,
+    start_n,
     dbias_ptr,
     stride_dbias_m,
     stride_dbias_n,
@@ -332,8 +333,10 @@ def attend(
     # -- the bias's gradient: stored where each pair has an element of its own, else added to what pairs share --
     if SUM_BIAS > 0:
         if BIAS_ROWS and BIAS_KEYS:
-            dbias_ptrs = dbias_ptr + rows_m.to(gl.int64)[None, :] * stride_dbias_m
-            dbias_ptrs = dbias_ptrs + offs_n.to(gl.int64)[:, None] * stride_dbias_n
+            # It is contiguous: 32 bits hold what is added within a tile.
+            tile_ptr = dbias_ptr + start_m.to(gl.int64) * stride_dbias_m + start_n.to(gl.int64) * stride_dbias_n
+            row_places = gl.arange(0, BLOCK_M, COLUMN) * stride_dbias_m
+            dbias_ptrs = tile_ptr + (row_places[None, :] + ((offs_n - start_n) * stride_dbias_n)[:, None])
             exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
             if SUM_BIAS == 1:
                 gl.store(dbias_ptrs, ds, mask=exists)
@@ -490,6 +493,7 @@ def consume(
                 bias_ptr + off_b.to(gl.int64) * stride_bias_b + off_h.to(gl.int64) * stride_bias_h,
                 stride_bias_m,
                 stride_bias_n,
+                start_n,
                 dbias_ptr + off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h,
                 stride_dbias_m,
                 stride_dbias_n,
@@ -533,6 +537,7 @@ def consume(
                 bias_ptr + off_b.to(gl.int64) * stride_bias_b + off_h.to(gl.int64) * stride_bias_h,
                 stride_bias_m,
                 stride_bias_n,
+                start_n,
                 dbias_ptr + off_b.to(gl.int64) * stride_dbias_b + off_h.to(gl.int64) * stride_dbias_h,
                 stride_dbias_m,
                 stride_dbias_n,
@@ -924,7 +929,7 @@ def launch(
     num_heads_q, seqlen_q); lse as the forward wrote it (natural logarithm, -inf for a row that saw no key), dlse None for
     zero. dq, dk and dv are written whole.
     causal_offset: query i sees keys j <= i + causal_offset.
-    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k). dbias: its gradient, fp32, zeroed, or None; with broadcast
+    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k). dbias: its gradient, fp32, contiguous, zeroed, or None; with broadcast
     dimensions it is summed in the order in which thread blocks arrive.
     deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
     """

@@ -399,6 +399,7 @@ def add_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
@@ -451,7 +452,8 @@ def add_dq(
             else:
                 part, always = tl.sum(tl.sum(part, 1), 0), tl.full([], True, tl.int1)
                 add_gradient(dbias_ptr, largest_ptr, 0, part, always, term_bits, SUM_BIAS)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if WRITES_DQ:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -515,6 +517,7 @@ def attention_bwd_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
 ):
     # One program per (batch, head, block of query rows), neighbours in the same head so that they share its keys in L2.
     num_m_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -587,6 +590,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=False,
     )
     dq = add_dq(
@@ -624,12 +628,14 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --
     dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
+    if WRITES_DQ:
+        store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
 
 
 def launch(
@@ -787,6 +793,7 @@ def launch(
             BIAS_ROWS=bias_steps[2] != 0,
             BIAS_KEYS=bias_steps[3] != 0,
             SUM_BIAS=0 if sums[0] is None else sum_bias,
+            WRITES_DQ=sums is gradients,
         )
     if fixed:
         # Back from units to numbers; anything that is none makes all of them none.

@@ -612,6 +612,7 @@ def add_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
     """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
@@ -684,7 +685,8 @@ def add_dq(
         ds *= slack
         ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
         k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if WRITES_DQ:
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 
@@ -763,6 +765,7 @@ def attention_bwd_dq(
     BIAS_ROWS: tl.constexpr,
     BIAS_KEYS: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    WRITES_DQ: tl.constexpr,
 ):
     # One program per (head, sequence, block of its query rows), whatever the lengths; a few find nothing to do and end.
     pid = tl.program_id(0)
@@ -866,6 +869,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
     dq = add_dq(
@@ -917,6 +921,7 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=False,
     )
     dq = add_dq(
@@ -968,12 +973,14 @@ def attention_bwd_dq(
         BIAS_ROWS,
         BIAS_KEYS,
         SUM_BIAS,
+        WRITES_DQ,
         IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --
     dq_ptrs = dq_ptr + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
+    if WRITES_DQ:
+        store_tile(dq_ptrs, dq * sm_scale, live, HEAD_DIM, BLOCK_D)
 
 
 def launch(
@@ -1204,6 +1211,7 @@ def launch(
             BIAS_ROWS=bias_steps[2] != 0,
             BIAS_KEYS=bias_steps[3] != 0,
             SUM_BIAS=0 if sums[0] is None else sum_bias,
+            WRITES_DQ=sums is gradients,
         )
     if fixed:
         # Back from units to numbers; anything that is none makes all of them none.
