@@ -86,7 +86,7 @@ class Options:
         if "alibi_shift" in self.score and not self.varlen:
             found["alibi_shift"] = "alibi_shift"
         # What `recompute` reads, and what the end of a packed sequence is written by, without TMA.
-        plain = "qkv" * self.hides + "o" * self.varlen
+        plain = "kv" * self.hides + "o" * self.varlen
         found |= {f"{x}_ptr": x for x in plain}
         found |= {**added.pointers, **added.scalars, **added.strides}
         for x in plain:

@@ -491,9 +491,8 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
+    q,
     staging,
-    q_ptr,
-    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -521,9 +520,7 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    All go through the output's staging memory, queries first, then keys and values 64 at a time.
-
-    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
+    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -536,16 +533,8 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
+    # The output of the tile before has left the staging memory.
     tma.store_wait(0)
-    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
-    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
-    q_mask = q_mask & (offs_d < 128)[None, :]
-    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
-    partition_barrier()
-    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
-    partition_barrier()
-    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
@@ -615,7 +604,6 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     table_ptr,
@@ -629,9 +617,6 @@ def consume(
     documents_stride0,
     stride_ranges_b,
     stride_ranges_h,
-    stride_qb,
-    stride_qm,
-    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -854,8 +839,6 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
-        if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -886,12 +869,9 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
-            q_offs = off_b.to(gl.int64) * stride_qb + (off_h + row // ROWS).to(gl.int64) * stride_qh
-            q_offs += rows_m.to(gl.int64) * stride_qm
             acc = recompute(
+                q,
                 o_tiles.index(WG),
-                q_ptr,
-                q_offs,
                 k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -917,6 +897,8 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
+        # Not before: queries that were read anew, and stood in registers, gave wrong sums on an H200 (192 x 128 at head dim 64).
+        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -961,7 +943,6 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     table_ptr,
@@ -975,9 +956,6 @@ def attention_fwd(
     documents_stride0,
     stride_ranges_b,
     stride_ranges_h,
-    stride_qb,
-    stride_qm,
-    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -1055,7 +1033,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         table_ptr,
@@ -1069,9 +1046,6 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1114,7 +1088,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         table_ptr,
@@ -1128,9 +1101,6 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1211,7 +1181,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         table_ptr,
@@ -1225,9 +1194,6 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1270,7 +1236,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         table_ptr,
@@ -1284,9 +1249,6 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1329,7 +1291,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         table_ptr,
@@ -1343,9 +1304,6 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1476,7 +1434,6 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
-        q,
         k,
         v,
         captured_table,
@@ -1490,9 +1447,6 @@ def launch(
         captured_documents.stride(0),
         0 if mask_ranges is None else mask_ranges.stride(0),
         0 if mask_ranges is None else mask_ranges.stride(1),
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),

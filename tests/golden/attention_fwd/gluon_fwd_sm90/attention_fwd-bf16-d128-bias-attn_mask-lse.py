@@ -422,9 +422,8 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
+    q,
     staging,
-    q_ptr,
-    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -450,9 +449,7 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    All go through the output's staging memory, queries first, then keys and values 64 at a time.
-
-    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
+    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -465,16 +462,8 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
+    # The output of the tile before has left the staging memory.
     tma.store_wait(0)
-    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
-    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
-    q_mask = q_mask & (offs_d < 128)[None, :]
-    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
-    partition_barrier()
-    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
-    partition_barrier()
-    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
@@ -544,7 +533,6 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     bias_ptr,
@@ -557,9 +545,6 @@ def consume(
     stride_attn_mask_h,
     stride_attn_mask_m,
     stride_attn_mask_n,
-    stride_qb,
-    stride_qm,
-    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -729,8 +714,6 @@ def consume(
                 TAKE_TURNS,
             )
             step += 1
-        if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -761,12 +744,9 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
-            q_offs = off_b.to(gl.int64) * stride_qb + (off_h + row // ROWS).to(gl.int64) * stride_qh
-            q_offs += rows_m.to(gl.int64) * stride_qm
             acc = recompute(
+                q,
                 o_tiles.index(WG),
-                q_ptr,
-                q_offs,
                 k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -790,6 +770,8 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
+        # Not before: queries that were read anew, and stood in registers, gave wrong sums on an H200 (192 x 128 at head dim 64).
+        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -831,7 +813,6 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     bias_ptr,
@@ -844,9 +825,6 @@ def attention_fwd(
     stride_attn_mask_h,
     stride_attn_mask_m,
     stride_attn_mask_n,
-    stride_qb,
-    stride_qm,
-    stride_qh,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -924,7 +902,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -937,9 +914,6 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -982,7 +956,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -995,9 +968,6 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1075,7 +1045,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1088,9 +1057,6 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1133,7 +1099,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1146,9 +1111,6 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1191,7 +1153,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         bias_ptr,
@@ -1204,9 +1165,6 @@ def attention_fwd(
                         stride_attn_mask_h,
                         stride_attn_mask_m,
                         stride_attn_mask_n,
-                        stride_qb,
-                        stride_qm,
-                        stride_qh,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1335,7 +1293,6 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
-        q,
         k,
         v,
         bias,
@@ -1348,9 +1305,6 @@ def launch(
         attn_mask.stride(1),
         attn_mask.stride(2),
         attn_mask.stride(3),
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),

@@ -633,9 +633,8 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def recompute(
+    q,
     staging,
-    q_ptr,
-    q_offs,
     k_ptr,
     v_ptr,
     stride_kn,
@@ -672,9 +671,7 @@ def recompute(
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
-    All go through the output's staging memory, queries first, then keys and values 64 at a time.
-
-    q_offs: where this tile's rows of queries lie. m_i: the final maximum of each row.
+    Keys and values go through the output's staging memory, 64 at a time. m_i: the final maximum of each row.
     """
     KEYS: gl.constexpr = 64
     QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -687,16 +684,8 @@ def recompute(
     offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    # The output of the tile before has left the staging memory; q's own memory may hold the next tile's rows.
+    # The output of the tile before has left the staging memory.
     tma.store_wait(0)
-    q_ptrs = q_ptr + gl.convert_layout(q_offs, gl.SliceLayout(1, COPY_LAYOUT))[:, None] + offs_d[None, :]
-    q_mask = (gl.convert_layout(rows_m, gl.SliceLayout(1, COPY_LAYOUT)) < seqlen_q)[:, None]
-    q_mask = q_mask & (offs_d < 64)[None, :]
-    q_tile = gl.load(q_ptrs, mask=q_mask, other=0.0)
-    partition_barrier()
-    staging.reshape([WG_ROWS, BLOCK_D]).store(q_tile)
-    partition_barrier()
-    q = staging.reshape([WG_ROWS, BLOCK_D]).load(gl.DotOperandLayout(0, QK_LAYOUT, 2))
     for start_n in range(first, end, KEYS):
         keys = start_n + offs_n
         k_mask = (keys < end)[:, None] & (offs_d < 64)[None, :]
@@ -774,7 +763,6 @@ def consume(
     ticket_bars,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -803,8 +791,6 @@ def consume(
     stride_attn_mask_m,
     stride_attn_mask_n,
     stride_sinks,
-    stride_qm,
-    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -1027,8 +1013,6 @@ def consume(
                 TAKE_TURNS,
             )
             step += 1
-        if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -1066,11 +1050,9 @@ def consume(
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
         if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
-            q_offs = off_h.to(gl.int64) * stride_qh + (first_q + rows_m).to(gl.int64) * stride_qm
             acc = recompute(
+                q,
                 o_tiles.index(WG),
-                q_ptr,
-                q_offs,
                 k_ptr + first_k.to(gl.int64) * stride_kn + off_hkv.to(gl.int64) * stride_kh,
                 v_ptr + first_k.to(gl.int64) * stride_vn + off_hkv.to(gl.int64) * stride_vh,
                 stride_kn,
@@ -1105,6 +1087,8 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
+        # Not before: queries that were read anew, and stood in registers, gave wrong sums on an H200 (192 x 128 at head dim 64).
+        mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: by TMA where all rows are the sequence's own, since it would write into the next one --
         acc = acc * norm[:, None]
         if start_m + ROWS <= seqlen_q:
@@ -1154,7 +1138,6 @@ def attention_fwd(
     counter_ptr,
     qk_scale,
     sm_scale,
-    q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
@@ -1183,8 +1166,6 @@ def attention_fwd(
     stride_attn_mask_m,
     stride_attn_mask_n,
     stride_sinks,
-    stride_qm,
-    stride_qh,
     stride_kn,
     stride_kh,
     stride_vn,
@@ -1262,7 +1243,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1291,8 +1271,6 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
-                        stride_qm,
-                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1335,7 +1313,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1364,8 +1341,6 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
-                        stride_qm,
-                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1449,7 +1424,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1478,8 +1452,6 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
-                        stride_qm,
-                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1522,7 +1494,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1551,8 +1522,6 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
-                        stride_qm,
-                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1595,7 +1564,6 @@ def attention_fwd(
                         (ticket_full, ticket_empty),
                         qk_scale,
                         sm_scale,
-                        q_ptr,
                         k_ptr,
                         v_ptr,
                         o_ptr,
@@ -1624,8 +1592,6 @@ def attention_fwd(
                         stride_attn_mask_m,
                         stride_attn_mask_n,
                         stride_sinks,
-                        stride_qm,
-                        stride_qh,
                         stride_kn,
                         stride_kh,
                         stride_vn,
@@ -1790,7 +1756,6 @@ def launch(
     # -- arguments of the options --
     added = (
         sm_scale,
-        q,
         k,
         v,
         o,
@@ -1819,8 +1784,6 @@ def launch(
         attn_mask.stride(2),
         attn_mask.stride(3),
         sinks.stride(0),
-        q.stride(1),
-        q.stride(2),
         k.stride(1),
         k.stride(2),
         v.stride(1),
