@@ -37,7 +37,7 @@ test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason w
 	$(PY) -m pytest -q -rs --durations=10 -n $(JOBS) --dist worksteal
 
 check: lint ## format, lint, strict types, and the fast tests
-	$(PY) -m pytest -q -m "not slow and not gpu" tests/unit tests/golden
+	$(PY) -m pytest -q -m "not slow and not gpu" -n $(JOBS) --dist worksteal tests/unit tests/golden
 
 lint: $(STAMP) ## format, lint and strict types alone
 	$(PY) -m ruff format --check .

@@ -153,7 +153,7 @@ def explain(
     packing = None if all(x is None for x in offsets) else offsets
     operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
     q, k, v = autograd.autocast(q, k, v)
-    captured = operands.options_captured() if operands.score_mod is not None else ()
+    captured = operands.as_now(q.device).options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
     problem = ops.checked(q, k, v, operands, scalars)
     return dispatch.resolve(problem, backend=scalars.backend, config=options.get("config"))

@@ -14,7 +14,8 @@ from flashgen.ops import TENSORS, backward, cast_like, flatten, forward, mapped,
 from flashgen.problem import not_built
 from flashgen.scalars import Scalars
 
-_FUNCTIONS = ("score_mod", "mask_mod", "block_mask")
+# What an operator's schema cannot carry: functions, and what they meant in the forward.
+_FUNCTIONS = ("score_mod", "mask_mod", "block_mask", "traced_as", "captured_as")
 _FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
 _BIAS, _SINKS = (_FIRST_OPERAND + TENSORS.index(name) for name in ("bias", "sinks"))
 
@@ -49,6 +50,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
     operands.require_tensors(q.device)
     _refuse_tangents(q, k, v, operands.bias, operands.sinks)
     q, k, v = autocast(q, k, v)
+    if torch.is_grad_enabled():
+        operands = operands.as_now(q.device)
     captured = operands.options_captured() if operands.score_mod is not None else ()
     if wants_gradient(q, k, v, operands, captured):
         apply: Any = AttentionFunction.apply
@@ -86,8 +89,8 @@ class AttentionFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save what the backward needs."""
         q, k, v, functions, scalars, *tensors = inputs
-        # What score_mod captures is not taken from here, but autograd then notices when it was changed in place.
-        ctx.save_for_backward(q, k, v, *output, *tensors)
+        # What functions read is not taken from here, but autograd then notices when it was changed in place.
+        ctx.save_for_backward(q, k, v, *output, *tensors, *_operands(functions, tuple(tensors)).read_by_functions())
         ctx.functions, ctx.scalars = functions, scalars
         ctx.set_materialize_grads(False)
 
@@ -108,17 +111,22 @@ class AttentionFunction(torch.autograd.Function):
             with torch.no_grad():
                 dq, dk, dv, sums = backward(dout, dlse, q, k, v, out, lse, operands, ctx.scalars, *arguments)
             dbias, dsinks = cast_like(sums.bias, operands.bias), cast_like(sums.sinks, operands.sinks)
-            first = _FIRST_OPERAND + len(TENSORS)
-            grads[first:] = [
+            of_captured: tuple[Tensor | None, ...] = tuple(
                 total.to(x.dtype) for total, x in zip(sums.captured, operands.options_captured(), strict=True)
-            ]
+            )
         else:
+            of_captured = ()
             dq, dk, dv, dbias, dsinks = torch.ops.flashgen.attention_bwd(
                 dout, dlse, q, k, v, out, lse, *flatten(operands, ctx.scalars), *arguments
             )
         if again:
-            dq, dk, dv, dbias, dsinks = refuse_twice(q, k, v, dq, dk, dv, dbias, dsinks)
+            leaves = (q, k, v, operands.bias, operands.sinks, *operands.options_captured())
+            dq, dk, dv, dbias, dsinks, *of_captured = refuse_twice(
+                len(leaves), *leaves, dq, dk, dv, dbias, dsinks, *of_captured
+            )
         grads[:3] = dq, dk, dv
+        if operands.has_functions:
+            grads[_FIRST_OPERAND + len(TENSORS) :] = of_captured
         grads[_BIAS], grads[_SINKS] = dbias if wanted[_BIAS] else None, dsinks if wanted[_SINKS] else None
         return tuple(grads)
 
@@ -148,9 +156,9 @@ class NotTwiceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Views of the gradients."""
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(leaves: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Views of the gradients, which stand behind as many leaves."""
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[leaves:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -19,6 +19,12 @@ from torch import Tensor
 from flashgen.problem import Problem
 
 NONE, PARTIAL, FULL = 0, 1, 2
+PARTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+)  # the tensors of a BlockMask that are read
 _KEPT = 64  # masks and tiles whose lists are remembered
 
 
@@ -138,8 +144,7 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
         problem: the call.
         tiles: of `Variant.mask_tiles`: tiles of queries x keys.
     """
-    parts = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    tensors = [x for x in (getattr(block_mask, name) for name in parts) if x is not None]
+    tensors = [x for x in (getattr(block_mask, name) for name in PARTS) if x is not None]
     device = tensors[0].device
     if any(x.is_inference() for x in tensors) or _capturing(device):
         return _made(block_mask, problem, tiles)  # no counter of writes; or memory of the captured graph

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from flashgen import block_lists, checks, probe
 from flashgen.block_ranges import ranges
 from flashgen.config import KernelConfig
-from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import all_names, fingerprint, fixed
 from flashgen.problem import Problem
 from flashgen.spec import Mods
@@ -36,6 +37,7 @@ class Operands:
         philox: (2,) int64 seed and offset of dropout, on the tensors' device.
         cu_seqlens_q, cu_seqlens_k, seqused_k: of packed sequences.
         traced_as: the mods' program and what it captures, where they were traced elsewhere; None to trace them here.
+        captured_as: `options_captured` of an earlier moment; None for now.
     """
 
     alibi_slopes: Tensor | None = None
@@ -50,6 +52,7 @@ class Operands:
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
     traced_as: tuple[Any, tuple[Tensor, ...]] | None = None
+    captured_as: tuple[Tensor, ...] | None = None
 
     @property
     def has_functions(self) -> bool:
@@ -58,7 +61,61 @@ class Operands:
 
     def options_captured(self) -> tuple[Tensor, ...]:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
-        return captured_tensors(self.score_mod)
+        return captured_tensors(self.score_mod) if self.captured_as is None else self.captured_as
+
+    def as_now(self, device: torch.device) -> Operands:
+        """The same with what its mods mean now, for a backward that comes after a loop variable in a closure has moved on.
+
+        Mods without a trace stay as they are.
+        """
+        inside: Any = (
+            torch._C._functorch.peek_interpreter_stack
+        )  # what a transform wraps is another tensor outside of it
+        if not self.has_functions or torch.compiler.is_compiling() or inside() is not None:
+            return self
+        try:
+            traced_as = self._program(device)
+        except (FlashgenError, AttributeError):  # the checks say what is wrong with a mod or a block mask
+            traced_as = None
+        found = {id(x): x for x in self.options_captured()}
+        if (
+            traced_as is not None and self.score_mod is not None
+        ):  # a trace meets what a walk through objects may not find
+            reached = {number for number in traced_as[0].score_reads if traced_as[1][number].requires_grad}
+            found |= {id(x): x for x in (traced_as[1][number] for number in sorted(reached))}
+        return replace(self, traced_as=traced_as, captured_as=tuple(found.values()))
+
+    def read_by_functions(self) -> tuple[Tensor, ...]:
+        """The tensors that mods and a BlockMask read: a write into them before the backward has to be noticed."""
+        if not self.has_functions:
+            return ()
+        block = self.block_mask
+        if self.traced_as is not None:
+            found = self.traced_as[1]
+        else:
+            found = tuple(fingerprint((self.score_mod, self.mask_mod, getattr(block, "mask_mod", None))).tensors)
+        parts = (getattr(block, name, None) for name in block_lists.PARTS)
+        return tuple(x for x in (*found, *parts) if isinstance(x, Tensor) and not x.is_inference())
+
+    def require_as_traced(self, device: torch.device) -> None:
+        """Refuse mods that mean something else than when they were traced, where Python runs them again.
+
+        Raises:
+            InvalidProblemError: names what is to be done.
+        """
+        if self.traced_as is None or not self.has_functions:
+            return
+        program, tensors = self.traced_as
+        found, others = replace(self, traced_as=None)._program(device)
+        pairs = zip(program.captures, tensors, others, strict=False)
+        # A number of another device is copied; what no walk finds may be made anew each time.
+        moved = any(x is not y for row, x, y in pairs if row.shape and row.tensor is None)
+        if found.digest != program.digest or moved:
+            raise InvalidProblemError(
+                "score_mod or mask_mod (of a block_mask, too) means something else in the backward than it did in the forward: a "
+                "variable that it reads was given another value in between (a loop variable in a lambda, a global, an "
+                "attribute), and the torch backend runs it again. Bind the value: lambda ..., x=x: ..., or functools.partial."
+            )
 
     def require_tensors(self, device: torch.device) -> None:
         """Refuse what is no tensor where one belongs, or lies elsewhere: an operator is sent to the wrong device by that.
@@ -276,7 +333,7 @@ def captured_tensors(function: Any) -> tuple[Tensor, ...]:
 
 
 def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen:
+    if id(value) in seen or isinstance(value, (type, types.ModuleType)):
         return
     seen.add(id(value))
     inner: list[Any] = []
@@ -284,12 +341,14 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, functools.partial):
         inner = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, (list, tuple, set)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         inner = list(value)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         inner = list(value.values())
     elif isinstance(value, torch.nn.Module):
-        inner = [*value.parameters(), *value.buffers()]
+        inner = list(vars(value).values())  # parameters, buffers and modules are dicts in there
+    elif isinstance(value, property):
+        inner = [value.fget]
     elif hasattr(value, "__func__"):
         inner = [value.__func__, getattr(value, "__self__", None)]
     elif hasattr(value, "__code__"):
@@ -301,6 +360,9 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and not fixed(value):
         of_classes = [one for kind in type(value).__mro__ if not fixed(kind) for one in vars(kind).values()]
         inner = [*vars(value).values(), *(x for x in of_classes if not isinstance(x, type))]
+    if not isinstance(value, Tensor) and not fixed(type(value)):
+        slots = [name for kind in type(value).__mro__ for name in vars(kind) if name in vars(kind).get("__slots__", ())]
+        inner += [getattr(value, name, None) for name in slots]
     for item in inner:
         yield from _walk(item, seen)
 

@@ -247,6 +247,7 @@ def backward(
     if plan is not None and plan.backend != "torch":
         wanted = {"bias": bias_grad, "sinks": sinks_grad}
         return _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
+    operands.require_as_traced(q.device)
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         packing = _packing(problem, operands, q, k)

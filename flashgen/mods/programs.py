@@ -67,8 +67,12 @@ class Program:
     @cached_property
     def mask_reads(self) -> tuple[int, ...]:
         """The numbers of the captured tensors that the masks read."""
-        found = () if self.mask is None else ordered(self.mask)
-        return tuple(sorted({node.value for node in found if node.op == "load"}))
+        return _reads(self.mask)
+
+    @cached_property
+    def score_reads(self) -> tuple[int, ...]:
+        """The numbers of the captured tensors that score_mod reads."""
+        return _reads(self.score)
 
     @property
     def roots(self) -> tuple[Node | None, Node | None, Node | None]:
@@ -184,6 +188,11 @@ class Program:
                 bounds.check_values(root, self.captures, arrays_of(tensors), sizes, self.sites)
             elif root is not None:
                 bounds.check(root, self.captures, [tuple(tensor.shape) for tensor in tensors], sizes, self.sites)
+
+
+def _reads(root: Node | None) -> tuple[int, ...]:
+    found = () if root is None else ordered(root)
+    return tuple(sorted({node.value for node in found if node.op == "load"}))
 
 
 _cache: OrderedDict[str, Program] = OrderedDict()

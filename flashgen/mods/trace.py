@@ -98,7 +98,9 @@ class Captures:
             raise InvalidProblemError(
                 f"{shown} that it captures is {tensor.dtype}: a kernel has no such type. Cast it."
             )
-        if tensor.device != self._device and not (tensor.dim() == 0 and tensor.device.type == "cpu") and not constant:
+        # A number on the CPU is copied; the gradient of the copy would be nobody's.
+        number = tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
+        if tensor.device != self._device and not number and not constant:
             raise InvalidProblemError(
                 f"{shown} that it captures is on {tensor.device}, q is on {self._device}: they must be on one device. Move it."
             )

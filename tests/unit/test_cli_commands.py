@@ -94,6 +94,7 @@ def test_what_is_not_built_is_1_and_says_so(capsys: pytest.CaptureFixture[str], 
     assert code == 1 and shown["error"]["type"] == "UnsupportedProblemError"
 
 
+@pytest.mark.slow
 def test_the_whole_chain_by_command(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
     code, planned = document(capsys, "tune", *FAST, "--plan")
     assert code == 0 and planned["mode"] == "predicted" and planned["problems"][0]["legal"] >= 40
@@ -120,6 +121,7 @@ def test_the_whole_chain_by_command(capsys: pytest.CaptureFixture[str], own_cach
     assert code == 0 and "predicted rank" in out and err == ""
 
 
+@pytest.mark.slow
 def test_predicted_stands_wherever_a_figure_does(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "tune", *FAST)
     assert (

@@ -95,6 +95,7 @@ def test_a_problem_puts_its_shape_first_choice(tmp_path: Path) -> None:
     assert "database: the nearest tuned shape's" in text
 
 
+@pytest.mark.slow
 def test_any_python_file_name_will_do(tmp_path: Path) -> None:
     path = flashgen.export(SPEC, tmp_path / "my-kernel.py", target="h100")
     assert "import attention" not in path.read_text().split('"""')[1]
@@ -153,6 +154,7 @@ print("drop-in")
 """
 
 
+@pytest.mark.slow
 def test_its_function_is_a_drop_in(tmp_path: Path) -> None:
     longer = SHAPE | {"seqlen_q": 4096, "seqlen_k": 4096}
     store(row(), row(shape=longer, config={"BLOCK_N": 16}))
@@ -177,6 +179,7 @@ def test_on_cpu_tensors_it_says_what_it_needs(tmp_path: Path) -> None:
     assert "TRITON_INTERPRET=1" in first and "attention_fwd-fp16-d16-lse" in second.format(SPEC=spec.key)
 
 
+@pytest.mark.slow
 def test_the_self_test_runs_every_configuration(tmp_path: Path) -> None:
     store(row(), row(shape=SHAPE | {"seqlen_q": 4096}, config={"BLOCK_N": 16}))
     path = flashgen.export(SPEC, tmp_path / "kernel.py", target="h100")

@@ -21,6 +21,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLASHGEN_DB", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_it_runs_alone(key: str, tmp_path: Path) -> None:
     written = flashgen.export(AttentionSpec.from_key(key), tmp_path / "kernel.py", target="h100")
@@ -38,6 +39,7 @@ def test_it_runs_alone(key: str, tmp_path: Path) -> None:
     assert "{{" not in text and "{%" not in text
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_fails_its_own_test(tmp_path: Path) -> None:
     path = flashgen.export(AttentionSpec.from_key(KEYS[0]), tmp_path / "kernel.py", target="h100")
     text = path.read_text()

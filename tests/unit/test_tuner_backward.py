@@ -248,6 +248,7 @@ def test_train_plans_both_and_refuses_the_backward_alone(capsys: pytest.CaptureF
     assert "--train tunes a forward with its backward" in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_backward_is_predicted_for_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, judged in the interpreter, stored as its own operation; a training call then runs it."""
     problem = Problem(

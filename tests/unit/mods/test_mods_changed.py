@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashgen
-from flashgen.errors import UnsupportedProblemError
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.operands import captured_tensors
 
@@ -146,6 +149,107 @@ def test_a_captured_tensor_changed_in_place_before_the_backward_is_an_error() ->
         w.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.square().sum().backward()
+
+
+def _later(backend: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of two calls whose masks read one loop variable, differentiated together after the loop; and what they must be."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 12, 1, 16, requires_grad=True) for _ in range(3))
+    parts = []
+    for width in (1, 6):
+        out = flashgen.attention(q, k, v, mask_mod=lambda b, h, i, j: (i - j).abs() <= width, backend=backend)  # noqa: B023
+        parts.append(out.square().sum())  # type: ignore[union-attr]
+    wanted = [torch.zeros_like(x) for x in (q, k, v)]
+    for width in (1, 6):
+        out = flashgen.attention(q, k, v, mask_mod=lambda b, h, i, j, w=width: (i - j).abs() <= w, backend="torch")
+        for total, x in zip(wanted, torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):  # type: ignore[union-attr]
+            total += x
+    return list(torch.autograd.grad(parts[0] + parts[1], (q, k, v))), wanted
+
+
+def test_a_loop_variable_in_a_mod_is_what_it_was_in_the_forward() -> None:
+    for found, wanted in zip(*_later("triton"), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InvalidProblemError, match=r"means something else in the backward .* functools.partial"):
+        _later("torch")  # where Python runs the function again
+
+
+def test_another_tensor_under_the_same_name_is_another_mod_in_the_backward() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+    outs = []
+    for table in (torch.ones(2), torch.zeros(2)):
+        outs.append(flashgen.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[h] * j))  # noqa: B023
+    with pytest.raises(InvalidProblemError, match="means something else in the backward"):
+        (outs[0] + outs[1]).sum().backward()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("what", ["table of score_mod", "ids of mask_mod", "list of a block mask"])
+def test_what_functions_read_and_was_written_before_the_backward_is_an_error(what: str) -> None:
+    q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
+    table, ids = torch.ones(2), torch.arange(16) // 5
+    block = create_block_mask(lambda b, h, i, j: i >= j, None, None, 16, 16, device="cpu", BLOCK_SIZE=8)
+    option: dict[str, Any] = {
+        "table of score_mod": {"score_mod": lambda s, b, h, i, j: s + table[h] * j},
+        "ids of mask_mod": {"mask_mod": lambda b, h, i, j: ids[i] == ids[j]},
+        "list of a block mask": {"block_mask": block},
+    }[what]
+    out = flashgen.attention(q, k, v, **option)
+    for written in (table, ids, block.kv_num_blocks):
+        written.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()  # type: ignore[union-attr]
+
+
+class Slotted:
+    __slots__ = ("found",)
+
+
+class Plain(torch.nn.Module):
+    """Its tensor is no parameter."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.found = tensor
+
+
+@pytest.mark.parametrize("kind", ["slot", "plain attribute", "deque", "mapping", "module", "what no walk finds"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_is_found_wherever_the_tensor_hides(kind: str, backend: Any) -> None:
+    hidden = torch.ones(2, requires_grad=True)
+    slotted, module = Slotted(), types.ModuleType("of_a_test")
+    slotted.found, module.found = hidden, hidden  # type: ignore[attr-defined]
+    plain, queue, mapping = Plain(hidden), deque([hidden]), types.MappingProxyType({"found": hidden})
+    iterator = itertools.repeat(hidden)
+    mod: Mod = {
+        "slot": lambda s, b, h, i, j: s + slotted.found[h] * j,
+        "plain attribute": lambda s, b, h, i, j: s + plain.found[h] * j,
+        "deque": lambda s, b, h, i, j: s + queue[0][h] * j,
+        "mapping": lambda s, b, h, i, j: s + mapping["found"][h] * j,
+        "module": lambda s, b, h, i, j: s + module.found[h] * j,
+        "what no walk finds": lambda s, b, h, i, j: s + next(iterator)[h] * j,
+    }[kind]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 2, 16) for _ in range(3))
+    flashgen.attention(q, k, v, score_mod=mod, backend=backend).square().sum().backward()  # type: ignore[union-attr]
+    wanted = torch.ones(2, requires_grad=True)
+    out = flashgen.attention(q, k, v, bias=wanted[:, None, None] * torch.arange(6))
+    out.square().sum().backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(hidden.grad, wanted.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", ["bias", "sinks", "captured"])
+def test_a_gradient_that_is_differentiated_again_is_refused_whatever_it_belongs_to(leaf: str) -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    x = torch.ones(2, requires_grad=True)
+    option: dict[str, Any] = {
+        "bias": {"bias": x[:, None, None]},
+        "sinks": {"sinks": x},
+        "captured": {"score_mod": lambda s, b, h, i, j: s + x[h] * j},
+    }[leaf]
+    out = flashgen.attention(q, k, v, **option)
+    (found,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedProblemError, match="second derivative"):
+        found.sum().backward()
 
 
 def test_dropout_runs_inside_functional_transforms() -> None:

@@ -286,6 +286,7 @@ def masks(draw: Any) -> Node:
     return draw(conditions(Graph(), draw(st.integers(0, 3))))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(mask=masks(), rows=st.integers(1, SIZE), columns=st.integers(1, SIZE), block_m=st.sampled_from([4, 8, 16]))
 def test_no_class_is_ever_wrong(mask: Node, rows: int, columns: int, block_m: int) -> None:

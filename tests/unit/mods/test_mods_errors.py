@@ -144,6 +144,12 @@ def test_a_number_on_the_cpu_may_serve_any_device() -> None:
     assert [row.shape for row in made.captures] == [()]
 
 
+def test_a_number_elsewhere_that_wants_a_gradient_is_refused() -> None:
+    temperature = torch.tensor(2.0, requires_grad=True)  # what a kernel gets is a copy, whose gradient would be lost
+    with pytest.raises(InvalidProblemError, match="temperature that it captures is on cpu, q is on meta"):
+        mods.program(lambda s, b, h, q, k: s * temperature, {}, torch.device("meta"))
+
+
 def test_an_index_that_leaves_a_table_is_refused_before_any_launch() -> None:
     sizes = {"batch": 2, "num_heads": 4, "seqlen_q": 20, "seqlen_k": 16}
     bias = torch.zeros(31)
