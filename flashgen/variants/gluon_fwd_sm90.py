@@ -243,10 +243,6 @@ class GluonForwardSm90(WithMods, Variant):
             return "OWN_STAGING=False stages the output in q's memory, which has another width here"
         if not config.OWN_STAGING and options(spec).hides:
             return "OWN_STAGING=False stages the output in q's memory, which is needed till the end where a mask hides keys"
-        if options(spec).hides and config.BLOCK_M == 3 * _WG_ROWS and config.BLOCK_N > 64:
-            # Wrong on an H200 where hidden keys were NaN (head dim 64, 192 x 128; 192 x 64 and 128 x 128 right), and right in the simulator.
-            # To be allowed again once the present text has been right there.
-            return "three warpgroups of more than 64 keys gave wrong sums on a GPU where a mask hides keys that are NaN"
         return None
 
     def _illegal_memory(
