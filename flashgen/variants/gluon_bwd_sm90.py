@@ -131,8 +131,9 @@ class GluonBackwardSm90(BackwardText, Variant):
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
         if problem.bias_grad and problem.deterministic:
             return "the gradient of bias in a fixed order: not covered by this kernel yet"
-        if problem.deterministic and self.sums(problem.spec):
-            return "gradients of tensors that score_mod captures in a fixed order: not covered by this kernel yet"
+        if self.sums(problem.spec):
+            # Right in the simulator, 16 times too large on an H200 (Triton 3.6): refused until the cause is known.
+            return "gradients of tensors that score_mod captures: this kernel's are not right on a GPU yet"
         return None
 
     # -- what it compiles --
