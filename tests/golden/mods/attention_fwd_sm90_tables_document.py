@@ -897,7 +897,7 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        # Not before: queries that were read anew, and stood in registers, gave wrong sums on an H200 (192 x 128 at head dim 64).
+        # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
         mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]

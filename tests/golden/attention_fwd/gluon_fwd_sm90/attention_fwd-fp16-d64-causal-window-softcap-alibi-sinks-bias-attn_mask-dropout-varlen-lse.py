@@ -1087,7 +1087,7 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-        # Not before: queries that were read anew, and stood in registers, gave wrong sums on an H200 (192 x 128 at head dim 64).
+        # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
         mbarrier.arrive(q_empty.index(WG), count=1)
         # -- store the output: by TMA where all rows are the sequence's own, since it would write into the next one --
         acc = acc * norm[:, None]
