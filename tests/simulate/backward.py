@@ -38,11 +38,17 @@ _WIDE = {
         "the producer loads in order, and what it waits for instead comes a step later"
     ),
 }
+_FOUR_PANELS = {
+    "write_dq: early arrive: mbarrier.arrive(rows_empty.index(step % STAGES), count=1)": (
+        "of four panels of dq the third is staged after the last product that reads queries; of three it is not"
+    )
+}
 REVIEWED: dict[str, dict[str, str]] = {
     key: {
         **_ALWAYS,
         **(_CAUSAL if "causal" in key else _FULL),
         **(_WIDE if any(f"d{dim}" in key for dim in (192, 256)) else _NARROW),
+        **(_FOUR_PANELS if "d256" in key else {}),
     }
     for key in SPECS
 }
