@@ -323,7 +323,7 @@ _TABLE: dict[str, Handler] = {
 
 _VIEWS: dict[str, Handler] = {
     "alias": lambda graph, dtype, args, kwargs: args[0],
-    "detach": lambda graph, dtype, args, kwargs: args[0],
+    "detach": lambda graph, dtype, args, kwargs: detached(graph, args[0]),
     "lift_fresh": lambda graph, dtype, args, kwargs: args[0],
     "expand": lambda graph, dtype, args, kwargs: arrays.expanded(graph, args[0], args[1]),
     "view": lambda graph, dtype, args, kwargs: _view(graph, args),
@@ -334,6 +334,11 @@ _VIEWS: dict[str, Handler] = {
     "select": lambda graph, dtype, args, kwargs: _at(graph, args[0], args[1], args[2]),
     "unsqueeze": lambda graph, dtype, args, kwargs: _unsqueezed(graph, args[0], args[1]),
 }
+
+
+def detached(graph: Graph, array: Array) -> Array:
+    """The same values, which hand no gradients on."""
+    return arrays.elementwise(graph, array.dtype, graph.detached, array)
 
 
 def _view(graph: Graph, args: Sequence[Any]) -> Array:

@@ -62,7 +62,7 @@ def derive(graph: Graph, root: Node, captures: Sequence[Capture]) -> Derivative:
     nodes = ordered(root)
     wanted = {id(node) for node in nodes if _is_leaf(node, captures)}
     for node in nodes:
-        if any(id(arg) in wanted for arg in node.args) and is_float(node.dtype):
+        if any(id(arg) in wanted for arg in node.args) and is_float(node.dtype) and node.value != "detach":
             wanted.add(id(node))
     gradients: dict[int, Node] = {id(root): graph.input("grad")}
     contributions: list[Contribution] = []
@@ -174,7 +174,7 @@ def _power(graph: Graph, node: Node, g: Node) -> tuple[Node, Node]:
 
 
 _RULES: dict[str, Pull] = {
-    "cast": lambda graph, node, g: (g if is_float(node.args[0].dtype) else None,),
+    "cast": lambda graph, node, g: (g if is_float(node.args[0].dtype) and node.value != "detach" else None,),
     "neg": lambda graph, node, g: (graph.make("neg", g),),
     "add": lambda graph, node, g: (g, g),
     "sub": lambda graph, node, g: (g, graph.make("neg", g)),

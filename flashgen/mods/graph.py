@@ -4,7 +4,7 @@ Every node knows the type of its value and operands are cast by nodes of their o
 intervals or differentiated never has to know a framework's rules of promotion. The operations are few:
 
     input, const, load            an argument; a number; an element of a captured tensor (indices are the operands)
-    cast                          to the node's type
+    cast                          to the node's type; with the value `detach` to its own, for a derivative to stop at
     neg abs sign floor ceil round trunc exp exp2 log log2 sqrt rsqrt tanh sigmoid sin cos erf not
     add sub mul div pow           of one type; `div` and `pow` of floats only
     floordiv mod truncdiv fmod    of integers: rounded down (Python's) and towards zero (C's)
@@ -87,11 +87,15 @@ class Graph:
         if x.op == "const":
             return self.const(x.value, dtype)
         # Widening twice is widening once; what a narrower type lost stays lost.
-        if x.op == "cast" and _widens(x.args[0].dtype, x.dtype):
+        if x.op == "cast" and x.value is None and _widens(x.args[0].dtype, x.dtype):
             return self.cast(x.args[0], dtype)
         if dtype == "bool":
             return self.make("ne", x, self.const(0, x.dtype))
         return self._share("cast", (x,), dtype)
+
+    def detached(self, x: Node) -> Node:
+        """The same value, which hands no gradient on."""
+        return self._share("cast", (x,), x.dtype, "detach") if is_float(x.dtype) and x.op != "const" else x
 
     def make(self, op: str, *args: Node) -> Node:
         """An operation on operands of one type (`where`: a bool, then two of one type)."""
@@ -203,7 +207,7 @@ def rebuilt(graph: Graph, root: Node, replaced: dict[int, Node]) -> Node:
         elif node.op == "load":
             made[id(node)] = graph.load(node.value, args, node.dtype)
         elif node.op == "cast":
-            made[id(node)] = graph.cast(args[0], node.dtype)
+            made[id(node)] = graph.cast(args[0], node.dtype) if node.value is None else graph.detached(args[0])
         else:
             made[id(node)] = graph.make(node.op, *args)
     return made[id(root)]

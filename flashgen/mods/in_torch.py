@@ -85,6 +85,8 @@ def _expression(node: Node, text: dict[int, str], captures: Sequence[Capture]) -
             f"read({', '.join([f'captured_{captures[node.value].name}', *(_tensor(arg, text) for arg in node.args)])})"
         )
     args = [_tensor(arg, text) if node.op in _TENSORS_ONLY else text[id(arg)] for arg in node.args]
+    if node.op == "cast" and node.value == "detach":
+        return f"{_tensor(node.args[0], text)}.detach()"
     if node.op == "cast":
         return f"{_tensor(node.args[0], text)}.to(torch.{node.dtype})"
     if node.op in _INFIX:

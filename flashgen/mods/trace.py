@@ -213,7 +213,7 @@ def trace(
     inputs = [graph.input(name) for name in (("score", *INDICES) if scores else INDICES)]
     tracer = _Tracer(kind, graph, captures, sites if sites is not None else {})
     arguments = [tracer.stand_in(arrays.of_node(node)) for node in inputs]
-    with torch.no_grad(), tracer.dispatch, tracer:
+    with torch.enable_grad(), tracer.dispatch, tracer:  # so that a `no_grad` of the function's own is seen
         try:
             result = function(*arguments)
         except FlashgenError:
@@ -313,6 +313,10 @@ class _Tracer(TorchFunctionMode):
         self._made[id(tensor)] = (tensor, array)
         return tensor
 
+    def recorded(self, result: Array) -> Array:
+        """The result of an operator, as one without gradient inside of `torch.no_grad()`."""
+        return result if torch.is_grad_enabled() else aten.detached(self.graph, result)
+
     def _read(self, number: int) -> Array:
         row = self.captures.rows[number]
         base = arrays.captured(self.graph, number, row.shape, row.dtype)
@@ -357,7 +361,7 @@ class _Tracer(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         try:
             seen = tuple(self.array(part) if isinstance(part, Tensor) else part for part in parts)
-            return self.stand_in(arrays.indexed(self.graph, array, seen))
+            return self.stand_in(self.recorded(arrays.indexed(self.graph, array, seen)))
         except TypeError as error:
             raise self.unsupported(str(error)) from None
 
@@ -395,7 +399,7 @@ class _Dispatch(TorchDispatchMode):
         seen = [tracer.array(arg) if isinstance(arg, Tensor) else arg for arg in args]
         named = {key: tracer.array(arg) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
         try:
-            result = aten.translate(tracer.graph, func, seen, named)
+            result = tracer.recorded(aten.translate(tracer.graph, func, seen, named))
         except aten.NotInTableError as error:
             raise tracer.unsupported(f"{func} {error}".rstrip()) from None
         in_place = name.endswith("_") and not name.startswith("__")

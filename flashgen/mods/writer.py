@@ -180,6 +180,8 @@ class Writer:
             return _literal(node)
         if op == "load":
             return self._load(node)
+        if op == "cast" and node.value == "detach":
+            return self._operand(args[0], _ATOM), _ATOM
         if op == "cast":
             return self._cast(node)
         if op == "neg":

@@ -12,7 +12,7 @@ from mods_running import CPU, derivative_in_triton
 from torch import Tensor
 
 from flashgen import mods
-from flashgen.mods import semantics
+from flashgen.mods import in_torch, semantics
 
 HEADS = torch.linspace(0.25, 1.0, 4, dtype=torch.float64).requires_grad_()
 TABLE = torch.linspace(-1.0, 1.0, 128, dtype=torch.float64).view(4, 32).requires_grad_()
@@ -98,6 +98,59 @@ def test_gradients_are_autograds(name: str) -> None:
     assert set(sums) == set(expected_tables)
     for key, total in sums.items():
         np.testing.assert_allclose(total, expected_tables[key].numpy(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _without(x: Tensor) -> Tensor:
+    return x.exp()
+
+
+def _inside(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = TABLE[h, q] * s
+        with torch.enable_grad():
+            again = s * HEADS[h]
+    return s * scale + again
+
+
+@pytest.mark.parametrize(
+    "mod",
+    [
+        lambda s, b, h, q, k: s * s.detach() + TABLE.detach()[h, q] * HEADS[h],
+        lambda s, b, h, q, k: s * TABLE[h, q].detach() + TABLE.data[h, k] * TABLE[h, q],
+        lambda s, b, h, q, k: s + (s.sigmoid().round() - s.sigmoid()).detach() * HEADS[h],
+        lambda s, b, h, q, k: s * _without(TABLE[h, q]) + s.detach().half().float(),
+        _inside,
+    ],
+    ids=["detach", "data", "straight through", "decorated", "no_grad"],
+)
+def test_a_gradient_stops_where_the_function_stops_it(mod: Callable[..., Any]) -> None:
+    score, grad = inputs()
+    program, tensors = mods.program(mod, {}, CPU)
+    index = np.arange(16, dtype=np.int32)
+    arguments = {"b": np.int32(0), "h": np.int32(2), "q_idx": index[:, None], "kv_idx": index[None]}
+    arguments |= {"score": score.numpy().astype(np.float32), "grad": grad.numpy().astype(np.float32)}
+    tables = [np.asarray(tensor.detach()) for tensor in tensors]
+    expected, of_tables = by_autograd(mod, score, grad, 2)
+    found = semantics.evaluate(program.derivative.score, arguments, tables)
+    np.testing.assert_allclose(np.broadcast_to(found, (16, 16)), expected.numpy(), rtol=2e-5, atol=2e-5)
+    reached = {id(tensors[one.capture]) for one in program.derivative.contributions}
+    assert reached == set(of_tables)
+    for tensor in tensors:
+        parts = [one for one in program.derivative.contributions if tensors[one.capture] is tensor]
+        total = sum(np.broadcast_to(semantics.evaluate(one.value, arguments, tables), (16, 16)).sum() for one in parts)
+        if parts:
+            np.testing.assert_allclose(total, of_tables[id(tensor)].sum().item(), rtol=1e-4, atol=1e-4)
+    assert program.score is not None
+    remade = in_torch.function(program.score, program.captures)  # the program written as PyTorch's stops there, too
+
+    def again(*arguments: Tensor) -> Tensor:
+        found: Tensor = remade(*arguments, *tensors)
+        return found
+
+    expected_again, of_tables_again = by_autograd(again, score, grad, 2)
+    torch.testing.assert_close(expected_again.float(), expected.float(), rtol=1e-5, atol=1e-5)
+    assert set(of_tables_again) == set(of_tables)
 
 
 def test_a_contribution_says_what_it_is_summed_over() -> None:
