@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,12 +170,28 @@ class Operands:
         self._try_mods(device)
 
     def _try_mods(self, device: torch.device) -> None:
+        masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
         if self.score_mod is not None:
             probe.score_mod(self.score_mod, device)
-        if self.mask_mod is not None:
-            probe.mask_mod("mask_mod", self.mask_mod, device)
-        if self.block_mask is not None:
-            probe.mask_mod("block_mask.mask_mod", self.block_mask.mask_mod, device)
+        for name, mask in masks.items():
+            if mask is not None:
+                probe.mask_mod(name, mask, device)
+        if not self._is_elementwise(device):
+            for name, mod in {"score_mod": self.score_mod, **masks}.items():
+                if mod is not None:
+                    probe.require_elementwise(name, mod, device)
+
+    def _is_elementwise(self, device: torch.device) -> bool:
+        """Whether the mods have a trace, which knows no other operations, or were refused for something else."""
+        if torch.compiler.is_compiling():
+            return True
+        try:
+            self._program(device)
+        except UnsupportedProblemError:
+            return False
+        except FlashgenError:
+            return True
+        return True
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
@@ -326,20 +342,28 @@ def _of_program(
 def captured_tensors(function: Any) -> tuple[Tensor, ...]:
     """The tensors that a function reads from its closure, globals, partial arguments or object and that want gradients."""
     found: dict[int, Tensor] = {}
-    for tensor in _walk(function, set()):
-        if tensor.requires_grad:
-            found.setdefault(id(tensor), tensor)
+    seen: dict[int, Any] = {}  # held, so that no id is given twice
+    waiting = [function]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        try:
+            if isinstance(value, Tensor):
+                if value.requires_grad:
+                    found[id(value)] = value
+            elif not isinstance(value, (type, types.ModuleType)):
+                waiting += reversed(_inside(value))
+        except Exception:  # an object that cannot be asked for its attributes
+            continue
     return tuple(found.values())
 
 
-def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen or isinstance(value, (type, types.ModuleType)):
-        return
-    seen.add(id(value))
+def _inside(value: Any) -> list[Any]:
+    """What a function or an object holds or names."""
     inner: list[Any] = []
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, functools.partial):
+    if isinstance(value, functools.partial):
         inner = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         inner = list(value)
@@ -360,11 +384,10 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and not fixed(value):
         of_classes = [one for kind in type(value).__mro__ if not fixed(kind) for one in vars(kind).values()]
         inner = [*vars(value).values(), *(x for x in of_classes if not isinstance(x, type))]
-    if not isinstance(value, Tensor) and not fixed(type(value)):
+    if not fixed(type(value)):
         slots = [name for kind in type(value).__mro__ for name in vars(kind) if name in vars(kind).get("__slots__", ())]
         inner += [getattr(value, name, None) for name in slots]
-    for item in inner:
-        yield from _walk(item, seen)
+    return inner
 
 
 def _filled(cell: Any) -> bool:

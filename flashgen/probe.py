@@ -47,6 +47,29 @@ def score_mod(function: Callable[..., Any], device: torch.device) -> None:
         )
 
 
+def require_elementwise(name: str, function: Callable[..., Any], device: torch.device) -> None:
+    """Refuse a mod whose value for one score depends on which others are computed beside it: blocks would change the result.
+
+    What has a trace is elementwise, and need not be tried. Values are compared, which synchronises.
+
+    Raises:
+        InvalidProblemError: names the mod.
+    """
+    score = torch.linspace(-1.0, 2.0, 120, device=device).view(_SIZES)
+    arguments = _indices(device) if name.endswith("mask_mod") else (score, *_indices(device))
+    parts = tuple(x[:1, -2:, -2:, -3:] for x in arguments)
+    shape = torch.broadcast_shapes(*(x.shape for x in parts))
+    with torch.no_grad():
+        whole, part = (function(*(x.clone() for x in given)) for given in (arguments, parts))
+    whole, part = whole.expand(_SIZES)[:1, -2:, -2:, -3:].double(), part.expand(shape).double()
+    if not torch.allclose(whole, part, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise InvalidProblemError(
+            f"{name} gives a score another value when fewer are computed beside it: it reduces over them (softmax, max, sum, ...) "
+            "or draws random numbers. It must be elementwise and give the same each time, since scores are computed "
+            "block by block, and in the backward again."
+        )
+
+
 def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> None:
     """Refuse a mask_mod that raises, or gives no bool tensor that broadcasts.
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST_OBJECTS = 10_000
 _PRIMITIVE = (
     int,
     float,
@@ -61,8 +62,11 @@ def fingerprint(functions: Iterable[Callable[..., Any] | None], *context: Any) -
         context: values that enter the key.
     """
     walk = _Walk()
-    for function in (*functions, *context):
-        walk.visit(function, "captured")
+    try:
+        for function in (*functions, *context):
+            walk.visit(function, "captured")
+    except Exception:  # an object that cannot be asked for its attributes, or chains too long to follow
+        walk.unknown = True
     key = None if walk.unknown else hashlib.sha256("\x1f".join(walk.parts).encode()).hexdigest()
     return Fingerprint(key, walk.tensors, walk.names)
 
@@ -83,6 +87,9 @@ class _Walk:
         known = self._numbers.get(id(value))
         if known is not None:
             self.parts.append(f"seen:{known}")
+            return
+        if len(self._held) >= _MOST_OBJECTS:  # a function that names half a program is traced at each call
+            self.unknown = True
             return
         self._numbers[id(value)] = len(self._numbers)
         self._held.append(value)

@@ -298,6 +298,25 @@ def test_what_is_unusual_but_legal_passes(function: Callable[..., Any]) -> None:
         function(**arguments, **options)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"score_mod": lambda s, b, h, i, j: s.softmax(-1)},
+        {"score_mod": lambda s, b, h, i, j: s * s.max().item()},
+        {"score_mod": lambda s, b, h, i, j: s - s.mean(-2, keepdim=True)},
+        {"score_mod": lambda s, b, h, i, j: s + torch.rand_like(s)},
+        {"mask_mod": lambda b, h, i, j: torch.rand_like(i * j * 1.0) > 0.5},
+    ],
+    ids=["softmax", "maximum", "mean", "random", "random mask"],
+)
+def test_a_mod_that_looks_at_other_scores_or_draws_numbers_is_refused(option: dict[str, Any]) -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    with pytest.raises(InvalidProblemError, match="must be elementwise and give the same each time"):
+        flashgen.attention(q, k, v, **option)
+    bessel = flashgen.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + torch.special.bessel_j0(i * 1.0))
+    assert isinstance(bessel, torch.Tensor)  # an operation that kernels lack, but elementwise
+
+
 def test_a_mod_is_not_tried_where_it_never_runs() -> None:
     """Without keys, the tables that a mod reads may be empty."""
     q, k, v = (x[:, :length] for x, length in zip(attention_arguments(False).values(), (96, 0, 0), strict=True))

@@ -97,6 +97,28 @@ def test_what_did_not_change_keeps_its_key() -> None:
     assert fingerprint([mod]).key is not None and fingerprint([mod]).key == fingerprint([mod]).key
 
 
+class Unaskable:
+    """Its attributes raise when they are asked for, like those of `torch.classes`."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+def test_what_cannot_be_walked_is_unknown_and_runs() -> None:
+    unaskable, chain = Unaskable(), [0.5]
+    for _ in range(100_000):
+        chain = [chain]  # type: ignore[list-item]
+    for reads in (unaskable, chain):
+
+        def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, reads: Any = reads) -> Tensor:
+            return s + 0.1 * j
+
+        assert fingerprint([mod]).key is None
+        q, k, v = (torch.randn(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+        flashgen.attention(q, k, v, score_mod=mod).sum().backward()  # type: ignore[union-attr]
+        assert q.grad is not None
+
+
 TABLE = {"w": torch.ones(2, requires_grad=True)}
 NET: Any = torch.nn.Module()
 NET.w = torch.nn.Parameter(torch.ones(2))
