@@ -15,8 +15,9 @@ import numpy as np
 from flashgen.simulator import context
 from flashgen.simulator.context import fail, partition
 from flashgen.simulator.dtypes import Array, decode, encode, int1, rounded
-from flashgen.simulator.errors import ShapeError
+from flashgen.simulator.errors import LayoutError, ShapeError
 from flashgen.simulator.global_memory import Footprint, Pointer, layout_of, note
+from flashgen.simulator.layouts import NVMMADistributedLayout
 from flashgen.simulator.order import VectorClock
 from flashgen.simulator.scalars import scalar
 from flashgen.simulator.sites import here
@@ -56,6 +57,15 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
     context.launch().scheduler.point(yields=True)
     acquires, releases = _semantics(sem)
     index, keep = pointer.resolve(mask)
+    if (
+        index.ndim > 1
+        and 1 in index.shape
+        and index.size > 1
+        and isinstance(layout_of(pointer), NVMMADistributedLayout)
+    ):
+        shape = list(index.shape)
+        why = f"{name} of a tensor of {shape} in {layout_of(pointer)}: each register that holds a replica adds (an H200, Triton 3.6)"
+        fail(LayoutError, why)
     buffer, dtype = pointer.buffer, pointer.buffer.dtype
     shadow, part = buffer.shadow(), partition()
     values = np.broadcast_to(rounded(val.values if isinstance(val, Tensor) else np.asarray(val), dtype), index.shape)

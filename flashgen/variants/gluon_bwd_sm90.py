@@ -132,7 +132,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         if problem.bias_grad and problem.deterministic:
             return "the gradient of bias in a fixed order: not covered by this kernel yet"
         if self.sums(problem.spec):
-            # Right in the simulator, 16 times too large on an H200 (Triton 3.6): refused until the cause is known.
+            # Were 16 times too large on an H200 (replicas in registers, see `gluon_bwd_text`): refused until a GPU shows the mend.
             return "gradients of tensors that score_mod captures: this kernel's are not right on a GPU yet"
         return None
 

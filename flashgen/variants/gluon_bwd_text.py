@@ -88,7 +88,7 @@ class BackwardText:
             found |= {"start_n": ("start_n", False), "dbias_ptr": (f"dbias_ptr + {head}", True)}
             found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
         if self.sums(spec):
-            found |= {name: (name, False) for name in ("seqlen_k", *self.sums(spec))}
+            found |= {name: (name, False) for name in ("start_n", "seqlen_k", *self.sums(spec))}
         if spec.mods is not None:
             found |= {"b": ("off_b", False), "h": ("off_h", True)}
             found |= {name: (name, False) for name in spec.mods.program.parameters}
@@ -156,17 +156,21 @@ class BackwardText:
 def _added(one: Any, name: str) -> tuple[str, str, str, str]:
     """A contribution to a captured tensor's gradient, summed over what its element does not depend on."""
     rows, keys = "q_idx" in one.depends, "kv_idx" in one.depends
-    part = {
-        (True, True): "part",
-        (True, False): "gl.sum(part, 0, keep_dims=True)",
-        (False, True): "gl.sum(part, 1, keep_dims=True)",
-        (False, False): "gl.sum(gl.sum(part, 1), 0)",
+    # A sum is spread over the tile again, and one row or column of it adds: of a tensor of N x 1 Triton 3.6 adds what each register
+    # of a thread holds, the replicas of the one column among them (seen on an H200: 16 times too much).
+    part, first = {
+        (True, True): ("part", ""),
+        (True, False): ("gl.sum(part, 0)[None, :] + 0.0 * part", "(offs_n == start_n)[:, None]"),
+        (False, True): ("gl.sum(part, 1)[:, None] + 0.0 * part", "(rows_m == start_m)[None, :]"),
+        (False, False): ("gl.sum(gl.sum(part, 1), 0)", ""),
     }[rows, keys]
     places = "0"
     for dim, place in enumerate(one.places):
         wide = place if place.isdigit() else f"{place}.to(gl.int64)"
         places = wide if not dim else f"({places}) * {name}_size{dim} + {wide}"
     conditions = [f"({one.inside})"] if one.inside and one.inside != "True" else []
+    conditions += [first] if first else []
     conditions += ["(rows_m < seqlen_q)[None, :]"] if rows else []
     conditions += ["(offs_n < seqlen_k)[:, None]"] if keys else []
+    places = f"{places} + offs_n[:, None] * 0 + rows_m[None, :] * 0" if first else places
     return f"({one.value}).to(gl.float32)", f"sum_of_{name}_ptr + {places}", part, " & ".join(conditions) or "None"

@@ -120,6 +120,10 @@ BROKEN = {
     "a store below 0": one(
         STORE, STORE.replace("gl.program_id(0) * block_m", "-8"), sim.OutOfBoundsError, names=("illegal instruction",)
     ),
+    "replicas in registers add": before_the_end(
+        "gl.atomic_add(note_ptr + gl.arange(0, 8, gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])))[:, None], 1)",
+        sim.LayoutError, names=("replica",),
+    ),
     "index out of bounds": before_the_end("full.index(3)", sim.OutOfBoundsError, names=("index 3", "full")),
     "CTAs store to one place": before_the_end(
         "gl.store(note_ptr, 1)", sim.GlobalRaceError, names=("two writes of global memory", "cta1", "cta0")
