@@ -136,22 +136,24 @@ def launch(x, y, block, x_at, y_at, swizzle, ctas=1, REDUCE=False):
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32], ids=str)
 def test_tma_moves_boxes_of_strided_tensors_and_clips_them(rank: int, dtype: torch.dtype) -> None:
-    """The last box of a tensor with gaps: what lies outside reads as zero, and nothing outside is written."""
+    """A box over both ends of a tensor with gaps: what lies outside reads as zero, and nothing beyond the end is written."""
     sizes, block = (3, 5, 6, 7, 19)[-rank:], (1, 2, 4, 4, 16)[-rank:]
     whole = (torch.arange(5 * 9 * 9 * 9 * 32) % 97).to(dtype).reshape(5, 9, 9, 9, 32)
     x = whole[(0,) * (5 - rank)][tuple(slice(0, size) for size in sizes)]
     y = torch.full_like(whole, 99)[(0,) * (5 - rank)][tuple(slice(0, size) for size in sizes)]
-    at = [size - 2 for size in sizes]
-    args = {"x": x, "y": y, "block": list(block), "x_at": at, "y_at": [-1] * rank, "swizzle": 0}
+    ends = [size - 2 for size in sizes]
+    at = [-1 if dim % 2 else end for dim, end in enumerate(ends)]
+    args = {"x": x, "y": y, "block": list(block), "x_at": at, "y_at": ends, "swizzle": 0}
     sim.simulate(MOVE, args)
-    box = torch.zeros(block, dtype=dtype)
-    box[tuple(slice(0, min(2, b)) for b in block)] = x[
-        tuple(slice(a, a + min(2, b)) for a, b in zip(at, block, strict=True))
-    ]
-    want = torch.full_like(y, 99)
-    inner = box[tuple(slice(1, None) for _ in block)]
-    want[tuple(slice(0, n) for n in inner.shape)] = inner
-    assert torch.equal(y, want)
+    # The same on tensors with room on every side.
+    room, inside = 16, tuple(slice(16, 16 + size) for size in sizes)
+    wide = torch.zeros([size + 2 * room for size in sizes], dtype=dtype)
+    wide[inside] = x
+    box = wide[tuple(slice(room + a, room + a + b) for a, b in zip(at, block, strict=True))].clone()
+    assert box.any()
+    wide.fill_(99)
+    wide[tuple(slice(room + a, room + a + b) for a, b in zip(ends, block, strict=True))] = box
+    assert torch.equal(y, wide[inside])
 
 
 def test_tma_reductions_of_many_ctas_add_up() -> None:
