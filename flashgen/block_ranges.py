@@ -167,6 +167,7 @@ def _of_contents(
         if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
             return None
         known = _remember(key, program, read, tensors, sizes, turned, versions)
+        return known.precise  # analysed for what the stream holds at this place: nothing to compare, and no operation that a GPU has yet to load
     held(known, str(device))
     with torch.no_grad():
         return known.current(read)
@@ -181,14 +182,14 @@ def _remember(
         # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
         kept = {id(x): x.detach().clone() for x in read}
         frozen = tuple(kept.get(id(x), x) for x in tensors)
-        precise = _analysed(program, frozen, sizes, device, turned)
+        precise = _analysed(program, frozen, sizes, "cpu", turned)
         masked = _everything(precise, sizes, turned)
         known = _Known(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
             copies=() if torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
-            precise=precise,
-            masked=masked,
+            precise=broadcast(precise.to(device)),
+            masked=broadcast(masked.to(device)),
             stream=_settled(read[0].device),
         )
     with _lock:

@@ -26,6 +26,7 @@ ROWS = (
     ("variants",),
     ("coverage",),
     ("render",),
+    ("jit",),
     ("build",),
     ("simulator",),
     # The frames that workers talk in, and the interpreting worker itself.
