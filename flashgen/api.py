@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen import autograd, checks, dispatch, ops, warm
+from flashgen import autograd, checks, dispatch, execution, ops, warm
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
 from flashgen.problem import CausalAlignment, Layout, not_built
@@ -118,7 +118,7 @@ def _run(
     if call is None or not warm.unseen(call):
         out, lse = autograd.run(q, k, v, operands, scalars)
     else:
-        with ops.watched() as ran:
+        with execution.watched() as ran:
             out, lse = autograd.run(q, k, v, operands, scalars)
             plan = ran.plan
         if plan is not None:
@@ -155,7 +155,7 @@ def explain(
     q, k, v = autograd.autocast(q, k, v)
     captured = operands.as_now(q.device).options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
-    problem = ops.checked(q, k, v, operands, scalars)
+    problem = execution.checked(q, k, v, operands, scalars)
     return dispatch.resolve(problem, backend=scalars.backend, config=options.get("config"))
 
 
@@ -208,7 +208,7 @@ def _arguments(
     if not draw:
         return operands, scalars
     if scalars.dropout_p and not torch.compiler.is_compiling():
-        ops.checked(q, k, v, operands, scalars)  # before the draw: a refused call leaves the generator as it was
+        execution.checked(q, k, v, operands, scalars)  # before the draw: a refused call leaves the generator as it was
     philox = ops.draw_philox(q, scalars.dropout_p, generator)
     return (operands if philox is None else replace(operands, philox=philox)), scalars
 

@@ -24,6 +24,16 @@ from typing import Any
 _lock = threading.RLock()
 
 
+class _Thread(threading.local):
+    """What this thread is about: work to begin beside its next compilation; whether its launches only compile."""
+
+    beside: Callable[[], None] | None = None
+    compiles_only: bool = False
+
+
+_thread = _Thread()
+
+
 # -- the lines of each function --
 
 
@@ -137,6 +147,9 @@ class _Compile:
         if found is not None:
             return found
         launcher = _launcher_beside(src)
+        work, _thread.beside = _thread.beside, None
+        if work is not None:
+            _after_reading(src, work)
         made = self._compile(src, target=target, options=options, **more)
         if launcher is not None:
             launcher.join()
@@ -216,3 +229,51 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
     thread = threading.Thread(target=build, name="flashgen-launcher", daemon=True)
     thread.start()
     return thread
+
+
+# -- what is compiled beside it --
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Call `work` once if a kernel has to be compiled inside, on this thread, as soon as its Python has been read.
+
+    What follows the reading, nine tenths of the time, leaves the interpreter to other threads: `work` is to start one.
+    """
+    _thread.beside = work
+    try:
+        yield
+    finally:
+        _thread.beside = None
+
+
+def _after_reading(src: Any, work: Callable[[], None]) -> None:
+    read = src.make_ir
+
+    def make_ir(*arguments: Any, **more: Any) -> Any:
+        made = read(*arguments, **more)
+        work()
+        return made
+
+    src.make_ir = make_ir
+
+
+@contextlib.contextmanager
+def compiling_only(module: ModuleType) -> Iterator[None]:
+    """Launches of a rendered file's kernels, on this thread, compile and run nothing."""
+    from triton.runtime import jit
+
+    functions = [one for one in vars(module).values() if isinstance(one, jit.JITFunction)]
+    for function in functions:
+        function.run = functools.partial(_run, function)
+    _thread.compiles_only = True
+    try:
+        yield
+    finally:
+        _thread.compiles_only = False
+        for function in functions:
+            function.__dict__.pop("run", None)
+
+
+def _run(function: Any, *arguments: Any, warmup: bool, **more: Any) -> Any:
+    return type(function).run(function, *arguments, warmup=warmup or _thread.compiles_only, **more)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from flashgen import dispatch, ops, settings
+from flashgen import dispatch, execution, ops, settings
 from flashgen.build import build
 from flashgen.config import KernelConfig
 from flashgen.mods.fingerprint import fingerprint
@@ -236,7 +236,7 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
             else:
                 launch(q, k, v, o, lse, **scalars)
         except Exception as error:
-            raise ops.explained(error, plan) from error
+            raise execution.explained(error, plan) from error
         return out, lse
 
     return run

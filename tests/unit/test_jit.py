@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -254,3 +255,48 @@ def test_triton_3_6_builds_a_launcher_while_the_kernel_compiles(
     del order[:]
     compiled(path)
     assert order == ["asked for", "launched"], "a cached kernel has its launcher"
+
+
+# -- what is compiled beside it --
+
+
+def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, driver: Driver) -> None:
+    module = load_module(path)
+    with jit.compiling_only(module):
+        module.launch(X)
+        assert not driver.launched
+        other = threading.Thread(target=module.launch, args=(X,))
+        other.start()
+        other.join()
+        assert len(driver.launched) == 1
+    module.launch(X)
+    assert len(driver.launched) == 2 and "run" not in vars(module.store)
+    assert len(module.store.device_caches[0][0]) == 1, "what was compiled is what is launched"
+
+
+def test_work_begins_once_a_kernel_was_read_and_only_where_one_is_compiled(path: Path, driver: Driver) -> None:
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+
+    begun: list[str] = []
+    read, stage = ASTSource.make_ir, CUDABackend.make_ttir
+
+    def reading(self: Any, *arguments: Any, **more: Any) -> Any:
+        made = read(self, *arguments, **more)
+        begun.append("read")
+        return made
+
+    def lowering(*arguments: Any, **more: Any) -> Any:
+        begun.append("stage")
+        return stage(*arguments, **more)
+
+    with (
+        mock.patch.object(ASTSource, "make_ir", reading),
+        mock.patch.object(CUDABackend, "make_ttir", staticmethod(lowering)),
+    ):
+        for _ in range(2):
+            with jit.beside(lambda: begun.append("work")):
+                compiled(path)
+        path.write_text(TEXT.replace("twice(21)", "twice(22)"))
+        compiled(path)
+    assert begun == ["read", "work", "stage", "read", "stage"]

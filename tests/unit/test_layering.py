@@ -49,6 +49,7 @@ ROWS = (
     ("block_ranges", "block_lists"),
     ("operands",),
     ("samples",),
+    ("execution",),
     ("ops",),
     ("autograd",),
     ("warm",),
