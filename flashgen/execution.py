@@ -126,6 +126,7 @@ def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
 
 
 def allocate(q: Tensor, v: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
+    """The output in q's dtype, and lse in fp32: empty where nobody wants it."""
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if not (scalars.return_lse or scalars.training):
         return out, q.new_empty((0,), dtype=torch.float32)
