@@ -52,7 +52,7 @@ ROWS = (
     ("execution",),
     ("ops",),
     ("autograd",),
-    ("warm",),
+    ("warm", "uncompiled"),
     ("api", "offline"),
     ("integrations", "peers"),
     ("tuner",),
