@@ -110,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     out, lse = allocate(q, v, scalars)
     wanted = lse if problem.spec.has_lse else None
     if plan.backend == "torch":
-        with _exact_products(q):
+        with _exact_products(q), _reads_explained(operands):
             _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
         seen = [x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out)]
@@ -123,6 +123,20 @@ def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast has its say in the dtypes of q, k and v; the fp32 products inside are not its business."""
     device = q.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+@contextmanager
+def _reads_explained(operands: Operands) -> Iterator[None]:
+    """An index that no analysis decides, out of bounds when the torch backend runs a mod."""
+    try:
+        yield
+    except IndexError as error:
+        if not operands.has_functions:
+            raise
+        raise InvalidProblemError(
+            f"score_mod or mask_mod reads a tensor that it captures outside its bounds: {error}. With FLASHGEN_CHECK_VALUES=1 the "
+            "message says which tensor, where and at which b, h, q_idx, kv_idx."
+        ) from error
 
 
 def allocate(q: Tensor, v: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
@@ -285,11 +299,11 @@ def backward(
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
         packing = _packing(problem, operands, q, k)
-        with _exact_products(q):
+        with _exact_products(q), _reads_explained(operands):
             return torch_blocked.packed_backward(dout, dlse, q, k, v, out, lse, packing, options, **wanted)
     q_, k_, v_, out_ = (_bshd(x, scalars.layout) for x in (q, k, v, out))
     dout_ = None if dout is None else _bshd(dout, scalars.layout)
-    with _exact_products(q):
+    with _exact_products(q), _reads_explained(operands):
         dq, dk, dv, sums = torch_blocked.backward(dout_, dlse, q_, k_, v_, out_, lse, options, **wanted)
     dq, dk, dv = (_bshd(x, scalars.layout) for x in (dq, dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
