@@ -219,6 +219,7 @@ def _bshd(x: Tensor, layout: str) -> Tensor:
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
+    x = x.resolve_neg()  # without an operator around it nobody has
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -282,7 +283,7 @@ def _run_backward_kernel(
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
     if plan.backend == "gluon" and not tma_addressable(dout):
         dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.float().contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous().resolve_neg()
 
     def sum_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(x.shape, dtype=dtype, device=q.device)
