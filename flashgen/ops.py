@@ -22,7 +22,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, tma_addressable
+from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -189,6 +189,11 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
+    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
+        # Operators never see one; functions of the user's have no operator around them.
+        raise not_built(
+            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
+        )
     source = render(problem.spec, variant)
     values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
     if plan.target.backend == "cpu":
