@@ -55,9 +55,9 @@ def call(leaves: list[Tensor], backend: str, which: str, options: str) -> tuple[
     common: dict[str, Any] = {"return_lse": True, "backend": backend, "deterministic": which == "ordered"}
     if options == "packed":
         ends = [torch.tensor([0, n - 40, 2 * n], device="cuda", dtype=torch.int32) for n in (QUERIES, KEYS)]
-        return flashgen.varlen_attention(
-            *(x.flatten(0, 1) for x in (q, k, v)), *ends, QUERIES + 40, KEYS + 40, causal=True, **common
-        )  # type: ignore[return-value]
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+        lengths = (QUERIES + 40, KEYS + 40)
+        return flashgen.varlen_attention(queries, keys, values, *ends, *lengths, causal=True, **common)
     if options == "bias":  # the same seed for both backends
         common["generator"] = torch.Generator("cuda").manual_seed(2)
     return flashgen.attention(q, k, v, **OPTIONS[options](), **common)  # type: ignore[return-value]
