@@ -18,7 +18,8 @@ HEAD_DIMS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 40, 64, 71, 80, 96, 1
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 53, 63, 64, 65, 97)
 STRIDES = ("dense", "padded", "misaligned", "sbhd", "expanded", "packed", "corrupt")
 
-# Elementwise functions of every shape of argument, as FlexAttention's; `table` (num_heads_q, 5) wants a gradient.
+# Elementwise functions of every shape of argument, as FlexAttention's; `table` (num_heads_q, 5) wants a gradient. `ids` (batch,
+# longest) grows along its rows, as packed documents do; `order` (longest) is where a key stands that lies elsewhere, as in pages.
 SCORE_MODS: dict[str, Callable[..., Tensor]] = {
     "relative": lambda s, b, h, i, j: s + 0.05 * (i - j),
     "scaled": lambda s, b, h, i, j: s * (1.0 + 0.1 * h + 0.2 * b),
@@ -34,7 +35,12 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "band": lambda b, h, i, j: (i - j < 30) & (j - i < 40),
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
+    "sequences": lambda b, h, i, j, ids, order: ids[b, i] == ids[b, j],
+    "pages": lambda b, h, i, j, ids, order: order[j] <= i,
 }
+CAPTURING = ("sequences", "pages")
+HOPPER_HEAD_DIMS = (8, 16, 40, 64, 64, 64, 72, 96, 128, 128, 192, 256)
+HOPPER_LENGTHS = (1, 17, 63, 64, 65, 97, 128, 130, 190, 193)
 BROADCASTS = (
     "bhij",
     "1hij",
@@ -142,7 +148,10 @@ class Case:
 
 
 def draw(seed: int) -> Case:
-    """One random case; every fourth is for the portable kernel: plain, or with what it covers of every option in turn."""
+    """One random case; every fourth is for the portable kernel: plain, or with what it covers of every option in turn.
+
+    Every eighth is for the Hopper kernels: what they do not cover of it is another's business (`fuzz.settled`).
+    """
     r = random.Random(seed)
 
     def sometimes(value: Any, default: Any, p: float = 0.35) -> Any:
@@ -189,6 +198,8 @@ def draw(seed: int) -> Case:
             small["tile"] = (min(common["tile"][0], 32), min(common["tile"][1], 32 if widest <= 128 else 16))
         case = Case(backend="triton", **(common | small))
         return replace(case, grad=True) if seed % 8 == 3 else _with_options(case, r)
+    if seed % 8 == 5:
+        return _with_options(_for_hopper(Case(backend="gluon", **common), r), r, longest=200)
     bounded = common["values"] == "normal"  # a squared or capped score of thousands is no longer a fair question
     mods = sorted(SCORE_MODS) if bounded else ["relative", "table"]
     return Case(
@@ -208,8 +219,22 @@ def draw(seed: int) -> Case:
     )
 
 
-def _with_options(case: Case, r: random.Random) -> Case:
-    """A plain case of the portable kernel with a few options, with their gradients two times out of three."""
+def _for_hopper(case: Case, r: random.Random) -> Case:
+    """A case of the dtypes, head dims and layouts that TMA can move, of rows and keys in several tiles."""
+    head_dim = r.choice(HOPPER_HEAD_DIMS)
+    head_dim_v = head_dim if r.random() < 0.7 else r.choice(HOPPER_HEAD_DIMS)
+    tile = (64, 64)  # the default
+    if max(head_dim, head_dim_v) <= 64:
+        tile = (r.choice((64, 128, 192)), r.choice((32, 64)))
+    return replace(
+        case, dtype=r.choice(("fp16", "bf16")), batch=r.choice((1, 1, 2)), seqlen_q=r.choice(HOPPER_LENGTHS),
+        seqlen_k=r.choice(HOPPER_LENGTHS), heads_kv=min(2, case.heads_kv), group=min(3, case.group), head_dim=head_dim,
+        head_dim_v=head_dim_v, strides=r.choice(("dense", "dense", "padded", "sbhd")), tile=tile, lengths=(), layout=r.choice(("bshd", "bhsd")),
+    )  # fmt: skip
+
+
+def _with_options(case: Case, r: random.Random, longest: int = 33) -> Case:
+    """A plain case of a kernel with a few options, with their gradients two times out of three."""
     bounded = case.values == "normal"
     draws: dict[str, Any] = {
         "window": r.choice(((3, -1), (4, 9), (-1, 2), (0, 0), (20, 0), (33, 17))),
@@ -232,7 +257,7 @@ def _with_options(case: Case, r: random.Random) -> Case:
     if r.random() < 0.67:
         # Twice the work and more: fewer rows.
         more |= {"grad": True, "deterministic": r.random() < 0.4}
-        more |= {"seqlen_q": min(case.seqlen_q, 33), "seqlen_k": min(case.seqlen_k, 47)}
+        more |= {"seqlen_q": min(case.seqlen_q, longest), "seqlen_k": min(case.seqlen_k, longest + 14)}
     return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **more)
 
 
@@ -249,6 +274,8 @@ class Tensors:
     bias: Tensor | None
     attn_mask: Tensor | None
     table: Tensor
+    ids: Tensor
+    order: Tensor
     philox: tuple[int, int]
     dout: Tensor
     dlse: Tensor
@@ -292,6 +319,7 @@ def make(case: Case) -> Tensors:
     out_shape = (*tensors["q"].shape[:-1], case.head_dim_v)
     lse_shape = (case.heads_q, total_q) if case.lengths else (case.batch, case.heads_q, case.seqlen_q)
     sizes, heads = case.sizes, case.heads_q
+    longest = max(1, sizes["i"], sizes["j"])
 
     def broadcast(letters: str) -> tuple[int, ...]:
         return tuple(sizes.get(letter, 1) for letter in letters)
@@ -307,6 +335,8 @@ def make(case: Case) -> Tensors:
         bias=bias,
         attn_mask=torch.rand(broadcast(case.attn_mask), generator=g) < 0.6 if case.attn_mask else None,
         table=torch.randn(heads, 5, generator=g),
+        ids=torch.randint(0, 4, (max(1, sizes["b"]), longest), generator=torch.Generator().manual_seed(case.seed)).eq(0).cumsum(-1).int(),
+        order=torch.randperm(longest, generator=torch.Generator().manual_seed(case.seed)).int(),
         philox=(0x1234_5678_9ABC_DEF0 ^ case.seed, 7 + case.seed),
         dout=torch.randn(out_shape, generator=g).to(dtype),
         dlse=torch.randn(lse_shape, generator=g),

@@ -106,6 +106,14 @@ def for_gpu(seed: int) -> Case:
     return next((one for one in candidates if covered(one, "cuda")), replace(case, backend="torch"))
 
 
+def settled(case: Case) -> Case:
+    """The case for the first kernel that covers it: a Hopper one with its gradients, then without, then the portable one's."""
+    if case.backend != "gluon":
+        return case
+    candidates = [replace(case, backend=name, grad=grad) for name in ("gluon", "triton") for grad in dict.fromkeys((case.grad, False))]
+    return next((one for one in candidates if covered(one)), replace(case, backend="torch"))
+
+
 def command(case: Case) -> str:
     """What repeats exactly this case, in the root of the checkout."""
     return f"python tests/fuzz/fuzz.py --case {shlex.quote(case.dumps())}"
@@ -138,7 +146,7 @@ def main(arguments: list[str]) -> int:
     for seed in range(first, first + (count if end is None else sys.maxsize // 2)):
         if end is not None and time.monotonic() > end:
             break
-        case, done = draw(seed) if given.device == "cpu" else for_gpu(seed), done + 1
+        case, done = settled(draw(seed)) if given.device == "cpu" else for_gpu(seed), done + 1
         said = verdict(case, on)
         backends[case.backend] += 1
         if said is None:

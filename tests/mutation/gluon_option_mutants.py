@@ -39,6 +39,8 @@ CASES: dict[str, Case] = {
     "attn_mask of columns": Case(**{**_SMALL, "attn_mask": "b11j"}),
     "mask_mod": Case(**{**_LONG, "mask_mod": "document"}),
     "mask_mod of columns": Case(**{**_SMALL, "mask_mod": "columns"}),
+    "mask_mod of sequences": Case(**{**_LONG, "mask_mod": "sequences"}),
+    "mask_mod of pages": Case(**{**_SMALL, "mask_mod": "pages"}),
     "score_mod": Case(**{**_SMALL, "score_mod": "table", "group": 2, "batch": 1}),
     "relative": Case(**{**_SMALL, "score_mod": "relative"}),
     "block_mask": Case(**{**_SMALL, "block_mask": "document"}),
