@@ -35,6 +35,7 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "band": lambda b, h, i, j: (i - j < 30) & (j - i < 40),
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
+    "bands": lambda b, h, i, j: (i - j < 20 * (h + 1)) & (j - i < 25 + 10 * b),
     "sequences": lambda b, h, i, j, ids, order: ids[b, i] == ids[b, j],
     "pages": lambda b, h, i, j, ids, order: order[j] <= i,
 }
@@ -69,7 +70,9 @@ class Case:
         lengths: (seqlen_q, seqlen_k, seqused_k) of each packed sequence; empty for `attention()`.
         bias, attn_mask: which of b, h, i, j they span, e.g. `1h1j`; empty for none.
         values: of q and k: `normal`, `low` (scores near -600), `large` (scores of thousands).
+        block_mask: a name of `MASK_MODS`, or `given`: lists of each batch and head that say something else than its mask_mod.
         block_size: blocks of queries and of keys of the block mask.
+        spread: whether the operands beside q, k and v have a gap after each element.
         deterministic: whether gradients have to repeat bit for bit.
         tile: block of rows and of keys.
     """
@@ -108,6 +111,7 @@ class Case:
     lse: bool = False
     grad: bool = False
     tile: tuple[int, int] = (16, 16)
+    spread: bool = False
 
     @property
     def heads_q(self) -> int:
@@ -213,9 +217,11 @@ def draw(seed: int) -> Case:
         attn_mask=sometimes(r.choice(BROADCASTS), "", 0.25),
         score_mod=sometimes(r.choice(mods), ""),
         mask_mod=sometimes(r.choice(sorted(MASK_MODS)), "", 0.3),
-        block_mask="" if varlen else sometimes(r.choice(sorted(MASK_MODS)), "", 0.15),
+        block_mask="" if varlen else sometimes(r.choice((*sorted(MASK_MODS), "given")), "", 0.15),
         dropout_p=sometimes(r.choice((0.1, 0.5, 0.97)), 0.0),
         grad=r.random() < 0.7,
+        deterministic=r.random() < 0.3,
+        spread=r.random() < 0.3,
     )
 
 
@@ -246,11 +252,12 @@ def _with_options(case: Case, r: random.Random, longest: int = 33) -> Case:
         "dropout_p": r.choice((0.1, 0.5, 0.97)),
         "score_mod": r.choice(sorted(SCORE_MODS) if bounded else ["relative", "table"]),
         "mask_mod": r.choice(sorted(MASK_MODS)),
-        "block_mask": r.choice(sorted(MASK_MODS)),
+        "block_mask": r.choice((*sorted(MASK_MODS), "given")),
         "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
     }
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
     more: dict[str, Any] = {"block_size": r.choice(((16, 8), (16, 16), (32, 64), (24, 40), (128, 128)))}
+    more |= {"spread": r.random() < 0.4}
     if "lengths" in chosen:
         more |= {"layout": "bshd", "batch": 1, "block_mask": ""}
         chosen = [name for name in chosen if name != "block_mask"]
@@ -276,6 +283,7 @@ class Tensors:
     table: Tensor
     ids: Tensor
     order: Tensor
+    kinds: Tensor
     philox: tuple[int, int]
     dout: Tensor
     dlse: Tensor
@@ -319,10 +327,18 @@ def make(case: Case) -> Tensors:
     out_shape = (*tensors["q"].shape[:-1], case.head_dim_v)
     lse_shape = (case.heads_q, total_q) if case.lengths else (case.batch, case.heads_q, case.seqlen_q)
     sizes, heads = case.sizes, case.heads_q
-    longest = max(1, sizes["i"], sizes["j"])
+    longest, seeded = max(1, sizes["i"], sizes["j"]), torch.Generator().manual_seed(case.seed)
+    kinds = (max(1, sizes["b"]), heads, *(-(-size // block) for size, block in zip((sizes["i"], sizes["j"]), case.block_size, strict=True)))
 
     def broadcast(letters: str) -> tuple[int, ...]:
         return tuple(sizes.get(letter, 1) for letter in letters)
+
+    def spread(x: Tensor) -> Tensor:
+        """The same, each element followed by one that nobody may read."""
+        if not case.spread:
+            return x
+        gap = torch.full_like(x, math.nan) if x.is_floating_point() else torch.full_like(x, True if x.dtype == torch.bool else 1 << 20)
+        return torch.stack((x, gap), -1)[..., 0]
 
     bias = torch.randn(broadcast(case.bias), generator=g).to(dtype) if case.bias else None
     if bias is not None and case.bias_inf:
@@ -330,13 +346,14 @@ def make(case: Case) -> Tensors:
     return Tensors(
         **tensors,
         allocations=allocations,
-        alibi=torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g) if case.alibi else None,
-        sinks=torch.randn(heads, generator=g).to(dtype) if case.sinks else None,
-        bias=bias,
-        attn_mask=torch.rand(broadcast(case.attn_mask), generator=g) < 0.6 if case.attn_mask else None,
-        table=torch.randn(heads, 5, generator=g),
-        ids=torch.randint(0, 4, (max(1, sizes["b"]), longest), generator=torch.Generator().manual_seed(case.seed)).eq(0).cumsum(-1).int(),
-        order=torch.randperm(longest, generator=torch.Generator().manual_seed(case.seed)).int(),
+        alibi=spread(torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g)) if case.alibi else None,
+        sinks=spread(torch.randn(heads, generator=g).to(dtype)) if case.sinks else None,
+        bias=None if bias is None else spread(bias),
+        attn_mask=spread(torch.rand(broadcast(case.attn_mask), generator=g) < 0.6) if case.attn_mask else None,
+        table=spread(torch.randn(heads, 5, generator=g)),
+        ids=spread(torch.randint(0, 4, (max(1, sizes["b"]), longest), generator=seeded).eq(0).cumsum(-1).int()),
+        order=spread(torch.randperm(longest, generator=seeded).int()),
+        kinds=torch.randint(0, 3, kinds, generator=seeded),
         philox=(0x1234_5678_9ABC_DEF0 ^ case.seed, 7 + case.seed),
         dout=torch.randn(out_shape, generator=g).to(dtype),
         dlse=torch.randn(lse_shape, generator=g),

@@ -67,7 +67,7 @@ def moved(t: Tensors, device: str) -> Tensors:
         name: allocations[name].view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
         for name, x in (("q", t.q), ("k", t.k), ("v", t.v))
     }
-    names = ("alibi", "sinks", "bias", "attn_mask", "table", "ids", "order", "dout", "dlse")
+    names = ("alibi", "sinks", "bias", "attn_mask", "table", "ids", "order", "kinds", "dout", "dlse")
     others = {name: None if (x := getattr(t, name)) is None else x.to(device) for name in names}
     return replace(t, allocations=allocations, **views, **others)
 
@@ -216,11 +216,31 @@ def _offsets(case: Case, device: Any = "cpu") -> tuple[list[Tensor], Tensor | No
 def _block_mask(case: Case, t: Tensors) -> Any:
     if not case.listed_mask:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+    if case.listed_mask == "given":
+        lists = []
+        for kind in (1, 2):
+            there = t.kinds == kind
+            lists += [there.sum(-1).int(), torch.sort((~there).int(), dim=-1, stable=True).indices.int()]
+        lengths = (case.seqlen_q, case.seqlen_k)
+        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths)
     return create_block_mask(
         mask_mod(case.listed_mask, t), case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(t.q.device), BLOCK_SIZE=case.block_size
     )  # fmt: skip
+
+
+def _listed(case: Case, t: Tensors) -> Any:
+    """What the block mask of a case shows, as a mask_mod."""
+    if case.listed_mask != "given":
+        return mask_mod(case.listed_mask, t)
+    (size_q, size_k), kinds = case.block_size, t.kinds
+
+    def given(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kind = kinds[b, h, i // size_q, j // size_k]
+        return (kind == 2) | ((kind == 1) & MASK_MODS["thirds"](b, h, i, j))
+
+    return given
 
 
 # -- the references --
@@ -228,7 +248,7 @@ def _block_mask(case: Case, t: Tensors) -> Any:
 
 def reference_calls(case: Case, t: Tensors) -> list[Call]:
     """The calls for the references: one, or one a packed sequence."""
-    mods = [mask_mod(name, t) for name in (case.mask_mod, case.listed_mask) if name]
+    mods = [mod for mod in (mask_mod(case.mask_mod, t), _listed(case, t)) if mod is not None]
     call = Call(
         **{name: t.bshd(name, case).clone() for name in ("q", "k", "v")},
         sm_scale=case.head_dim**-0.5 if case.scale is None else case.scale,

@@ -78,37 +78,42 @@ def _direct(option: str, *cases: Free | str) -> Subject:
     return Subject("gluon_bwd_sm90", option, made)
 
 
-_FORWARD_OPTIONS: dict[str, tuple[str, ...]] = {
-    "window on both sides": ("window", "narrow window", "causal window", "one-sided window"),
-    "softcap": ("softcap",),
-    "alibi": ("alibi",),
-    "sinks": ("sinks",),
-    "bias": ("bias",),
-    "attn_mask": ("attn_mask", "attn_mask of columns"),
-    "dropout": ("dropout",),
-    "mask_mod": ("mask_mod", "mask_mod of columns"),
-    "mask_mod that captures": ("mask_mod of sequences", "mask_mod of pages"),
-    "score_mod that captures": ("score_mod", "relative"),
-    "block_mask": ("block_mask", "block_mask of large blocks"),
-    "packed sequences": ("packed",),
-}
-_PORTABLE_ALSO: dict[str, tuple[str, ...]] = {
-    "softcap": ("softcap, fp32", "strong softcap, fp32"),
-    "sinks": ("sinks, fp32",),
-    "bias": ("bias of -inf", "softcap, then bias"),
-    "block_mask": ("block_mask", "block_mask of odd blocks"),
-    "packed sequences": ("packed, top-left", "packed, everything"),
-}
+# Each option -> cases of the Hopper forward, of the portable one.
+_FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "window on both sides": (
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
+    ),
+    "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
+    "alibi": (("alibi", "spread, alibi"), ("alibi", "spread, alibi")),
+    "sinks": (("sinks", "causal sinks at a boundary"), ("sinks", "sinks, fp32")),
+    "bias": (("bias", "spread, bias"), ("bias", "bias of -inf", "softcap, then bias", "spread, bias")),
+    "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
+    "dropout": (("dropout", "dropout of batches"), ("dropout",)),
+    "mask_mod": (("mask_mod", "mask_mod of columns", "mask_mod of bands"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+    "mask_mod that captures": (
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
+    ),
+    "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
+    "block_mask": (
+        ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values"),
+        ("block_mask of odd blocks", "block_mask as given, of each head"),
+    ),
+    "packed sequences": (("packed",), ("packed", "packed, top-left", "packed, everything")),
+}  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
-    "window on both sides": ("gradients, window", "gradients, narrow window"),
-    "attn_mask": ("gradients, attn_mask", "gradients, rows of a mask"),
+    "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window"),
+    "attn_mask": ("gradients, attn_mask", "gradients, rows of a mask", "gradients, spread operands"),
     "dropout, sinks and dsinks": ("gradients, dropout",),
-    "mask_mod": ("gradients, mask_mod", "gradients, mask_mod of a band"),
-    "mask_mod that captures": ("gradients, mask_mod of sequences",),
+    "mask_mod": ("gradients, mask_mod", "gradients, mask_mod of a band", "gradients, mask_mod of bands"),
+    "mask_mod that captures": ("gradients, mask_mod of sequences", "gradients, spread table"),
     "score_mod, gradients of what it captures": ("gradients, score_mod", "gradients, squared", "gradients, captured and hidden"),
     "gradients in order": ("gradients, ordered",),
-    "bias and its gradient": ("gradients, bias of keys", "gradients, bias of rows", "gradients, bias of heads", "gradients, bias and softcap"),
-    "block_mask": ("block_mask", "block_mask of odd blocks"),
+    "bias and its gradient": (
+        "gradients, bias of keys", "gradients, bias of rows", "gradients, bias of heads", "gradients, bias and softcap", "gradients, spread bias",
+    ),
+    "block_mask": ("block_mask as given, of each head", "block_mask of odd blocks"),
     "packed sequences": ("gradients, packed",),
 }  # fmt: skip
 _BIASED = "a bias of every pair, under a score"
@@ -116,7 +121,7 @@ _BIASED = "a bias of every pair, under a score"
 SUBJECTS: tuple[Subject, ...] = (
     *(
         _public("gluon_fwd_sm90", option, *(_HOPPER[name] for name in names))
-        for option, names in _FORWARD_OPTIONS.items()
+        for option, (names, _) in _FORWARD_OPTIONS.items()
     ),
     _direct(
         "window on both sides",
@@ -139,8 +144,8 @@ SUBJECTS: tuple[Subject, ...] = (
     ),
     _direct("head dims above 128, with a mask", Free(why="", sizes={"seqlen_q": 130, "seqlen_k": 100}, mask_mod=CASES[9].mask_mod, head_dim=136, head_dim_v=16)),
     *(
-        _public("triton_fwd", option, *(_PORTABLE[name] for name in (*names, *_PORTABLE_ALSO.get(option, ())) if name in _PORTABLE))
-        for option, names in _FORWARD_OPTIONS.items()
+        _public("triton_fwd", option, *(_PORTABLE[name] for name in names))
+        for option, (_, names) in _FORWARD_OPTIONS.items()
     ),
     *(_public("triton_bwd", option, *(_PORTABLE[name] for name in names)) for option, names in _PORTABLE_BACKWARD.items()),
 )  # fmt: skip
