@@ -1,6 +1,6 @@
 """The error budget of a backward: poisoned problems with gradients, and what is demanded of every candidate.
 
-As `accuracy.py` does for the forward: the unit is the error of honest backwards of the inputs' dtype (`reference.same_precision`)
+As `accuracy` does for the forward: the unit is the error of honest backwards of the inputs' dtype (`reference.same_precision`)
 against fp64 autograd (`reference.exact`) on the same inputs. out and lse, which a backward takes, are the reference's own, so that
 a forward kernel has no part in the verdict; `take` puts those of a kernel there. With logits in the hundreds only a pair that
 rounds alike is exact: fp32 holds an lse of -600 to 6e-5, and what the forward lost the backward must lose the same way.

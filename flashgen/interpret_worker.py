@@ -1,4 +1,4 @@
-"""The other end of `interpret.py`: a process that runs rendered kernels in Triton's interpreter and does nothing else.
+"""The other end of `interpret`: a process that runs rendered kernels in Triton's interpreter and does nothing else.
 
 Started as `main(requests, replies, arena, crash)` with four inherited file descriptors and TRITON_INTERPRET=1 in its
 environment. A message is a 4-byte length and JSON. Tensors lie in the arena, a shared anonymous file.

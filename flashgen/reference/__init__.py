@@ -1,4 +1,4 @@
-"""The oracle (fp64) and the honest low-precision run that the error budget of `accuracy.py` is derived from.
+"""The oracle (fp64) and the honest low-precision run that the error budget of `accuracy` is derived from.
 
 `attention_oracle` and `attention_low_precision` (`plain`), and their gradients (`plain_backward`), know causality alone and are
 blocked over query rows only, so that long sequences fit in memory. `exact` and `same_precision` (`every_option`) know every option of `attention()` and

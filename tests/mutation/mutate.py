@@ -270,10 +270,10 @@ def apply(broken: Mutant, folder: Path) -> None:
 
 
 def parts_of(file: str) -> list[str]:
-    """A template and all that it includes, each once."""
+    """A template and all that it includes or imports, each once."""
     found = [file]
     for name in found:
-        for part in re.findall(r'{% include "(.+?)" %}', (templates_dir() / name).read_text()):
+        for part in re.findall(r'{% (?:include|from) "(.+?)"', (templates_dir() / name).read_text()):
             if part not in found:
                 found.append(part)
     return found

@@ -11,7 +11,7 @@ from test_compile_pool import TILE, asked
 
 from flashgen import KernelConfig, Problem, accuracy, gradients, samples
 from flashgen.build import load_module, write_source
-from flashgen.facts import _signature
+from flashgen.facts.compiler import signature_of
 from flashgen.render import render
 from flashgen.tuner.context import launch_strides
 from flashgen.variants import by_name
@@ -74,7 +74,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(
     for one, constants in kernels.items():
         kernel = getattr(module, one)
         wanted = asked(partial(module.launch, **values), kernel, arguments, config, monkeypatch)
-        found = _signature(kernel, spec, constants, strides)
+        found = signature_of(kernel, spec, constants, strides)
         names = [parameter.name for parameter in kernel.params]
         for ours, theirs in zip(found, wanted, strict=True):
             keys = {key for key in (*ours, *theirs) if ours.get(key, "absent") != theirs.get(key, "absent")}

@@ -13,7 +13,9 @@ import pytest
 from flashgen import BuildError, KernelConfig, Problem, Target, facts_gluon
 from flashgen.build import load_module, write_source
 from flashgen.compile_pool import CompilePool
-from flashgen.facts import _constants_have_attributes, _signature, cached, compile_options, specialised
+from flashgen.facts import cached, compile_options, specialised
+from flashgen.facts.cache import path_of
+from flashgen.facts.compiler import constants_have_attributes, signature_of
 from flashgen.render import KernelSource, render
 from flashgen.spec import AttentionSpec
 from flashgen.tuner.context import launch_strides
@@ -117,8 +119,8 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(problem: Problem, monk
     )
     wanted = asked(module.launch, kernel, arguments, TILE, monkeypatch)
     values = variant.kernels(spec, TILE)[spec.op]
-    assert _signature(kernel, spec, values, launch_strides(problem)) == wanted
-    usual = _signature(kernel, spec, values) == wanted
+    assert signature_of(kernel, spec, values, launch_strides(problem)) == wanted
+    usual = signature_of(kernel, spec, values) == wanted
     assert usual == (problem.head_dim % 16 == 0 and problem.seqlen_k < 1 << 20)
 
 
@@ -145,15 +147,13 @@ def test_what_is_compiled_ahead_of_a_backward_is_what_a_launch_asks_for(
         for other in kernels:
             monkeypatch.setattr(getattr(module, other), "run", lambda *_, **__: None)
         wanted = asked(module.launch, getattr(module, name), arguments, config, monkeypatch)
-        assert _signature(getattr(module, name), spec, kernels[name], launch_strides(p)) == wanted, name
+        assert signature_of(getattr(module, name), spec, kernels[name], launch_strides(p)) == wanted, name
 
 
 def test_facts_of_other_strides_are_other_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from flashgen import facts
-
     monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
     source = render(SPEC, by_name("triton_fwd"))
-    paths = [facts._cache_path(source, H100, TILE, strides) for strides in (None, {"stride_qb": 64}, {"stride_qb": 3})]
+    paths = [path_of(source, H100, TILE, strides) for strides in (None, {"stride_qb": 64}, {"stride_qb": 3})]
     assert paths[0] == paths[1] != paths[2] and cached(source, H100, TILE, {"stride_qb": 3}) is None
 
 
@@ -194,6 +194,6 @@ def test_a_gluon_kernel_is_compiled_ahead_under_the_key_of_its_launch(
     q, k = (torch.empty(1, 1024, heads, p.head_dim, dtype=dtype) for heads in (p.num_heads_q, p.num_heads_kv))
     lse = torch.empty(1, p.num_heads_q, 1024) if spec.has_lse else None
     module.launch(q, k, k, torch.empty_like(q), lse, sm_scale=0.1, causal_offset=0, **config)
-    ahead = facts_gluon.ast_source(kernel, spec, config, constants_have_attributes=_constants_have_attributes(kernel))
+    ahead = facts_gluon.ast_source(kernel, spec, config, constants_have_attributes=constants_have_attributes(kernel))
     numbers = backend.parse_options({"enable_fp_fusion": True, "num_warps": variant.num_warps(spec, config)})
     assert keys == [(ahead.hash(), numbers.hash())]

@@ -1,194 +1,34 @@
-"""The error budget of a kernel, and poisoned problems to hold it against.
-
-The unit is never a hand-picked tolerance: it is the error of an honest low-precision run (`flashgen.reference`) against the
-fp64 oracle on the same inputs. With (f, g) of the dtype,
-
-    every element:  |out - oracle| <= f * max|low - oracle| + eps/2 * |oracle|
-    on average:     mean|out - oracle| <= g * mean|low - oracle|      (fp32: + 1e-7)
-
-and f and g double under 4,096 elements, too few for a ratio of statistics. A looser unit lets "one key too many at
-seqlen 2048" pass in bf16; this one does not.
-"""
+"""Problems whose every byte that a kernel has no business with is NaN: made, launched, judged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from flashgen.accuracy.budget import AccuracyReport, Pair, check
 from flashgen.coverage import require_plain
-from flashgen.errors import AccuracyError, InvalidProblemError
+from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
 from flashgen.reference import attention_low_precision, attention_oracle, visible_keys
-from flashgen.spec import AttentionSpec, DType
+from flashgen.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Pair = tuple["Tensor", "Tensor | None"]
 Strides = Literal["dense", "padded", "misaligned", "sbhd", "expanded", "packed", "corrupt"]
 Values = Literal["normal", "low", "large"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-# (f, g) of outputs and of gradients; see the module's docstring.
-_FACTORS: dict[str, tuple[float, float]] = {"fp16": (1.5, 1.1), "bf16": (1.5, 1.1), "fp32": (3.0, 2.0)}
-_GRADIENT_FACTORS: dict[str, tuple[float, float]] = {"fp16": (2.0, 1.5), "bf16": (2.0, 1.5), "fp32": (4.0, 3.0)}
-_FEW_ELEMENTS = 4096
-_EPS: dict[str, float] = {"fp16": 2.0**-10, "bf16": 2.0**-7, "fp32": 2.0**-23}
-_MEAN_FLOOR: dict[str, float] = {"fp16": 0.0, "bf16": 0.0, "fp32": 1e-7}
-_LSE_BAR: dict[str, float] = {"fp16": 1e-4, "bf16": 1e-4, "fp32": 1e-5}
 
 # Bytes of all ones: NaN in every float dtype, and a pattern that no arithmetic produces, so that a write shows.
 POISON = 0xFF
 _GUARD_BYTES = 4096
 # A size-1 dimension's stride is never used; this one lands far outside every buffer.
 _CORRUPT_STRIDE = (1 << 40) + 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccuracyReport:
-    """How far a result is from the oracle, absolutely and in units of the budget (a ratio of at most 1 is inside).
-
-    Attributes:
-        ok: inside the budget, nothing written where it must not be.
-        max_error: largest absolute error of an element.
-        mean_error: mean absolute error.
-        max_ratio: largest error of an element divided by what the element is allowed.
-        mean_ratio: mean error divided by what it may be.
-        lse_error: largest absolute error of lse; 0 where there is none.
-        lse_ratio: the same divided by its bar.
-        message: one line: what failed, or that nothing did.
-
-    """
-
-    ok: bool
-    max_error: float
-    mean_error: float
-    max_ratio: float
-    mean_ratio: float
-    lse_error: float = 0.0
-    lse_ratio: float = 0.0
-    message: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """The worst of the three ratios; at most 1 is inside the budget."""
-        return max(self.max_ratio, self.mean_ratio, self.lse_ratio)
-
-    def require(self, what: str = "the kernel's result") -> None:
-        """Do nothing when the result is good.
-
-        Raises:
-            AccuracyError: it is not; says by how much.
-
-        """
-        if not self.ok:
-            raise AccuracyError(f"{what} is outside the error budget: {self.message}")
-
-
-def check(
-    out: Tensor,
-    lse: Tensor | None,
-    oracle: Pair,
-    low: Pair,
-    dtype: DType,
-    *,
-    gradient: bool = False,
-    others: Sequence[Tensor] = (),
-) -> AccuracyReport:
-    """Hold one result against the budget.
-
-    Args:
-        out: what the kernel wrote, in any dtype.
-        lse: its log-sum-exp, natural logarithm, or None.
-        oracle: (out, lse) of `reference.attention_oracle`.
-        low: (out, lse) of `reference.attention_low_precision`; its lse is not used.
-        dtype: of q, k and v.
-        gradient: `out` is a gradient: wider factors.
-        others: what further honest runs gave, `reference.same_precision` with several runs. The unit is then the largest
-            maximum and the largest mean of any run. Where few elements or few rows decide, one run's error may be near 0
-            by luck, and no other honest run would be inside the budget. Where many do, all runs have nearly the same mean:
-            within 30 % of the first, which a test holds. An error of a thousandth fails in fp32 all the same.
-
-    Returns:
-        The report; never raises on a bad result (see `AccuracyReport.require`).
-
-    Raises:
-        InvalidProblemError: shapes differ.
-
-    """
-    exact, unit = oracle[0], low[0]
-    if {out.shape, unit.shape, *(x.shape for x in others)} != {exact.shape}:
-        raise InvalidProblemError(
-            f"results of different shapes cannot be compared: out {tuple(out.shape)}, oracle {tuple(exact.shape)}, "
-            f"low-precision reference {tuple(unit.shape)}."
-        )
-    f, g = (_GRADIENT_FACTORS if gradient else _FACTORS)[dtype]
-    if out.numel() < _FEW_ELEMENTS:
-        f, g = 2 * f, 2 * g
-    max_error = mean_error = max_ratio = mean_ratio = lse_error = lse_ratio = 0.0
-    if out.numel():
-        error = _absolute_error(out, exact)
-        units = [_absolute_error(x, exact) for x in (unit, *others)]
-        max_error, mean_error = error.max().item(), error.mean().item()
-        allowed = f * max(x.max().item() for x in units) + _EPS[dtype] / 2 * exact.abs()
-        max_ratio = _ratio(error, allowed).max().item()
-        mean_ratio = _ratio(error.mean(), g * torch.stack([x.mean() for x in units]).max() + _MEAN_FLOOR[dtype]).item()
-    if lse is not None and oracle[1] is not None and lse.numel():
-        exact_lse = oracle[1]
-        finite = exact_lse[torch.isfinite(exact_lse)].abs()
-        bar = _LSE_BAR[dtype] * max(1.0, finite.max().item() if finite.numel() else 0.0)
-        lse_error = _absolute_error(lse, exact_lse).max().item()
-        lse_ratio = lse_error / bar
-    report = AccuracyReport(
-        ok=max(max_ratio, mean_ratio, lse_ratio) <= 1.0,
-        max_error=max_error,
-        mean_error=mean_error,
-        max_ratio=max_ratio,
-        mean_ratio=mean_ratio,
-        lse_error=lse_error,
-        lse_ratio=lse_ratio,
-    )
-    return replace(report, message=_describe(report, out, exact))
-
-
-def _absolute_error(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual - exact| in fp64; equal infinities are no error, NaN is an infinite one."""
-    actual, exact = actual.double(), exact.double()
-    error = (actual - exact).abs().masked_fill(actual == exact, 0.0)
-    return error.masked_fill(error.isnan(), math.inf)
-
-
-def _ratio(error: Tensor, allowed: Tensor) -> Tensor:
-    """Error / allowed, where 0 of 0 is 0: an exact result needs no allowance. Never NaN."""
-    ratio = (error / allowed).masked_fill(error == 0, 0.0)
-    return ratio.masked_fill(ratio.isnan(), math.inf)
-
-
-def _describe(report: AccuracyReport, out: Tensor, exact: Tensor) -> str:
-    failed = [
-        f"{name} {error:.3g} is {ratio:.3g} of what is allowed"
-        for name, error, ratio in (
-            ("largest error", report.max_error, report.max_ratio),
-            ("mean error", report.mean_error, report.mean_ratio),
-            ("lse error", report.lse_error, report.lse_ratio),
-        )
-        if not ratio <= 1.0
-    ]
-    if not failed:
-        return f"inside the budget: largest error {report.max_error:.3g}, {report.ratio:.3g} of what is allowed"
-    if report.max_ratio > 1.0:
-        flat = int(_absolute_error(out, exact).argmax().item())
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), out.shape))
-        failed.append(f"worst at {index}: {out[index].item():.6g} for {exact[index].item():.6g}")
-    return "; ".join(failed)
-
-
-# -- poisoned problems --
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
