@@ -36,6 +36,7 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
     "bands": lambda b, h, i, j: (i - j < 20 * (h + 1)) & (j - i < 25 + 10 * b),
+    "wide bands": lambda b, h, i, j: (i - j < 60 * (h + 1)) & (j - i < 70 + 20 * b),
     "sequences": lambda b, h, i, j, ids, order: ids[b, i] == ids[b, j],
     "pages": lambda b, h, i, j, ids, order: order[j] <= i,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import sys
@@ -29,7 +30,8 @@ from flashgen.errors import BuildError, FlashgenError
 from flashgen.mutation import work_of
 from flashgen.reference import exact, same_precision
 from flashgen.render import KernelSource
-from flashgen.simulator import Schedule, SimulationError, simulate
+from flashgen.simulator import Schedule, SimulationError
+from flashgen.simulator.jit import JitFunction
 
 _MAX_STEPS = 60_000
 _SECONDS = 60  # in which an interpreted launch has to end
@@ -63,13 +65,27 @@ def launch(*args, **kwargs):
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
-        with counted("create_dot"), counted("create_masked_load"), counted("create_masked_store"), counted("create_atomic_rmw"):
+        with counted("create_dot"), counted("create_masked_load"), counted("create_masked_store"), counted("create_atomic_rmw"), counted("create_select"):
             _plain_launch(*args, **kwargs)
     finally:
         signal.alarm(0)
     with open(PATH, "w") as file:
         json.dump(counts, file)
 '''
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[collections.Counter[Any]]:
+    """Calls of the device functions of a simulated text, with their switches: whether a block is masked changes no result, but work."""
+    counts: collections.Counter[Any] = collections.Counter()
+    real = JitFunction.__call__
+
+    def call(self: JitFunction, *args: Any, **kwargs: Any) -> Any:
+        counts[self.fn.__name__, tuple(x for x in (*args, *kwargs.values()) if isinstance(x, bool))] += 1
+        return real(self, *args, **kwargs)
+
+    with mock.patch.object(JitFunction, "__call__", call):
+        yield counts
 
 
 class Run(Protocol):
@@ -161,9 +177,10 @@ class Public:
         def simulated_so(source: KernelSource, args: Any) -> Any:
             ordered = self.case.deterministic and self.op == "attention_bwd"
             given = {"schedule": schedule, "seed": seed, "max_steps": _MAX_STEPS, "ordered_sums": ordered}
-            report = simulated(source, args, **given)
+            with counting() as counts:
+                report = simulated(source, args, **given)
             if source.spec.op == self.op:
-                self._report = work_of(report)
+                self._report = work_of(report), counts
             return report
 
         with mock.patch.object(interpret, "_run", run), mock.patch.object(interpret, "simulate", simulated_so):
@@ -207,13 +224,14 @@ class Direct:
         for name, old in whole.items():
             buffers.allocations[name].copy_(old)
         try:
-            report = free_backward.launch(
-                self.case, buffers, values, text=text, deterministic=self.deterministic, schedule=schedule, seed=seed,
-                max_steps=_MAX_STEPS,
-            )  # fmt: skip
+            with counting() as counts:
+                report = free_backward.launch(
+                    self.case, buffers, values, text=text, deterministic=self.deterministic, schedule=schedule, seed=seed,
+                    max_steps=_MAX_STEPS,
+                )  # fmt: skip
         except SimulationError as error:
             return error.kind, None
-        return (None if buffers.check(references).ok else "numbers"), work_of(report)
+        return (None if buffers.check(references).ok else "numbers"), (work_of(report), counts)
 
     def lines(self) -> set[int]:
         return traced(lambda: self.verdict(None, "eager", 0))
@@ -238,5 +256,3 @@ def traced(run: Any) -> set[int]:
         threading.settrace(before)  # type: ignore[arg-type]
     return found
 
-
-__all__ = ["Direct", "Public", "Run", "simulate"]

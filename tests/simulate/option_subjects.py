@@ -86,7 +86,7 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
     "alibi": (("alibi", "spread, alibi"), ("alibi", "spread, alibi")),
-    "sinks": (("sinks", "causal sinks at a boundary"), ("sinks", "sinks, fp32")),
+    "sinks": (("sinks", "causal sinks at a boundary", "causal sinks, top-left", "sinks above low scores"), ("sinks", "sinks, fp32")),
     "bias": (("bias", "spread, bias"), ("bias", "bias of -inf", "softcap, then bias", "spread, bias")),
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
