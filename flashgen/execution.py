@@ -17,7 +17,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, tma_addressable
+from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -113,9 +113,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
         with _exact_products(q), _reads_explained(operands):
             _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        seen = [x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out)]
+        seen = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
         with _backward_beside(plan, q, k, v, out, lse, operands, scalars):
-            _run_kernel(plan, *seen, wanted, operands)
+            _run_kernel(plan, operands, wanted, *seen)
     return out, lse
 
 
@@ -175,7 +175,7 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
 
 
 def _run_kernel(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
+    plan: Plan, operands: Operands, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> None:
     """Run a generated forward on `bshd` or packed views."""
     _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
@@ -185,6 +185,11 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
+    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
+        # Operators never see one; functions of the user's have no operator around them.
+        raise not_built(
+            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
+        )
     source = render(problem.spec, variant)
     values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
     if plan.target.backend == "cpu":
@@ -224,6 +229,7 @@ def _bshd(x: Tensor, layout: str) -> Tensor:
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
+    x = x.resolve_neg()  # without an operator around it nobody has
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -330,7 +336,7 @@ def _run_backward_kernel(
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
     if plan.backend == "gluon" and not tma_addressable(dout):
         dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.float().contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous().resolve_neg()
 
     def sum_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(x.shape, dtype=dtype, device=q.device)

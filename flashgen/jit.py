@@ -179,13 +179,15 @@ def _cached(src: Any, target: Any, options: Any) -> Any:
     few = {file: place for file, place in group.items() if file.endswith((".json", f".{backend.binary_ext}"))}
     kernel = CompiledKernel(src, few, digest)
     kernel.metadata_group = group
-    kernel.asm = _texts(type(kernel.asm))(kernel.asm, group)
+    kernel.asm = _texts()(kernel.asm, group)
     return kernel
 
 
 @functools.cache
-def _texts(base: Any) -> Any:
-    class Texts(base):  # type: ignore[misc]
+def _texts() -> Any:
+    from triton.compiler.compiler import AsmDict
+
+    class Texts(AsmDict):  # type: ignore[misc]
         """Triton's `asm`, whose texts are read when somebody asks for them."""
 
         def __init__(self, known: Mapping[str, Any], group: Mapping[str, str]) -> None:

@@ -92,9 +92,7 @@ def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> N
 
 # What PyTorch says where Python asks a tensor of several elements for one value.
 _READ_IN_PYTHON = ("Boolean value of Tensor", "converted to Python scalars", "cannot be converted to Scalar")
-_BRANCHES = (
-    "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
-)
+_BRANCHES = "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
 
 
 class _OnTheCpu(TorchFunctionMode):

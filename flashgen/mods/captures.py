@@ -109,5 +109,5 @@ _TAKEN = {
     "turn", "counter", "data", "seqlen", "max_seqlen", "num_heads", "total", "first", "last", "start", "stop", "load",
     "stride", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seqused", "seqused_k", "block", "kv", "head_dim",
     "causal_offset", "row_ranges", "block_kinds", "key_blocks", "key_counts", "row_blocks", "row_counts", "blocks",
-    "largest",
+    "largest", "mask_words", "bits",
 }  # fmt: skip

@@ -75,7 +75,7 @@ def test_an_index_that_surely_leaves_a_tensor_is_refused(call: Callable[..., Any
 def test_that_of_a_block_mask_too() -> None:
     block = create_block_mask(lambda b, h, i, j: i >= j, None, None, SIZE, SIZE, device="cpu")
     block.mask_mod = lambda b, h, i, j: t[j] > 0
-    with pytest.raises(InvalidProblemError, match="a mod reads t outside its bounds"):
+    with pytest.raises(InvalidProblemError, match=r"a mod reads t outside its bounds"):
         attend(block_mask=block)
 
 
@@ -115,7 +115,8 @@ def test_the_switch_looks_at_every_index(
 ) -> None:
     monkeypatch.setenv("FLASHGEN_CHECK_VALUES", "1")
     with pytest.raises(
-        InvalidProblemError, match=r"a mod reads t outside its bounds .*: its index in dimension 0 is 5 at kv_idx = 2, and"
+        InvalidProblemError,
+        match=r"a mod reads t outside its bounds .*: its index in dimension 0 is 5 at kv_idx = 2, and",
     ):
         call(score_mod=undecided, backend=backend)
 
@@ -128,7 +129,7 @@ def test_the_switch_keeps_to_each_sequence_of_a_packed_call(monkeypatch: pytest.
     used = torch.tensor([12, 20], dtype=torch.int32)
     flashgen.varlen_attention(*packed(), seqused_k=used, score_mod=lambda s, b, h, i, j: s + flat[:32][starts[b] + j])
     starts[1] = 13
-    with pytest.raises(InvalidProblemError, match="reads flat outside.* is 40 at b = 1, kv_idx = 27"):
+    with pytest.raises(InvalidProblemError, match=r"reads flat outside.* is 40 at b = 1, kv_idx = 27"):
         flashgen.varlen_attention(*packed(), score_mod=mod)
 
 
@@ -147,7 +148,7 @@ def test_the_switch_keeps_calls_from_the_short_way(monkeypatch: pytest.MonkeyPat
 
 def test_the_switch_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHGEN_CHECK_VALUES", "yes")
-    with pytest.raises(InvalidProblemError, match="FLASHGEN_CHECK_VALUES='yes' is not known: allowed are 0, 1"):
+    with pytest.raises(InvalidProblemError, match=r"FLASHGEN_CHECK_VALUES='yes' is not known: allowed are 0, 1"):
         explain()
 
 
@@ -168,6 +169,9 @@ class Ends:
     def numel(self) -> int:
         return len(self.values)
 
+    def stride(self, dim: int) -> int:
+        return 1
+
     def tolist(self) -> list[int]:
         self.read += 1
         return list(self.values)
@@ -181,7 +185,7 @@ def test_wrong_offsets_on_a_gpu(values: tuple[int, ...], monkeypatch: pytest.Mon
     assert checks.packing(rows, rows, wrong, right, None, 41, 28) == 2 and not wrong.read
     monkeypatch.setenv("FLASHGEN_CHECK_VALUES", "1")
     assert checks.packing(rows, rows, right, right, None, 28, 28) == 2
-    with pytest.raises(InvalidProblemError, match="cu_seqlens_q=.* must start at 0, never fall, and end at 40"):
+    with pytest.raises(InvalidProblemError, match=r"cu_seqlens_q=.* must start at 0, never fall, and end at 40"):
         checks.packing(rows, rows, wrong, right, None, 41, 28)
 
 
@@ -193,7 +197,9 @@ def test_wrong_offsets_on_a_gpu(values: tuple[int, ...], monkeypatch: pytest.Mon
 @pytest.mark.parametrize("call", CALLS)
 def test_a_captured_tensor_on_another_device_is_named(call: Callable[..., Any], backend: str) -> None:
     slopes = torch.zeros(2, device="meta")
-    with pytest.raises(InvalidProblemError, match="score_mod.*slopes that it captures is on meta, q is on cpu.*Move it"):
+    with pytest.raises(
+        InvalidProblemError, match=r"score_mod.*slopes that it captures is on meta, q is on cpu.*Move it"
+    ):
         call(score_mod=lambda s, b, h, i, j: s * slopes[h], backend=backend)
 
 
@@ -210,5 +216,5 @@ def test_a_captured_tensor_on_another_device_is_named(call: Callable[..., Any], 
     ],
 )
 def test_control_flow_on_data_is_refused_with_what_to_write(mod: Any, backend: str) -> None:
-    with pytest.raises(InvalidProblemError, match="score_mod .*cannot branch on data.*torch.where"):
+    with pytest.raises(InvalidProblemError, match=r"score_mod .*cannot branch on data.*torch.where"):
         attend(score_mod=mod, backend=backend)

@@ -102,7 +102,7 @@ def test_what_changes_between_calls_is_seen() -> None:
 def test_a_full_graph_is_refused_in_words(what: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(Model(what), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="flashgen with score_mod, mask_mod or block_mask.*fullgraph=False"):
+    with pytest.raises(Exception, match=r"flashgen with score_mod, mask_mod or block_mask.*fullgraph=False"):
         compiled(torch.randn(2, SIZE, 16), torch.tensor([3, 5], dtype=torch.int32))
 
 
