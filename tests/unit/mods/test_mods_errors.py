@@ -159,7 +159,7 @@ def test_an_index_that_leaves_a_table_is_refused_before_any_launch() -> None:
 
     made, tensors = mods.program(None, {"mask_mod": table_by_query}, CPU)
     with pytest.raises(
-        InvalidProblemError, match=r"reads table outside its bounds .*runs from 0 to 19.* 16 elements"
+        InvalidProblemError, match=r"reads TABLE outside its bounds .*runs from 0 to 19.* 16 elements"
     ) as raised:
         made.check_bounds(tensors, **sizes)
     assert here(table_by_query) in str(raised.value)
