@@ -124,9 +124,7 @@ def _leaves(case: Case, t: Tensors) -> tuple[dict[str, Tensor], Tensors]:
     if case.score_mod in ("table", "gated"):
         leaves["captured0"] = t.table
     named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
-    return named, replace(
-        t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table)
-    )
+    return named, replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
 
 
 def mask_mod(name: str, t: Tensors) -> Any:
@@ -224,7 +222,9 @@ def _block_mask(case: Case, t: Tensors) -> Any:
             there = t.kinds == kind
             lists += [there.sum(-1).int(), torch.sort((~there).int(), dim=-1, stable=True).indices.int()]
         lengths = (case.seqlen_q, case.seqlen_k)
-        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths)
+        return BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths
+        )
     return create_block_mask(
         mask_mod(case.listed_mask, t), case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(t.q.device), BLOCK_SIZE=case.block_size
     )  # fmt: skip
