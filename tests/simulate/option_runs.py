@@ -192,7 +192,12 @@ class Public:
 
 def _kind(message: str) -> str:
     """A word for how the interpreter's worker noticed."""
-    for word, kind in (("outside", "out-of-bounds"), ("wrote into its input", "out-of-bounds"), ("does not end", "endless"), ("died", "died")):
+    for word, kind in (
+        ("outside", "out-of-bounds"),
+        ("wrote into its input", "out-of-bounds"),
+        ("does not end", "endless"),
+        ("died", "died"),
+    ):
         if word in message:
             return kind
     return "raised"
@@ -255,4 +260,3 @@ def traced(run: Any) -> set[int]:
     finally:
         threading.settrace(before)  # type: ignore[arg-type]
     return found
-
