@@ -190,7 +190,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             "delta_desc": (1, rows),
         }
 
-    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
