@@ -25,9 +25,8 @@ if __name__ == "__main__":
     os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
 import option_subjects as subjects
+import torch
 
 COLUMNS = ("kernel", "option", "digests", "mutants", "tried", "found", "kinds", "survivors")
 
