@@ -17,6 +17,7 @@ from flashgen.errors import InvalidProblemError
 from flashgen.mods import bounds, emit
 from flashgen.mods.captures import Capture, Captures
 from flashgen.mods.classes import arrays_of
+from flashgen.mods.conjuncts import Conjunction, split
 from flashgen.mods.derivative import Derivative, derive
 from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Names
 from flashgen.mods.fingerprint import fingerprint
@@ -117,6 +118,21 @@ class Program:
             ValueError: there is no BlockMask.
         """
         return self._emit(self.block, "block_mask", dialect, names, like, "block_")
+
+    @cached_property
+    def conjunction(self) -> Conjunction:
+        """The masks in parts, for a kernel whose threads hold keys.
+
+        Raises:
+            ValueError: there is no mask.
+        """
+        if self.mask is None:
+            raise ValueError("this program has no mask_mod")
+        return split(self.graph, self.mask)
+
+    def emit_nodes(self, roots: Sequence[Node], *, dialect: Dialect, names: Names, prefix: str = "") -> Emission:
+        """The statements of some values of the graph, each result of the smallest shape that holds it."""
+        return emit.emit(roots, self.captures, dialect=dialect, names=names, prefix=prefix)
 
     @cached_property
     def derivative(self) -> Derivative:
