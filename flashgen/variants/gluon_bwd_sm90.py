@@ -15,6 +15,7 @@ _COVERED_FLAGS = frozenset(
     {
         "causal",
         "dropout",
+        "varlen",
         "window",
         "softcap",
         "has_alibi",
@@ -168,7 +169,10 @@ class GluonBackwardSm90(BackwardText, Variant):
         return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
-        rows, keys = (1, 1, int(config.BLOCK_M)), (1, 1, int(config.BLOCK_N))
+        outer = (
+            (1, 1, 1) if spec.varlen else (1, 1)
+        )  # of packed sequences also how often the address wraps: see `place`
+        rows, keys = (*outer, int(config.BLOCK_M)), (*outer, int(config.BLOCK_N))
         width, width_v = self.block_d(spec), self.block_dv(spec)
         return {
             "q_desc": (*rows, width),
@@ -187,7 +191,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             "delta_desc": (1, rows),
         }
 
-    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
@@ -216,6 +220,8 @@ class GluonBackwardSm90(BackwardText, Variant):
         for name, (low, high) in _STAGES.items():
             if not _is_int(config[name]) or not low <= int(config[name]) <= high:
                 return f"{name}={config[name]!r} must be from {low} to {high}"
+        if config.SCORES_AHEAD and spec.varlen:
+            return "SCORES_AHEAD multiplies before the first step, and a block of packed keys may have none: it must be False"
         if config.SCORES_AHEAD and config.STAGES < 2:
             return "SCORES_AHEAD reads the rows of the next step while this one's are in use: STAGES must be 2 at least"
         return (
@@ -285,6 +291,8 @@ class GluonBackwardSm90(BackwardText, Variant):
         rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
         if self.keeps_values(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
+        if spec.varlen:
+            rows = tuple((values, source) for values, source in rows if not values[6])  # SCORES_AHEAD: illegal there
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
 
     def _of(self, values: _Knobs) -> KernelConfig:
