@@ -118,6 +118,7 @@ class _StandIn(Tensor):
     """A tensor without memory that carries a lazy array."""
 
     array: Array
+    shares = False  # whether it is a view, or one was made of it: both would see what is written into one
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -172,6 +173,12 @@ class _Tracer(TorchFunctionMode):
         self._made[id(tensor)] = (tensor, array)
         return tensor
 
+    def note_view(self, base: Tensor, view: _StandIn) -> None:
+        """One memory under two names: the graph keeps values, so neither may be written into any more."""
+        view.shares = True
+        if isinstance(base, _StandIn):
+            base.shares = True
+
     def recorded(self, result: Array) -> Array:
         """The result of an operator, as one without gradient inside of `torch.no_grad()`."""
         return result if torch.is_grad_enabled() else aten.detached(self.graph, result)
@@ -220,7 +227,10 @@ class _Tracer(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         try:
             seen = tuple(self.array(part) if isinstance(part, Tensor) else part for part in parts)
-            return self.stand_in(self.recorded(arrays.indexed(self.graph, array, seen)))
+            result = self.stand_in(self.recorded(arrays.indexed(self.graph, array, seen)))
+            if not any(isinstance(part, Tensor) for part in parts):
+                self.note_view(tensor, result)
+            return result
         except TypeError as error:
             raise self.unsupported(str(error)) from None
 
@@ -263,12 +273,17 @@ class _Dispatch(TorchDispatchMode):
             raise tracer.unsupported(f"{func} {error}".rstrip()) from None
         in_place = name.endswith("_") and not name.startswith("__")
         if not in_place:
-            return tracer.stand_in(result)
+            stand_in = tracer.stand_in(result)
+            if aten.is_view(func):
+                tracer.note_view(tensors[0], stand_in)
+            return stand_in
         target = args[0]
         if not isinstance(target, _StandIn):
             raise InvalidProblemError(
                 f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
             )
+        if target.shares:
+            raise tracer.unsupported(f"{func} on a view, or on a tensor that has one,")
         target.array = result
         return target
 
