@@ -176,7 +176,13 @@ class Public:
 
         def simulated_so(source: KernelSource, args: Any) -> Any:
             ordered = self.case.deterministic and self.op == "attention_bwd"
-            given = {"schedule": schedule, "seed": seed, "max_steps": _MAX_STEPS, "timeout_s": _SECONDS, "ordered_sums": ordered}
+            given = {
+                "schedule": schedule,
+                "seed": seed,
+                "max_steps": _MAX_STEPS,
+                "timeout_s": _SECONDS,
+                "ordered_sums": ordered,
+            }
             with counting() as counts:
                 report = simulated(source, args, **given)
             if source.spec.op == self.op:
