@@ -119,6 +119,7 @@ class _ByDigest:
 @lru_cache(maxsize=_KEPT)
 def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tables, int]:
     made = _analysed(program.program, (), sizes, device, kind)
+    made = replace(made, table=broadcast(made.table.to(device)))
     return made, _settled(made.table.device)
 
 
@@ -205,6 +206,8 @@ def _of_contents(
         if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
             return None
         known = _remember(key, program, read, tensors, sizes, kind, versions)
+        # Analysed for what the stream holds at this place: nothing to compare, by operations that a GPU has yet to load.
+        return known.precise
     held(known, str(device))
     with torch.no_grad():
         return known.current(read)
@@ -226,8 +229,8 @@ def _remember(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
             copies=() if indifferent else tuple(_bits(kept[id(x)]) for x in read),
-            precise=precise,
-            masked=masked,
+            precise=replace(precise, table=broadcast(precise.table.to(device))),
+            masked=broadcast(masked.to(device)),
             stream=_settled(read[0].device),
         )
     with _lock:
@@ -268,13 +271,13 @@ def _everything(precise: Tables, sizes: tuple[int, ...], turned: bool) -> Tensor
     if precise.listed:
         table = precise.table.clone()
         table[..., 2] = -1
-        return broadcast(table)
+        return table
     _, _, seqlen_q, seqlen_k, block_m, block_n = sizes
     last = -(-seqlen_q // block_m) if turned else -(-seqlen_k // block_n)
     made = torch.full(precise.table.shape, last, dtype=torch.int32, device=precise.table.device)
     made[..., 0] = 0
     made[..., 4:] = -1
-    return broadcast(made)
+    return made
 
 
 # -- the analysis --
@@ -289,13 +292,12 @@ def _analysed(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...],
     found = analyse(program.mask, arrays, **dict(zip(names, sizes, strict=True)))
     if kind in (_RANGES, _TURNED):
         rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
-        return Tables(broadcast(torch.stack(rows, -1).int().contiguous().to(device)), None, False)
+        return Tables(torch.stack(rows, -1).int().contiguous(), None, False)
     with torch.no_grad():
         made = None
         if kind != _WORDS and not found.is_contiguous:
             made = mask_words.of_lists(found, program, tensors, sizes, kind, device)
-        made = made or mask_words.of_ranges(found, program, tensors, sizes, device)
-    return replace(made, table=broadcast(made.table))
+        return made or mask_words.of_ranges(found, program, tensors, sizes, device)
 
 
 def broadcast(table: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tupl
         program: the traced mods.
         tensors: what they capture.
         sizes: batch, num_heads, seqlen_q, seqlen_k, 64, and the keys of a block, 128 at most.
-        device: of the tables.
+        device: of the words; the table is made on the CPU.
     """
     first, full_first, full_end, end = (
         torch.as_tensor(x).long() for x in (found.first, found.full_first, found.full_last, found.last)
@@ -63,14 +63,14 @@ def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tupl
     counts = before + after
     total = int(counts.sum())
     if sizes[5] > 128 or total > _MOST_A_ROW * counts.numel() or (total + 1) * ROWS * LANES > _MOST_WORDS:
-        return Tables(table.to(device), None, False)
+        return Tables(table, None, False)
     places = 1 + counts.cumsum(0) - counts
     table[..., 4] = places.view(first.shape)
     line = torch.repeat_interleave(torch.arange(len(counts)), counts)
     within = torch.arange(total) - (places - 1)[line]
     lower, upper = first.flatten()[line] + within, full_end.flatten()[line] + within - before[line]
     key = torch.where(within < before[line], lower, upper)
-    return Tables(table.to(device), _words(program, tensors, _tiles(line, first.shape, key), 1, sizes, device), False)
+    return Tables(table, _words(program, tensors, _tiles(line, first.shape, key), 1, sizes, device), False)
 
 
 def of_lists(
@@ -123,7 +123,7 @@ def of_lists(
     line += np.tile(np.arange(groups), int(is_masked.sum()))
     shape = torch.Size((batch, heads, tiles * groups))
     at = _tiles(torch.from_numpy(line), shape, torch.from_numpy(key[is_masked].repeat(groups)))
-    made = torch.from_numpy(table).view(batch, heads, tiles, -1).to(device)
+    made = torch.from_numpy(table).view(batch, heads, tiles, -1)
     return Tables(made, _words(program, tensors, at, groups, sizes, device), True)
 
 

@@ -293,6 +293,7 @@ _TABLE: dict[str, Handler] = {
     "clamp_min": _one_bound("max"),
     "clamp_max": _one_bound("min"),
     "relu": _composite(_relu),
+    "tan": _composite(lambda g, x: g.make("div", g.make("sin", x), g.make("cos", x))),
     "square": _composite(lambda g, x: g.make("mul", x, x)),
     "reciprocal": _composite(lambda g, x: g.make("div", g.const(1, x.dtype), x)),
     "isnan": _test(_is_nan),
@@ -334,6 +335,11 @@ _VIEWS: dict[str, Handler] = {
     "select": lambda graph, dtype, args, kwargs: _at(graph, args[0], args[1], args[2]),
     "unsqueeze": lambda graph, dtype, args, kwargs: _unsqueezed(graph, args[0], args[1]),
 }
+
+
+def is_view(func: Any) -> bool:
+    """Whether an operator's result shares the memory of its first argument."""
+    return func._schema.name.partition("::")[2] in _VIEWS
 
 
 def detached(graph: Graph, array: Array) -> Array:

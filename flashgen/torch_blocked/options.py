@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgen.problem import not_built
 from flashgen.torch_blocked.philox import keep_block
 
 Mod = Callable[..., Tensor]
@@ -132,7 +133,7 @@ class Block:
         if o.attn_mask is not None:
             parts.append(self.cut(o.attn_mask))
         if o.mask_mod is not None:
-            parts.append(_four(o.mask_mod(b, h, i, j).to(self.device)))
+            parts.append(_four(o.mask_mod(*self.indices()).to(self.device)))  # its own, to write into
         if o.block_mask is not None:
             parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j))
         if not parts:
@@ -162,6 +163,8 @@ class Block:
         if sums.bias is not None and o.bias is not None:
             _add_reduced(self.cut(sums.bias), ds)
         if o.score_mod is not None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(raw):
+                raise not_built("a torch.func transform of flashgen.attention with score_mod")
             with torch.enable_grad():
                 x = self._capped(raw).detach().requires_grad_()
                 y = self._modified(x)
@@ -188,7 +191,8 @@ class Block:
         mod = self.options.score_mod
         if mod is None:
             return s
-        return mod(s, *self.indices()).float().expand(s.shape)
+        # A clone: a mod may write into its arguments (`score += ...`), and the raw scores are wanted again.
+        return mod(s.clone(), *self.indices()).float().expand(s.shape)
 
     def _biased(self, s: Tensor) -> Tensor:
         o = self.options
@@ -228,7 +232,7 @@ def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -
     """A BlockMask as given: listed blocks only, its mask_mod inside the partial ones."""
     size_q, size_k = mask.BLOCK_SIZE
     partial = _listed(mask.kv_num_blocks, mask.kv_indices, b, h, i // size_q, j // size_k)
-    inside = _four(mask.mask_mod(b, h, i, j).to(i.device))
+    inside = _four(mask.mask_mod(*(x.clone() for x in (b, h, i, j))).to(i.device))
     visible = partial & inside
     if mask.full_kv_num_blocks is not None:
         visible = visible | _listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i // size_q, j // size_k)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
-from flashgen import UnsupportedProblemError
+from flashgen import UnsupportedProblemError, execution
 
 MAPPED = 3
 
@@ -49,14 +49,14 @@ def test_what_is_saved_is_inputs_outputs_and_nothing_quadratic() -> None:
 
 def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    allocate = flashgen.ops._allocate  # type: ignore[attr-defined]
+    allocate = execution.allocate
 
     def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = allocate(*arguments)
         seen.append(lse)
         return out, lse
 
-    monkeypatch.setattr("flashgen.ops._allocate", spy)
+    monkeypatch.setattr("flashgen.execution.allocate", spy)
     q, k, v = tensors(grad=True)
     with torch.no_grad():
         attend(q, k, v)
@@ -190,6 +190,36 @@ def test_vmap_with_operands_runs_one_after_another() -> None:
         return found
 
     torch.testing.assert_close(torch.vmap(gradient)(q, k, v, own), looped(gradient, q, k, v, own))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_transforms_that_functions_would_get_wrong_are_refused_by_name(backend: Any) -> None:
+    q, k, v = tensors()
+    table = torch.randn(4)
+
+    def of_table(x: Tensor) -> Tensor:
+        out: Any = flashgen.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + x[h] * j, backend=backend)
+        return out.sin().sum()
+
+    def of_q(x: Tensor) -> Tensor:
+        out: Any = flashgen.attention(x, k, v, score_mod=lambda s, b, h, i, j: s + table[h] * j, backend=backend)
+        return out.sin().sum()
+
+    for refused in (
+        lambda: torch.func.grad(of_table)(table),
+        lambda: torch.vmap(of_table)(torch.stack([table, table])),
+        lambda: torch.func.grad(of_q)(q),
+    ):
+        with pytest.raises(UnsupportedProblemError, match=r"torch\.func"):
+            refused()
+    if backend == "torch":  # a mask needs no derivative
+
+        def masked(x: Tensor) -> Tensor:
+            out: Any = flashgen.attention(x, k, v, mask_mod=lambda b, h, i, j: (i - j).abs() < 4)
+            return out.sin().sum()
+
+        leaf = q.clone().requires_grad_()
+        assert torch.equal(torch.func.grad(masked)(q), torch.autograd.grad(masked(leaf), leaf)[0])
 
 
 # -- deterministic= --
