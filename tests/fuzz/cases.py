@@ -329,7 +329,11 @@ def make(case: Case) -> Tensors:
     lse_shape = (case.heads_q, total_q) if case.lengths else (case.batch, case.heads_q, case.seqlen_q)
     sizes, heads = case.sizes, case.heads_q
     longest, seeded = max(1, sizes["i"], sizes["j"]), torch.Generator().manual_seed(case.seed)
-    kinds = (max(1, sizes["b"]), heads, *(-(-size // block) for size, block in zip((sizes["i"], sizes["j"]), case.block_size, strict=True)))
+    kinds = (
+        max(1, sizes["b"]),
+        heads,
+        *(-(-size // block) for size, block in zip((sizes["i"], sizes["j"]), case.block_size, strict=True)),
+    )
 
     def broadcast(letters: str) -> tuple[int, ...]:
         return tuple(sizes.get(letter, 1) for letter in letters)
@@ -338,7 +342,11 @@ def make(case: Case) -> Tensors:
         """The same, each element followed by one that nobody may read."""
         if not case.spread:
             return x
-        gap = torch.full_like(x, math.nan) if x.is_floating_point() else torch.full_like(x, True if x.dtype == torch.bool else 1 << 20)
+        gap = (
+            torch.full_like(x, math.nan)
+            if x.is_floating_point()
+            else torch.full_like(x, True if x.dtype == torch.bool else 1 << 20)
+        )
         return torch.stack((x, gap), -1)[..., 0]
 
     bias = torch.randn(broadcast(case.bias), generator=g).to(dtype) if case.bias else None
@@ -347,7 +355,9 @@ def make(case: Case) -> Tensors:
     return Tensors(
         **tensors,
         allocations=allocations,
-        alibi=spread(torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g)) if case.alibi else None,
+        alibi=spread(torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g))
+        if case.alibi
+        else None,
         sinks=spread(torch.randn(heads, generator=g).to(dtype)) if case.sinks else None,
         bias=None if bias is None else spread(bias),
         attn_mask=spread(torch.rand(broadcast(case.attn_mask), generator=g) < 0.6) if case.attn_mask else None,

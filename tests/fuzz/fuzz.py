@@ -114,7 +114,11 @@ def settled(case: Case) -> Case:
     """The case for the first kernel that covers it: a Hopper one with its gradients, then without, then the portable one's."""
     if case.backend != "gluon":
         return case
-    candidates = [replace(case, backend=name, grad=grad) for name in ("gluon", "triton") for grad in dict.fromkeys((case.grad, False))]
+    candidates = [
+        replace(case, backend=name, grad=grad)
+        for name in ("gluon", "triton")
+        for grad in dict.fromkeys((case.grad, False))
+    ]
     return next((one for one in candidates if covered(one)), replace(case, backend="torch"))
 
 

@@ -124,9 +124,7 @@ def _leaves(case: Case, t: Tensors) -> tuple[dict[str, Tensor], Tensors]:
     if case.score_mod in ("table", "gated"):
         leaves["captured0"] = t.table
     named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
-    return named, replace(
-        t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table)
-    )
+    return named, replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
 
 
 def mask_mod(name: str, t: Tensors) -> Any:
@@ -184,7 +182,7 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
     A portable backward, whose configuration no argument names, takes the case's tile with twice the keys, since the interpreter
     is slow; for dq with rows and keys exchanged.
     """
-    allocate = ops._allocate
+    allocate = execution.allocate
 
     def poisoned(*args: Any) -> tuple[Tensor, Tensor]:
         pair: tuple[Tensor, Tensor] = allocate(*args)
@@ -192,7 +190,7 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
 
     seed = torch.tensor(t.philox, device=t.q.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "_allocate", poisoned))
+        stack.enter_context(mock.patch.object(execution, "allocate", poisoned))
         stack.enter_context(mock.patch.object(ops, "draw_philox", lambda q, p, generator: seed if p else None))
         if case.backend == "triton" and case.grad and not t.q.is_cuda:
             rows, keys = case.tile[0], min(64, 2 * case.tile[1])
@@ -224,7 +222,9 @@ def _block_mask(case: Case, t: Tensors) -> Any:
             there = t.kinds == kind
             lists += [there.sum(-1).int(), torch.sort((~there).int(), dim=-1, stable=True).indices.int()]
         lengths = (case.seqlen_q, case.seqlen_k)
-        return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths)
+        return BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths
+        )
     return create_block_mask(
         mask_mod(case.listed_mask, t), case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(t.q.device), BLOCK_SIZE=case.block_size
     )  # fmt: skip
