@@ -81,7 +81,7 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 # Each option -> cases of the Hopper forward, of the portable one.
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary", "window over one block of keys"),
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
