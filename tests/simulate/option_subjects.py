@@ -81,7 +81,7 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 # Each option -> cases of the Hopper forward, of the portable one.
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary", "window over one block of keys"),
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
@@ -90,9 +90,10 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bias": (("bias", "spread, bias"), ("bias", "bias of -inf", "softcap, then bias", "spread, bias")),
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
-    "mask_mod": (("mask_mod", "mask_mod of columns", "mask_mod of bands"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+    "mask_mod": (
+        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
     "mask_mod that captures": (
-        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale"),
         ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
