@@ -324,6 +324,7 @@ def prepare(todo: list[Cell], names: tuple[str, ...], tiles: dict[int, dict[str,
 @click.option(
     "--compile-csv", type=click.Path(path_type=Path), help="With --compile: seconds to each first result, appended."
 )
+@click.option("--only-peers", is_flag=True, help="With --compile: flashgen's kernels are there already.")
 @click.option("--prepare", "shard", type=int, hidden=True, help="One shard's cells, called once.")
 def main(
     path: Path | None,
@@ -340,6 +341,7 @@ def main(
     dry_run: bool,
     ahead: bool,
     compile_csv: Path | None,
+    only_peers: bool,
     shard: int | None,
 ) -> int:
     """Time 128 cells of free-form attention beside FlexAttention."""
@@ -369,7 +371,7 @@ def main(
     side_by_side.need_gpu()
     tiles = read_tiles(flex_tiles)
     if shard is not None:
-        prepare(shards(todo)[shard], names, tiles, compile_csv)
+        prepare(shards(todo)[shard], names[1:] if only_peers else names, tiles, compile_csv)
         return 0
     if ahead:
         return side_by_side.prepare_apart(len(shards(todo)))

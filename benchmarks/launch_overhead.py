@@ -4,7 +4,7 @@
 
 A problem whose kernel takes less than its launch (batch 1, 128 tokens, 4 heads of 64, bf16); calls are made one after the other without
 waiting for the GPU, 500 a batch, and the median of 15 batches is shown, contestants in turns. `launch` is the rendered file's own
-function, `attention` the public call around it.
+function, `attention` the public call around it; `recorded` is the call with inputs that want gradients, `with its gradients` that and the backward.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor
 
 import flashgen
 from flashgen import Target
@@ -45,6 +46,28 @@ def microseconds(calls: dict[str, Callable[[], object]], *, batch: int = 500, ba
     return {name: statistics.median(values) for name, values in means.items()}
 
 
+def recorded(*plain: Tensor) -> dict[str, Callable[[], object]]:
+    """Calls that autograd records, alone and with the backward that follows; of q, k, v as (batch, seqlen, heads, head_dim)."""
+    ours = [x.clone().requires_grad_() for x in plain]
+    theirs = [x.transpose(1, 2).clone().requires_grad_() for x in plain]
+
+    def sdpa() -> Tensor:
+        q, k, v = theirs
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def own() -> Tensor:
+        q, k, v = ours
+        return flashgen.attention(q, k, v, causal=True)  # type: ignore[return-value]  # no lse is asked for
+
+    douts = torch.ones_like(theirs[0]), torch.ones_like(ours[0])
+    return {
+        "scaled_dot_product_attention, recorded": sdpa,
+        "attention, recorded": own,
+        "scaled_dot_product_attention, with its gradients": lambda: torch.autograd.grad(sdpa(), theirs, douts[0]),
+        "attention, with its gradients": lambda: torch.autograd.grad(own(), ours, douts[1]),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -67,6 +90,7 @@ def main() -> int:
             calls[f"{name} attention"] = partial(flashgen.attention, q, k, v, causal=True, backend=variant.backend)
     with torch.no_grad():
         figures = microseconds(calls)
+    figures |= microseconds(recorded(q, k, v), batch=200)
     if arguments.json:
         print(
             json.dumps(

@@ -45,11 +45,22 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
 
 
+def _refuse_transformed(operands: Operands) -> None:
+    """What functions read, wrapped by `torch.func`: an autograd function does not see it, and it would be a constant."""
+    functorch: Any = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return
+    if any(functorch.is_functorch_wrapped_tensor(x) for x in operands.read_by_functions()):
+        raise not_built("a torch.func transform of what score_mod, mask_mod or block_mask of flashgen.attention read")
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Attention, differentiable where an argument wants a gradient."""
     operands.require_tensors(q.device)
     _refuse_tangents(q, k, v, operands.bias, operands.sinks)
     q, k, v = autocast(q, k, v)
+    if operands.has_functions:
+        _refuse_transformed(operands)
     if torch.is_grad_enabled():
         operands = operands.as_now(q.device)
     captured = operands.options_captured() if operands.score_mod is not None else ()

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from flashgen import mask_words
 from flashgen.config import KernelConfig
 from flashgen.problem import Problem
 
 _T = TypeVar("_T")
 
-_KEPT = 64  # contents of captured tensors whose ranges are remembered
+_KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
 _MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
 
 
@@ -56,15 +57,35 @@ def ranges(
         tile: its queries and keys.
         turned: rows are blocks of keys, and the numbers count blocks of queries, as a backward for keys and values walks them.
     """
+    return _tables(program, tensors, problem, tile, _TURNED if turned else _RANGES)[0]
+
+
+def ranges_and_words(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The ranges of a tile of 64 queries, in rows of 8, and the words of the tiles that the mask hides in part (`mask_words.add`).
+
+    No words where they would be too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of
+    one content, and a kernel that is told of another evaluates each pair far from its fast loops.
+    """
+    return _tables(program, tensors, problem, tile, _WORDS)
+
+
+_RANGES, _TURNED, _WORDS = range(3)  # what is made of a mask
+
+
+def _tables(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], kind: int
+) -> tuple[Tensor | None, Tensor | None]:
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return None
+        return None, None
     sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
     read = program.mask_reads
     if not read:
-        made, stream = _of_code(_ByDigest(program), sizes, problem.device, turned)
-        _used((made,), stream)
-        return held(made, problem.device)
-    return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, turned)
+        made, words, stream = _of_code(_ByDigest(program), sizes, problem.device, kind)
+        _used([x for x in (made, words) if x is not None], stream)
+        return held(made, problem.device), held(words, problem.device)
+    return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, kind)
 
 
 class _ByDigest:
@@ -80,10 +101,10 @@ class _ByDigest:
         return isinstance(other, _ByDigest) and self.program.digest == other.program.digest
 
 
-@lru_cache(maxsize=256)
-def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, turned: bool) -> tuple[Tensor, int]:
-    made = _analysed(program.program, (), sizes, device, turned)
-    return made, _settled(made.device)
+@lru_cache(maxsize=_KEPT)
+def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tensor, Tensor | None, int]:
+    made, words = _analysed(program.program, (), sizes, device, kind)
+    return made, words, _settled(made.device)
 
 
 # -- streams: what is remembered is complete before any of them sees it, and not given back while one reads it --
@@ -122,6 +143,7 @@ class _Known:
         copies: what the tensors held, as integers, on their device; none where the ranges leave nothing out anyway.
         precise: the ranges of that content.
         masked: ranges that mask every block.
+        words: of the tiles that the mask hides in part; None where there are none.
         stream: on which all of these were made.
     """
 
@@ -130,11 +152,12 @@ class _Known:
     copies: tuple[Tensor, ...]
     precise: Tensor
     masked: Tensor
+    words: Tensor | None
     stream: int
 
     def current(self, tensors: Sequence[Tensor]) -> Tensor:
         """The ranges for what the tensors hold when the device gets there."""
-        _used((self.precise, self.masked, *self.copies), self.stream)
+        _used([x for x in (self.precise, self.masked, self.words, *self.copies) if x is not None], self.stream)
         if not self.copies:
             return self.masked
         same: Tensor | None = None
@@ -149,13 +172,13 @@ _lock = threading.Lock()
 
 
 def _of_contents(
-    program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...], turned: bool
-) -> Tensor | None:
+    program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...], kind: int
+) -> tuple[Tensor | None, Tensor | None]:
     if any(x.is_neg() or x.is_conj() or x.layout != torch.strided for x in read):
-        return None
+        return None, None
     device = read[0].device  # all are beside q
     places = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in read)
-    key = (program.digest, sizes, turned, str(device), places)
+    key = (program.digest, sizes, kind, str(device), places)
     with _lock:
         known = _contents.get(key)
         if known is not None:
@@ -165,30 +188,31 @@ def _of_contents(
     if known is None or not alive or (known.versions != versions and not _capturing(device)):
         # A capture takes what is known of an older content, too: where the tensors differ every block is masked.
         if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
-            return None
-        known = _remember(key, program, read, tensors, sizes, turned, versions)
+            return None, None
+        known = _remember(key, program, read, tensors, sizes, kind, versions)
     held(known, str(device))
     with torch.no_grad():
-        return known.current(read)
+        return known.current(read), None if _capturing(device) else known.words
 
 
 def _remember(
     key: tuple[Any, ...], program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...],
-    turned: bool, versions: tuple[int | None, ...],
+    kind: int, versions: tuple[int | None, ...],
 ) -> _Known:  # fmt: skip
     device = str(read[0].device)
     with torch.no_grad():
         # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
         kept = {id(x): x.detach().clone() for x in read}
         frozen = tuple(kept.get(id(x), x) for x in tensors)
-        precise = _analysed(program, frozen, sizes, device, turned)
-        masked = _everything(precise, sizes, turned)
+        precise, words = _analysed(program, frozen, sizes, device, kind)
+        masked = _everything(precise, sizes, kind == _TURNED)
         known = _Known(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
-            copies=() if torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
+            copies=() if words is None and torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
             precise=precise,
             masked=masked,
+            words=words,
             stream=_settled(read[0].device),
         )
     with _lock:
@@ -230,21 +254,29 @@ def _everything(precise: Tensor, sizes: tuple[int, ...], turned: bool) -> Tensor
     last = -(-seqlen_q // block_m) if turned else -(-seqlen_k // block_n)
     made = torch.full(precise.shape, last, dtype=torch.int32, device=precise.device)
     made[..., 0] = 0
+    made[..., 4:] = -1
     return broadcast(made)
 
 
 # -- the analysis --
 
 
-def _analysed(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, turned: bool) -> Tensor:
+def _analysed(
+    program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, kind: int
+) -> tuple[Tensor, Tensor | None]:
     from flashgen import mods
 
     names = ("batch", "num_heads", "seqlen_q", "seqlen_k", "block_m", "block_n")
-    analyse: Callable[..., Any] = mods.query_ranges if turned else mods.key_ranges
+    analyse: Callable[..., Any] = mods.query_ranges if kind == _TURNED else mods.key_ranges
     tables = mods.arrays_of(tensors, program.mask_reads)
     found = analyse(program.mask, tables, **dict(zip(names, sizes, strict=True)))
     rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
-    return broadcast(torch.stack(rows, -1).int().contiguous().to(device))
+    table = torch.stack(rows, -1).int().contiguous().to(device)
+    words = None
+    if kind == _WORDS:
+        with torch.no_grad():
+            table, words = mask_words.add(table, program, tensors, sizes)
+    return broadcast(table), words
 
 
 def broadcast(table: Tensor) -> Tensor:
@@ -254,6 +286,7 @@ def broadcast(table: Tensor) -> Tensor:
 
 
 def forget() -> None:
-    """Drop what was remembered of tensors."""
+    """Drop what was remembered of masks."""
+    _of_code.cache_clear()
     with _lock:
         _contents.clear()

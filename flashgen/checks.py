@@ -193,6 +193,10 @@ def _int32(name: str, value: Any, like: Tensor) -> int:
             else f"a {type(value).__name__}"
         )
         raise InvalidProblemError(f"{name} is {given}: it must be a 1-dimensional int32 tensor on {like.device}.")
+    if value.numel() > 1 and value.stride(0) != 1:  # kernels read it as it lies
+        raise InvalidProblemError(
+            f"{name} has stride {value.stride(0)}: it must be contiguous; pass {name}.contiguous()."
+        )
     return int(value.numel())
 
 

@@ -25,7 +25,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     from triton.experimental.gluon._runtime import GluonASTSource
 
     variant = by_name(config.variant)
-    boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec)}
+    boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec, config)}
     fp32_boxes = variant.fp32_boxes(spec, config)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
     elements = {**_OWN_ELEMENTS, **features.elements(spec)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe
-from flashgen.block_ranges import ranges
+from flashgen.block_ranges import ranges, ranges_and_words
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import all_names, fingerprint, fixed
@@ -321,6 +321,7 @@ class Operands:
         }
         wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
+        values = {name: x.resolve_neg() if isinstance(x, Tensor) else x for name, x in values.items()}
         if not problem.varlen:  # packed sequences have offsets of their own
             values["causal_offset"] = problem.causal_offset
         return {"sm_scale": problem.scale, **values}
@@ -330,12 +331,17 @@ def _of_program(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
     """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
-    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, tensors, strict=True)}
+    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
+    given = (x.resolve_neg() for x in tensors)
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
     if problem.has_mask_mod and not problem.has_block_mask:
         tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
+        values["mask_words"] = None
+        if "words" in tiles:
+            values["mask_ranges"], values["mask_words"] = ranges_and_words(program, tensors, problem, tiles["words"])
     return values
 
 

@@ -22,7 +22,7 @@ from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, tma_addressable
+from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.variants import by_name
@@ -189,6 +189,11 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
+    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
+        # Operators never see one; functions of the user's have no operator around them.
+        raise not_built(
+            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
+        )
     source = render(problem.spec, variant)
     values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
     if plan.target.backend == "cpu":
@@ -219,6 +224,7 @@ def _bshd(x: Tensor, layout: str) -> Tensor:
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
+    x = x.resolve_neg()  # without an operator around it nobody has
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -282,7 +288,7 @@ def _run_backward_kernel(
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
     if plan.backend == "gluon" and not tma_addressable(dout):
         dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.float().contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous().resolve_neg()
 
     def sum_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(x.shape, dtype=dtype, device=q.device)

@@ -90,10 +90,13 @@ def check_guards(memory: Bytes, slots: dict[str, Slot], size: int, name: str) ->
     Raises:
         BuildError: says how many bytes, and where.
     """
+    import torch
+
     for key, slot in slots.items():
         if slot.output and slot.span and not slot.sparse:
             # Where writing was allowed the poison is put back; whatever differs now was written between elements.
-            _bits(memory, slot).fill_(-1)  # all ones
+            bits = _bits(memory, slot)
+            bits.fill_(0xFF if bits.dtype == torch.uint8 else -1)  # all ones
             touched = int((memory[slot.offset : slot.offset + slot.nbytes] != _POISON).sum())
             if touched:
                 raise BuildError(f"{name} wrote {touched} bytes between the elements of {key}, outside its rows.")
@@ -130,7 +133,7 @@ def _bits(memory: Bytes, slot: Slot) -> Tensor:
     """The elements as integers."""
     import torch
 
-    kind = torch.int16 if slot.tensor.element_size() == 2 else torch.int32
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[slot.tensor.element_size()]
     flat = torch.from_numpy(memory[slot.offset : slot.offset + slot.nbytes]).view(kind)
     return flat.as_strided(slot.tensor.shape, slot.tensor.stride())
 

@@ -293,6 +293,7 @@ _TABLE: dict[str, Handler] = {
     "clamp_min": _one_bound("max"),
     "clamp_max": _one_bound("min"),
     "relu": _composite(_relu),
+    "tan": _composite(lambda g, x: g.make("div", g.make("sin", x), g.make("cos", x))),
     "square": _composite(lambda g, x: g.make("mul", x, x)),
     "reciprocal": _composite(lambda g, x: g.make("div", g.const(1, x.dtype), x)),
     "isnan": _test(_is_nan),

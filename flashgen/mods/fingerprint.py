@@ -35,6 +35,9 @@ _PRIMITIVE = (
     range,
     slice,
 )
+# Looked up by a name that no one sees before it runs.
+_DYNAMIC = frozenset({"globals", "locals", "vars", "eval", "exec", "__import__", "open", "input"})
+_PRIVATE = frozenset(vars(torch.nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}  # hooks and flags
 # Their functions do what their version says.
 _FIXED = {"torch", "math", "numpy", "operator", "functools", "itertools", "builtins", "typing", "types", "collections"}
 
@@ -83,6 +86,8 @@ class _Walk:
     def visit(self, value: Any, name: str) -> None:
         if isinstance(value, _PRIMITIVE):
             self.parts.append(f"{type(value).__name__}:{value!r}")
+            if getattr(value, "__dict__", None):  # of a class of the user's
+                self._mapping(value.__dict__)
             return
         known = self._numbers.get(id(value))
         if known is not None:
@@ -98,6 +103,8 @@ class _Walk:
     def _composed(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
             self._tensor(value, name)
+        elif isinstance(value, types.BuiltinMethodType) and not isinstance(value.__self__, type | types.NoneType):
+            self._builtin(value)
         elif isinstance(value, types.CodeType):
             self._code(value)
         elif isinstance(value, types.FunctionType):
@@ -115,11 +122,14 @@ class _Walk:
             self.parts.append(f"{type(value).__name__}{len(value)}")
             for place, part in enumerate(value):
                 self.visit(part, f"{name}_{place}")
+            self._beside(value)
         elif isinstance(value, (set, frozenset)):
             self.parts.append(f"set{len(value)}")
             self._all_primitive(value)
+            self._beside(value)
         elif isinstance(value, dict):
             self._mapping(value)
+            self._beside(value)
         elif isinstance(value, enum.Enum):
             self.parts.append(f"{type(value).__qualname__}.{value.name}")
             self.visit(value.value, name)
@@ -144,6 +154,30 @@ class _Walk:
         # Strides too: a function may ask for them, and a trace of other strides costs less than an error.
         steps = value.stride() if value.layout == torch.strided else value.layout
         self.parts.append(f"tensor:{value.dtype}:{tuple(value.shape)}:{steps}:{place}:{value.requires_grad}")
+        for attribute, one in value.__dict__.items():
+            if not isinstance(one, Tensor):  # one that is read makes a trace that is not kept
+                self.parts.append(attribute)
+                self.visit(one, attribute)
+
+    def _builtin(self, value: Any) -> None:
+        """A function in C: of a module, or bound to something whose content it reads when it is called, as `mapping.get` does."""
+        self.parts.append(f"builtin:{value.__name__}")
+        owner = value.__self__
+        if isinstance(owner, types.ModuleType):
+            self.parts.append(owner.__name__)
+            steady = ("thread", "abc", "bisect", "heapq", "struct")  # what dataclasses and pure helpers call
+            self.unknown |= owner.__name__.lstrip("_").partition(".")[0] not in (*_FIXED, *steady)
+        else:
+            self.unknown |= not isinstance(owner, (*_PRIMITIVE, Tensor, tuple, list, set, frozenset, dict))
+            self.visit(owner, value.__name__)
+
+    def _beside(self, value: Any) -> None:
+        """What an instance of a container's subclass holds beside its elements."""
+        kind = type(value)
+        if not (kind.__module__ == "builtins" or fixed(kind)):
+            self._class(value)
+        if getattr(value, "__dict__", None) and value.__dict__ is not value:
+            self._mapping(value.__dict__)
 
     def _all_primitive(self, values: Iterable[Any]) -> None:
         self.unknown |= not all(isinstance(one, _PRIMITIVE) for one in values)
@@ -163,9 +197,21 @@ class _Walk:
             self.unknown = True
             return
         self.parts.append(f"object:{kind.__module__}.{kind.__qualname__}")
-        for base in kind.__mro__:
+        self._class(value)
+        module = isinstance(value, torch.nn.Module)
+        for attribute, one in attributes.items():
+            if module and attribute in _PRIVATE and not one:
+                continue
+            self.parts.append(attribute)
+            self.visit(one, attribute)
+
+    def _class(self, value: Any) -> None:
+        """The code and the attributes of an instance's classes, and its slots."""
+        for base in type(value).__mro__:
             if base.__module__.partition(".")[0] in _FIXED:
                 continue
+            # A class in C may hold what has no name here, as a random generator does.
+            self.unknown |= isinstance(vars(base).get("__new__"), types.BuiltinFunctionType)
             for attribute, one in vars(base).items():
                 if isinstance(one, types.FunctionType):
                     self.visit(one, attribute)
@@ -176,12 +222,6 @@ class _Walk:
                     self.visit(getattr(value, attribute, None), attribute)
                 elif not attribute.startswith(("__", "_abc_")):
                     self.visit(one, attribute)
-        module = isinstance(value, torch.nn.Module)
-        for attribute, one in attributes.items():
-            if module and attribute.startswith("_") and attribute not in ("_parameters", "_buffers", "_modules"):
-                continue  # hooks and flags
-            self.parts.append(attribute)
-            self.visit(one, attribute)
 
     def _function(self, value: types.FunctionType) -> None:
         library = (value.__module__ or "").partition(".")[0] in _FIXED
@@ -207,12 +247,14 @@ class _Walk:
         names = all_names(code)
         for name in names:
             if name not in space:
+                self.unknown |= name in _DYNAMIC
                 continue
             found = space[name]
             self.parts.append(name)
             if isinstance(found, types.ModuleType) and not fixed(found):
                 # Its attributes are as changeable as globals: those of a name that the code uses.
                 self.parts.append(found.__name__)
+                self.unknown |= "getattr" in names
                 for attribute in names:
                     if hasattr(found, attribute):
                         self.parts.append(attribute)

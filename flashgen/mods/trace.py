@@ -186,7 +186,18 @@ _TAKEN |= {
     "head_dim",
     "causal_offset",
 }
-_TAKEN |= {"row_ranges", "block_kinds", "key_blocks", "key_counts", "row_blocks", "row_counts", "blocks", "largest"}
+_TAKEN |= {
+    "row_ranges",
+    "block_kinds",
+    "key_blocks",
+    "key_counts",
+    "row_blocks",
+    "row_counts",
+    "blocks",
+    "largest",
+    "mask_words",
+    "bits",
+}
 
 
 def trace(

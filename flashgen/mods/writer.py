@@ -213,7 +213,8 @@ class Writer:
         left, right = node.args
         if node.op in ("add", "mul") and left.op == "const" and right.op != "const" and node.op == "mul":
             left, right = right, left  # numbers read best last
-        strict = node.op not in ("add", "mul", "and", "or", "xor")
+        # Sums of floats neither: what the user adds up first may cancel.
+        strict = node.op not in ("add", "mul", "and", "or", "xor") or (node.op == "add" and is_float(node.dtype))
         text_right = self._operand(right, binds, right=strict or binds == _PRODUCT)
         if node.op == "add" and right.op == "const" and text_right.startswith("-") and right.value == right.value:
             return f"{self._operand(left, binds)} - {text_right[1:]}", binds

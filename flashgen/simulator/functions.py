@@ -339,6 +339,12 @@ ASM: dict[str, Callable[..., Any]] = {
     "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; setp.le.and.s32 seen, $2, $4, seen; selp.f32 $0, $1, 0fFF800000, seen; }": (
         lambda x, at, first, last: np.where((at >= first) & (at <= last), x, np.float32(-np.inf))
     ),
+    "{ .reg .pred seen; .reg .b32 bit; and.b32 bit, $2, $3; setp.ne.b32 seen, bit, 0; selp.f32 $0, $1, 0fFF800000, seen; }": (
+        lambda x, bits, bit: np.where(bits & bit, x, np.float32(-np.inf))
+    ),
+    "bmsk.clamp.b32 $0, 0, $1;": lambda count: (
+        ((np.int64(1) << np.clip(count, 0, 32)) - 1).astype(np.uint32).view(np.int32)
+    ),
     "ex2.approx.ftz.f32 $0, $1;": np.exp2,
     "ex2.approx.f32 $0, $1;": np.exp2,
     "lg2.approx.f32 $0, $1;": np.log2,

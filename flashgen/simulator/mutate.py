@@ -82,11 +82,12 @@ class _Text:
         return data.decode()
 
 
-def mutants(source: str | Path | KernelSource) -> tuple[Mutant, ...]:
-    """Every automatic mutant of a Gluon source's jit functions, in the order of its lines.
+def mutants(source: str | Path | KernelSource, *, arithmetic: bool = False) -> tuple[Mutant, ...]:
+    """Every automatic mutant of a source's jit functions, in the order of its lines.
 
     Args:
-        source: the text of a kernel file, its path, or a rendered `KernelSource`.
+        source: the text of a kernel file, Gluon or Triton, its path, or a rendered `KernelSource`.
+        arithmetic: also break what is computed: signs, factors, terms of masks, sums, functions, what is counted up.
 
     Raises:
         InvalidProblemError: the source is none of these.
@@ -98,7 +99,7 @@ def mutants(source: str | Path | KernelSource) -> tuple[Mutant, ...]:
     for function in tree.body:
         if not isinstance(function, ast.FunctionDef) or not _is_jit(function):
             continue
-        for edit in _edits(function, cut):
+        for edit in _edits(function, cut, arithmetic):
             mutated = cut.edited(edit.spans)
             if mutated == text or mutated in found or not _parses(mutated, function):
                 continue
@@ -128,13 +129,14 @@ def _is_jit(function: ast.FunctionDef) -> bool:
     return any(ast.unparse(name).rpartition(".")[2] == "jit" for name in names)
 
 
-def _edits(function: ast.FunctionDef, cut: _Text) -> Iterator[_Edit]:
+def _edits(function: ast.FunctionDef, cut: _Text, arithmetic: bool) -> Iterator[_Edit]:
+    rules = (*_EXPRESSIONS, _arithmetic) if arithmetic else _EXPRESSIONS
     for node in ast.walk(function):
         for body in (getattr(node, name, None) for name in ("body", "orelse")):
             if isinstance(body, list):
                 yield from _of_block(body, cut)
     for node in _run_time(function.body):
-        for rule in _EXPRESSIONS:
+        for rule in rules:
             yield from rule(node, cut)
 
 
@@ -342,6 +344,44 @@ def _numbers(node: ast.AST, cut: _Text) -> Iterator[_Edit]:
         yield _Edit("minimum and maximum swapped", node, ((node.func, cut.of(node.func)[:-7] + other),))
     if isinstance(node, ast.Call) and _called(node) == "index" and node.args:
         yield _Edit("index + 1", node, ((node.args[0], f"({cut.of(node.args[0])}) + 1"),))
+
+
+_REDUCTIONS = {"sum": "max", "max": "min", "min": "max"}
+_FUNCTIONS = {"abs", "exp", "exp2", "log", "log2", "tanh", "sqrt", "rsqrt", "cdiv", "trans", "permute", "flip"}
+
+
+def _arithmetic(node: ast.AST, cut: _Text) -> Iterator[_Edit]:
+    """Signs, factors, terms of masks, reductions and functions: what options compute, where nothing synchronises."""
+    if isinstance(node, ast.BinOp) and not _compile_time(node):
+        left, right = cut.of(node.left), cut.of(node.right)
+        if isinstance(node.op, (ast.Add, ast.Sub)) and not isinstance(node.right, ast.Constant):
+            other = "-" if isinstance(node.op, ast.Add) else "+"
+            yield _Edit("sign", node, ((node, f"({left}) {other} ({right})"),))
+        if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            yield _Edit("last term dropped", node, ((node, left),))
+            yield _Edit("first term dropped", node, ((node, right),))
+        if isinstance(node.op, (ast.Mult, ast.Div, ast.FloorDiv)):
+            yield _Edit("factor dropped", node, ((node, left),))
+    if isinstance(node, ast.AugAssign) and isinstance(node.op, (ast.Add, ast.BitAnd, ast.BitOr)):
+        yield _Edit("not added up", node, ((node, f"{cut.of(node.target)} = {cut.of(node.value)}"),))
+    if isinstance(node, ast.Call):
+        name = _called(node)
+        if name in _REDUCTIONS and len(node.args) > 1:
+            yield _Edit("another reduction", node, ((node.func, cut.of(node.func)[: -len(name)] + _REDUCTIONS[name]),))
+        if name in _FUNCTIONS and node.args and isinstance(node.func, ast.Attribute):
+            receiver = node.func.value
+            of_module = isinstance(receiver, ast.Name) and receiver.id in ("gl", "tl", "libdevice")
+            yield _Edit("function dropped", node, ((node, f"({cut.of(node.args[0] if of_module else receiver)})"),))
+    if isinstance(node, ast.For) and _called(node.iter) == "range" and len(node.iter.args) > 1:  # type: ignore[attr-defined]
+        last = node.iter.args[1]  # type: ignore[attr-defined]
+        yield _Edit("a step less", node.iter, ((last, f"({cut.of(last)}) - ({_step(node.iter, cut)})"),))
+
+
+def _step(node: ast.expr, cut: _Text) -> str:
+    """What a `range` counts by."""
+    if not isinstance(node, ast.Call) or len(node.args) < 3:
+        return "1"
+    return cut.of(node.args[2])
 
 
 _EXPRESSIONS: tuple[Callable[[ast.AST, _Text], Iterator[_Edit]], ...] = (

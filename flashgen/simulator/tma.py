@@ -108,7 +108,9 @@ class TensorDescriptor:
         if self.padding not in ("zero", "nan") or (self.padding == "nan" and not self.dtype.is_float):
             _refuse(f"padding {self.padding!r} of {self.dtype}; known are zero, and nan for floats")
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        if self.offset < self.buffer.first or last >= self.buffer.end:
+        # Addresses are taken modulo 2^64: a shape that goes all the way round says nothing, and each box is looked at.
+        self.wraps = last * nbytes >= 2**64
+        if self.offset < self.buffer.first or (last >= self.buffer.end and not self.wraps):
             _refuse(f"shape {self.shape} with strides {self.strides} reaches beyond the tensor")
 
     @property
@@ -122,10 +124,32 @@ class TensorDescriptor:
         return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps)
 
     def footprint(self, box: Box) -> Footprint:
+        """The elements of a box that is in bounds."""
+        if self.wraps:
+            return Footprint.elements(self._elements(box))
+
         def assign(flat: Array, value: Any) -> None:
             self.view(flat)[box] = value
 
         return Footprint(lambda flat: self.view(flat)[box], assign)
+
+    def _elements(self, box: Box) -> Array:
+        """Where the elements of a box lie, addresses modulo 2^64."""
+        nbytes = self.dtype.nbytes
+        address = np.full((), self.offset * nbytes, np.uint64)
+        for dim, (part, stride) in enumerate(zip(box, self.strides, strict=True)):
+            # Of unsigned arrays products and sums are modulo 2^64 themselves.
+            steps = np.arange(part.start, part.stop).astype(np.uint64) * np.uint64(stride * nbytes)
+            address = address + steps.reshape(-1, *[1] * (len(box) - 1 - dim))
+        index: Array = address.view(np.int64) // nbytes
+        low, high = int(index.min()), int(index.max())
+        if low < self.buffer.first or high >= self.buffer.end:
+            first, size = self.buffer.first, self.buffer.end - self.buffer.first
+            fail(
+                OutOfBoundsError,
+                f"a TMA box of elements {low - first} to {high - first} of a tensor of {size} elements",
+            )
+        return index
 
     @staticmethod
     def from_tensor(
@@ -175,16 +199,17 @@ def tma_load(tensor_desc: TensorDescriptor, coord: Any, barrier: SharedView, res
     result.data[...] = desc.dtype.poison  # until it lands, whatever is read is wrong
     if clipped is not None:
         note = Access(part.world, part.knows.world.tick(part.world), "async", "TMA load", part.name, access.mark)
-        desc.buffer.shadow().read(part.elected_world(), desc.footprint(clipped[0]), note)
+        footprint = desc.footprint(clipped[0])
+        desc.buffer.shadow().read(part.elected_world(), footprint, note)
 
     def land() -> None:
         if clipped is None:
             result.data[...] = desc.fill
         else:
-            inside, box = clipped
+            box = clipped[1]
             if result.data[box].size != result.data.size:
                 result.data[...] = desc.fill
-            result.data[box] = decode(desc.view(desc.buffer.flat)[inside], desc.dtype)
+            result.data[box] = decode(footprint.select(desc.buffer.flat), desc.dtype)
         result.written[...] = True
         launch().counters.tma_load_bytes += nbytes
         bar.land(event, nbytes, access)
@@ -213,17 +238,17 @@ def tma_store(tensor_desc: TensorDescriptor, coord: Any, src: SharedView, reduce
         mark = part.last_store
         adds = reduce is np.add and desc.dtype.is_float
         note = Access(part.world_store, part.stores_issued, "async", what, part.name, mark, reduce is not None, adds)
-        desc.buffer.shadow().write(part.elected_world(), desc.footprint(clipped[0]), note)
+        footprint = desc.footprint(clipped[0])
+        desc.buffer.shadow().write(part.elected_world(), footprint, note)
 
     def run() -> None:
         launch().counters.tma_store_bytes += src.data.size * desc.dtype.nbytes
         if clipped is None:
             return
-        inside, box = clipped
-        target, values = desc.view(desc.buffer.flat), src.data[box]
+        values = src.data[clipped[1]]
         if reduce is not None:
-            values = rounded(reduce(decode(target[inside], desc.dtype), values), desc.dtype)
-        target[inside] = encode(values, desc.dtype)
+            values = rounded(reduce(decode(footprint.select(desc.buffer.flat), desc.dtype), values), desc.dtype)
+        footprint.assign(desc.buffer.flat, encode(values, desc.dtype))
 
     event = Event("store", part, run, number=part.stores_issued)
     part.stores.append(event)

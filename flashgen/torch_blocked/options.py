@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgen.problem import not_built
 from flashgen.torch_blocked.philox import keep_block
 
 Mod = Callable[..., Tensor]
@@ -162,6 +163,8 @@ class Block:
         if sums.bias is not None and o.bias is not None:
             _add_reduced(self.cut(sums.bias), ds)
         if o.score_mod is not None:
+            if torch._C._functorch.is_functorch_wrapped_tensor(raw):
+                raise not_built("a torch.func transform of flashgen.attention with score_mod")
             with torch.enable_grad():
                 x = self._capped(raw).detach().requires_grad_()
                 y = self._modified(x)

@@ -145,7 +145,7 @@ class Variant:
         """Warps that issue products."""
         return self.num_warps(spec, config)
 
-    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
         return {}
 
@@ -163,7 +163,8 @@ class Variant:
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
         """(queries, keys) of the tiles that masks are judged for: `keys` of each block of queries, `rows` of each block of keys.
 
-        `lists`, where it is given, is the tile of a block mask's lists of keys, else `keys` is.
+        `lists`, where it is given, is the tile of a block mask's lists of keys, else `keys` is; `words` stands for `keys` where a kernel looks up
+        masked tiles of 64 queries (`mask_words.py`).
         """
         return {"rows" if self.op == "attention_bwd" else "keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
 

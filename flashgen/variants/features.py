@@ -106,6 +106,7 @@ ELEMENTS: Mapping[str, str] = {
     "attn_mask_ptr": "u1",  # as Triton calls every bool
     "philox_ptr": "i64",
     "mask_ranges_ptr": "i32",
+    "mask_words_ptr": "i32",
     "row_ranges_ptr": "i32",
     "block_kinds_ptr": "u8",
     "key_blocks_ptr": "i32",

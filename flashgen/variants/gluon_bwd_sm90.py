@@ -15,6 +15,7 @@ _COVERED_FLAGS = frozenset(
     {
         "causal",
         "dropout",
+        "varlen",
         "window",
         "softcap",
         "has_alibi",
@@ -38,6 +39,7 @@ _ARGUMENT_BYTES = 512
 
 _H200 = "measured on one H200, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h200_backward_tiles.csv)"
 _H100 = "measured on one H100, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h100_backward.csv)"
+_IDEAS = "measured on one H200, interleaved, bf16, S 2048 to 16384 (benchmarks/results/h200_backward_ideas.csv)"
 _FITS = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
 
 # (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
@@ -74,6 +76,12 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((64, 64, 2, 1, 3, 24, False, True, True), _FITS),
         ((64, 64, 1, 1, 2, 24, False, True, False), _FITS),
     ),
+}
+# Go first where no option asks for memory or registers: the next scores are multiplied while dq is handed over.
+_PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
+    (64, False): ((128, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
+    (128, False): ((64, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
+    (128, True): ((64, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
 }
 # Go first where options keep values beside each score: at head dim 64 a step of 128 rows spills in its loop then.
 _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
@@ -168,7 +176,10 @@ class GluonBackwardSm90(BackwardText, Variant):
         return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
-        rows, keys = (1, 1, int(config.BLOCK_M)), (1, 1, int(config.BLOCK_N))
+        outer = (
+            (1, 1, 1) if spec.varlen else (1, 1)
+        )  # of packed sequences also how often the address wraps: see `place`
+        rows, keys = (*outer, int(config.BLOCK_M)), (*outer, int(config.BLOCK_N))
         width, width_v = self.block_d(spec), self.block_dv(spec)
         return {
             "q_desc": (*rows, width),
@@ -187,7 +198,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             "delta_desc": (1, rows),
         }
 
-    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
@@ -216,6 +227,8 @@ class GluonBackwardSm90(BackwardText, Variant):
         for name, (low, high) in _STAGES.items():
             if not _is_int(config[name]) or not low <= int(config[name]) <= high:
                 return f"{name}={config[name]!r} must be from {low} to {high}"
+        if config.SCORES_AHEAD and spec.varlen:
+            return "SCORES_AHEAD multiplies before the first step, and a block of packed keys may have none: it must be False"
         if config.SCORES_AHEAD and config.STAGES < 2:
             return "SCORES_AHEAD reads the rows of the next step while this one's are in use: STAGES must be 2 at least"
         return (
@@ -268,7 +281,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         half = (config.STAGES * rows + keys) * width + (gradients * rows + keys) * self.block_dv(spec)
         half += (2 if self.is_wide(spec) else config.DS_STAGES) * rows * keys  # p and ds, or stages of ds
         full = config.DQ_STAGES * rows * self.dq_columns(spec) + (config.STAGES + gradients) * rows
-        barriers = 2 + 2 * config.STAGES + gradients + 2 * config.DQ_STAGES
+        barriers = 2 + 2 * config.STAGES + gradients + config.DQ_STAGES
         return int(half * spec.itemsize + 4 * full + 8 * barriers + _ARGUMENT_BYTES)
 
     def _columns(self, head_dim: int) -> int:
@@ -283,8 +296,13 @@ class GluonBackwardSm90(BackwardText, Variant):
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
         rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
+        if not self.is_free(spec) and not self.keeps_values(spec) and (width, spec.causal) in _PLAIN:
+            first = _PLAIN[width, spec.causal]
+            rows = (first, *(row for row in rows if row[0] != first[0]))
         if self.keeps_values(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
+        if spec.varlen:
+            rows = tuple((values, source) for values, source in rows if not values[6])  # SCORES_AHEAD: illegal there
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
 
     def _of(self, values: _Knobs) -> KernelConfig:

@@ -26,7 +26,7 @@ class BackwardText:
             }
 
         pointers, strides = kept(found.pointers), kept(found.strides)
-        walked = ("row_ranges", "row_blocks", "row_counts")
+        walked = ("row_ranges", "row_blocks", "row_counts", "cu_seqlens", "seqused", "bottom_right")
         names = (*pointers, *found.scalars, *strides)
         inner = tuple(name for name in names if not name.removeprefix("stride_").startswith(walked))
         launch = tuple(name for name in signature(spec).launch if not name.startswith(_OF_ROWS))
@@ -36,7 +36,16 @@ class BackwardText:
         """Whether blocks of rows need a mask on both ends of those that do not, or positions must stay the call's own."""
         of_positions = spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.dropout
         of_mods = spec.has_mask_mod or spec.has_score_mod or spec.has_block_mask
-        return spec.window or of_mods or (spec.causal and of_positions)
+        return spec.varlen or spec.window or of_mods or (spec.causal and of_positions)
+
+    def claims_rows(self, spec: AttentionSpec) -> bool:
+        """Whether in any order, too, the first to come to a block of rows stores instead of adding to zeros.
+
+        It pays where thread blocks do not come all at once, or where their steps are long: on one H200 full kernels of head dim 128 and
+        wide ones lost up to 10 % by it.
+        """
+        widest = max(spec.head_dim, spec.head_dim_v)
+        return not self.is_free(spec) and (widest <= 64 or (spec.causal and widest <= 128))
 
     def row_arguments(self, spec: AttentionSpec) -> tuple[str, ...]:
         """What decides which blocks of rows a block of keys meets, by the kernel's names."""

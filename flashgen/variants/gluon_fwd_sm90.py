@@ -9,7 +9,8 @@ from flashgen.problem import Problem
 from flashgen.spec import MAX_HEAD_DIM, AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
-from flashgen.variants.gluon_options import Options, emission, options, words
+from flashgen.variants.features import Signature
+from flashgen.variants.gluon_options import Options, emission, options, signature_of, words
 from flashgen.variants.mod_text import WithMods
 
 _COVERED_FLAGS = frozenset(
@@ -25,6 +26,7 @@ _STAGES = (1, 8)
 _REGISTERS = (24, 256)  # what setmaxnreg takes, in steps of 8
 _SECTION = (1, 1 << 16)
 _ARGUMENT_BYTES = 512
+_TILE_ELEMENTS = 114688  # of 16 bits, 224 KB: what tiles may take of a multiprocessor's 227 KB
 _EXACT = 1 << 23  # positions whose differences, shifted by a length, fp32 holds
 
 _H200 = (
@@ -155,7 +157,7 @@ class GluonForwardSm90(WithMods, Variant):
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
         """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""
-        return {"keys": (_WG_ROWS, int(config.BLOCK_N)), "lists": (int(config.BLOCK_M), int(config.BLOCK_N))}
+        return {"words": (_WG_ROWS, int(config.BLOCK_N)), "lists": (int(config.BLOCK_M), int(config.BLOCK_N))}
 
     def block_d(self, spec: AttentionSpec) -> int:
         """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""
@@ -173,6 +175,22 @@ class GluonForwardSm90(WithMods, Variant):
         """
         return ((0, 128), (128, 64)) if 128 < spec.head_dim <= 192 else ((0, self.block_d(spec)),)
 
+    def signature(self, spec: AttentionSpec) -> Signature:
+        return signature_of(spec)
+
+    def q_stages_text(self, spec: AttentionSpec) -> str:
+        """How many tiles of queries lie in shared memory, as `launch` computes it: two where they fit."""
+        once, step = 2 * self.block_d(spec) + self.block_dv(spec), self.block_d(spec) + self.block_dv(spec)
+        return f"2 if BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
+
+    def q_stages(self, spec: AttentionSpec, config: KernelConfig) -> int:
+        """The same of a configuration."""
+        if not options(spec).hides:
+            return 1
+        widths = self.block_d(spec), self.block_dv(spec)
+        tiles = config.BLOCK_M * (2 * widths[0] + widths[1]) + config.STAGES * config.BLOCK_N * sum(widths)
+        return 2 if tiles <= _TILE_ELEMENTS else 1
+
     def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         return _WG_THREADS // 32  # of the first partition: one warpgroup
 
@@ -189,10 +207,13 @@ class GluonForwardSm90(WithMods, Variant):
             "o_desc": (*rows, width_v),
         }
 
-    def constants(self, spec: AttentionSpec) -> dict[str, Tunable]:
-        widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        own = {"ONE_KIND": True} if spec.has_block_mask else {} if options(spec).any else {"MASKED_LOOP": False}
-        return {**widths, "PACK": 1, "EVEN_K": True, **own}
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
+        found = options(spec)
+        own: dict[str, Tunable] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
+        own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
+        own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
+        own |= {"LINEAR": True} if found.linear else {}
+        return {**own, "PACK": 1, "EVEN_K": True}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
@@ -261,9 +282,10 @@ class GluonForwardSm90(WithMods, Variant):
         Tiles come in multiples of 4 KB and the limit leaves 3 KB over, so that the bound decides as the exact figure does.
         """
         num_wg = config.BLOCK_M // _WG_ROWS
-        columns = self.block_d(spec) + (self.block_dv(spec) if config.OWN_STAGING else 0)
+        queries = self.q_stages(spec, config)
+        columns = queries * self.block_d(spec) + (self.block_dv(spec) if config.OWN_STAGING else 0)
         tiles = config.BLOCK_M * columns + config.STAGES * config.BLOCK_N * (self.block_d(spec) + self.block_dv(spec))
-        barriers = 2 * num_wg + 4 * config.STAGES + 2
+        barriers = 2 * queries * num_wg + 4 * config.STAGES + 2
         return int(tiles * spec.itemsize + 8 * barriers + _ARGUMENT_BYTES)
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:

@@ -5,7 +5,7 @@ The arguments of the kernel and of `launch` are the portable kernel's (`features
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -28,6 +28,7 @@ _LISTING = (
     *(f"stride_{name}_{letter}" for name in ("key_blocks", "key_counts") for letter in "bhm"),
 )
 _PACKED = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr")
+_WORDS = ("mask_words_ptr", "bits_low", "bits_high", "bits_from", "bits_to")
 _PLAIN = ("causal", "has_lse")
 
 
@@ -60,6 +61,11 @@ class Options:
     pack: bool
     hides: bool
     masked_when: str
+    by_bits: bool
+    linear: bool
+    evaluated: tuple[str, ...]
+    tabled: bool
+    reads: bool
 
     @property
     def first_masked_when(self) -> str:
@@ -67,9 +73,14 @@ class Options:
         return "True" if self.masked_when else "not EVEN_K"
 
     @property
+    def bits(self) -> tuple[str, ...]:
+        """What makes the bits of a block of keys by mask_mod."""
+        return (*self.evaluated, *_WORDS) if self.tabled else self.evaluated
+
+    @property
     def inner(self) -> tuple[str, ...]:
         """What one step over keys takes."""
-        return tuple(dict.fromkeys((*self.score, *self.mask, *self.dropout)))
+        return tuple(dict.fromkeys((*self.score, *self.mask, *self.bits, *self.dropout)))
 
     @property
     def looks_at_batch(self) -> bool:
@@ -123,7 +134,7 @@ def options(spec: AttentionSpec) -> Options:
     """The names of a spec."""
     return Options(
         any=any(flag not in _PLAIN for flag in spec.flags),
-        signature=signature(spec),
+        signature=signature_of(spec),
         score=_score(spec),
         mask=_mask(spec),
         dropout=("philox_seed", "philox_offset", "off_bh", "start_m", "dropout_threshold") if spec.dropout else (),
@@ -132,6 +143,11 @@ def options(spec: AttentionSpec) -> Options:
         varlen=spec.varlen,
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
         hides=spec.varlen or spec.window or spec.has_free_mask,
+        linear=spec.has_alibi and spec.causal and not (spec.softcap or spec.has_score_mod or spec.has_bias),
+        by_bits=spec.has_mask_mod and not spec.has_block_mask,
+        evaluated=tuple(_evaluated(spec)),
+        tabled=has_words(spec),
+        reads=has_words(spec) and bool(spec.mods and spec.mods.program.mask_reads),
         masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
     )
 
@@ -148,12 +164,31 @@ def _score(spec: AttentionSpec) -> tuple[str, ...]:
 def _mask(spec: AttentionSpec) -> tuple[str, ...]:
     names = ["causal_offset"] if spec.has_diagonal else []
     names += ["window_left", "window_right"] if spec.window else []
-    names += _captured(spec, "mask") if spec.has_mask_mod else []
     if spec.has_block_mask:
+        names += _captured(spec, "mask") if spec.has_mask_mod else []
         names += ["start_m", "block_kinds_head", "stride_block_kinds_m", "block_size_q", "block_size_k", "seqlen_q"]
         names += _captured(spec, "block")
     names += [*_matrix("attn_mask"), "seqlen_q"] if spec.has_attn_mask else []
     return tuple(dict.fromkeys(names))
+
+
+def signature_of(spec: AttentionSpec) -> Signature:
+    """What options add to the kernel and to `launch`: the portable kernel's, and the words of a mask."""
+    found = signature(spec)
+    if not has_words(spec):
+        return found
+    return replace(
+        found, launch=(*found.launch, "mask_words"), pointers={**found.pointers, "mask_words_ptr": "mask_words"}
+    )
+
+
+def _evaluated(spec: AttentionSpec) -> list[str]:
+    return _captured(spec, "mask") if spec.has_mask_mod and not spec.has_block_mask else []
+
+
+def has_words(spec: AttentionSpec) -> bool:
+    """Whether masked blocks of a mask_mod may be looked up."""
+    return has_ranges(spec) and not spec.varlen
 
 
 def _ranges(spec: AttentionSpec) -> tuple[str, ...]:

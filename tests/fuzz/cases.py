@@ -18,7 +18,8 @@ HEAD_DIMS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 40, 64, 71, 80, 96, 1
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 53, 63, 64, 65, 97)
 STRIDES = ("dense", "padded", "misaligned", "sbhd", "expanded", "packed", "corrupt")
 
-# Elementwise functions of every shape of argument, as FlexAttention's; `table` (num_heads_q, 5) wants a gradient.
+# Elementwise functions of every shape of argument, as FlexAttention's; `table` (num_heads_q, 5) wants a gradient. `ids` (batch,
+# longest) grows along its rows, as packed documents do; `order` (longest) is where a key stands that lies elsewhere, as in pages.
 SCORE_MODS: dict[str, Callable[..., Tensor]] = {
     "relative": lambda s, b, h, i, j: s + 0.05 * (i - j),
     "scaled": lambda s, b, h, i, j: s * (1.0 + 0.1 * h + 0.2 * b),
@@ -34,7 +35,14 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "band": lambda b, h, i, j: (i - j < 30) & (j - i < 40),
     "nothing": lambda b, h, i, j: j < 0,
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
+    "bands": lambda b, h, i, j: (i - j < 20 * (h + 1)) & (j - i < 25 + 10 * b),
+    "wide bands": lambda b, h, i, j: (i - j < 60 * (h + 1)) & (j - i < 70 + 20 * b),
+    "sequences": lambda b, h, i, j, ids, order: ids[b, i] == ids[b, j],
+    "pages": lambda b, h, i, j, ids, order: order[j] <= i,
 }
+CAPTURING = ("sequences", "pages")
+HOPPER_HEAD_DIMS = (8, 16, 40, 64, 64, 64, 72, 96, 128, 128, 192, 256)
+HOPPER_LENGTHS = (1, 17, 63, 64, 65, 97, 128, 130, 190, 193)
 BROADCASTS = (
     "bhij",
     "1hij",
@@ -63,7 +71,9 @@ class Case:
         lengths: (seqlen_q, seqlen_k, seqused_k) of each packed sequence; empty for `attention()`.
         bias, attn_mask: which of b, h, i, j they span, e.g. `1h1j`; empty for none.
         values: of q and k: `normal`, `low` (scores near -600), `large` (scores of thousands).
+        block_mask: a name of `MASK_MODS`, or `given`: lists of each batch and head that say something else than its mask_mod.
         block_size: blocks of queries and of keys of the block mask.
+        spread: whether the operands beside q, k and v have a gap after each element.
         deterministic: whether gradients have to repeat bit for bit.
         tile: block of rows and of keys.
     """
@@ -102,6 +112,7 @@ class Case:
     lse: bool = False
     grad: bool = False
     tile: tuple[int, int] = (16, 16)
+    spread: bool = False
 
     @property
     def heads_q(self) -> int:
@@ -142,7 +153,10 @@ class Case:
 
 
 def draw(seed: int) -> Case:
-    """One random case; every fourth is for the portable kernel: plain, or with what it covers of every option in turn."""
+    """One random case; every fourth is for the portable kernel: plain, or with what it covers of every option in turn.
+
+    Every eighth is for the Hopper kernels: what they do not cover of it is another's business (`fuzz.settled`).
+    """
     r = random.Random(seed)
 
     def sometimes(value: Any, default: Any, p: float = 0.35) -> Any:
@@ -189,6 +203,8 @@ def draw(seed: int) -> Case:
             small["tile"] = (min(common["tile"][0], 32), min(common["tile"][1], 32 if widest <= 128 else 16))
         case = Case(backend="triton", **(common | small))
         return replace(case, grad=True) if seed % 8 == 3 else _with_options(case, r)
+    if seed % 8 == 5:
+        return _with_options(_for_hopper(Case(backend="gluon", **common), r), r, longest=200)
     bounded = common["values"] == "normal"  # a squared or capped score of thousands is no longer a fair question
     mods = sorted(SCORE_MODS) if bounded else ["relative", "table"]
     return Case(
@@ -202,14 +218,30 @@ def draw(seed: int) -> Case:
         attn_mask=sometimes(r.choice(BROADCASTS), "", 0.25),
         score_mod=sometimes(r.choice(mods), ""),
         mask_mod=sometimes(r.choice(sorted(MASK_MODS)), "", 0.3),
-        block_mask="" if varlen else sometimes(r.choice(sorted(MASK_MODS)), "", 0.15),
+        block_mask="" if varlen else sometimes(r.choice((*sorted(MASK_MODS), "given")), "", 0.15),
         dropout_p=sometimes(r.choice((0.1, 0.5, 0.97)), 0.0),
         grad=r.random() < 0.7,
+        deterministic=r.random() < 0.3,
+        spread=r.random() < 0.3,
     )
 
 
-def _with_options(case: Case, r: random.Random) -> Case:
-    """A plain case of the portable kernel with a few options, with their gradients two times out of three."""
+def _for_hopper(case: Case, r: random.Random) -> Case:
+    """A case of the dtypes, head dims and layouts that TMA can move, of rows and keys in several tiles."""
+    head_dim = r.choice(HOPPER_HEAD_DIMS)
+    head_dim_v = head_dim if r.random() < 0.7 else r.choice(HOPPER_HEAD_DIMS)
+    tile = (64, 64)  # the default
+    if max(head_dim, head_dim_v) <= 64:
+        tile = (r.choice((64, 128, 192)), r.choice((32, 64)))
+    return replace(
+        case, dtype=r.choice(("fp16", "bf16")), batch=r.choice((1, 1, 2)), seqlen_q=r.choice(HOPPER_LENGTHS),
+        seqlen_k=r.choice(HOPPER_LENGTHS), heads_kv=min(2, case.heads_kv), group=min(3, case.group), head_dim=head_dim,
+        head_dim_v=head_dim_v, strides=r.choice(("dense", "dense", "padded", "sbhd")), tile=tile, lengths=(), layout=r.choice(("bshd", "bhsd")),
+    )  # fmt: skip
+
+
+def _with_options(case: Case, r: random.Random, longest: int = 33) -> Case:
+    """A plain case of a kernel with a few options, with their gradients two times out of three."""
     bounded = case.values == "normal"
     draws: dict[str, Any] = {
         "window": r.choice(((3, -1), (4, 9), (-1, 2), (0, 0), (20, 0), (33, 17))),
@@ -221,18 +253,19 @@ def _with_options(case: Case, r: random.Random) -> Case:
         "dropout_p": r.choice((0.1, 0.5, 0.97)),
         "score_mod": r.choice(sorted(SCORE_MODS) if bounded else ["relative", "table"]),
         "mask_mod": r.choice(sorted(MASK_MODS)),
-        "block_mask": r.choice(sorted(MASK_MODS)),
+        "block_mask": r.choice((*sorted(MASK_MODS), "given")),
         "lengths": tuple((r.choice(LENGTHS), n, r.randint(0, n)) for n in r.choices(LENGTHS, k=r.choice((1, 2, 3)))),
     }
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
     more: dict[str, Any] = {"block_size": r.choice(((16, 8), (16, 16), (32, 64), (24, 40), (128, 128)))}
+    more |= {"spread": r.random() < 0.4}
     if "lengths" in chosen:
         more |= {"layout": "bshd", "batch": 1, "block_mask": ""}
         chosen = [name for name in chosen if name != "block_mask"]
     if r.random() < 0.67:
         # Twice the work and more: fewer rows.
         more |= {"grad": True, "deterministic": r.random() < 0.4}
-        more |= {"seqlen_q": min(case.seqlen_q, 33), "seqlen_k": min(case.seqlen_k, 47)}
+        more |= {"seqlen_q": min(case.seqlen_q, longest), "seqlen_k": min(case.seqlen_k, longest + 14)}
     return replace(case, bias_inf=r.random() < 0.3, **{name: draws[name] for name in chosen}, **more)
 
 
@@ -249,6 +282,9 @@ class Tensors:
     bias: Tensor | None
     attn_mask: Tensor | None
     table: Tensor
+    ids: Tensor
+    order: Tensor
+    kinds: Tensor
     philox: tuple[int, int]
     dout: Tensor
     dlse: Tensor
@@ -292,9 +328,26 @@ def make(case: Case) -> Tensors:
     out_shape = (*tensors["q"].shape[:-1], case.head_dim_v)
     lse_shape = (case.heads_q, total_q) if case.lengths else (case.batch, case.heads_q, case.seqlen_q)
     sizes, heads = case.sizes, case.heads_q
+    longest, seeded = max(1, sizes["i"], sizes["j"]), torch.Generator().manual_seed(case.seed)
+    kinds = (
+        max(1, sizes["b"]),
+        heads,
+        *(-(-size // block) for size, block in zip((sizes["i"], sizes["j"]), case.block_size, strict=True)),
+    )
 
     def broadcast(letters: str) -> tuple[int, ...]:
         return tuple(sizes.get(letter, 1) for letter in letters)
+
+    def spread(x: Tensor) -> Tensor:
+        """The same, each element followed by one that nobody may read."""
+        if not case.spread:
+            return x
+        gap = (
+            torch.full_like(x, math.nan)
+            if x.is_floating_point()
+            else torch.full_like(x, True if x.dtype == torch.bool else 1 << 20)
+        )
+        return torch.stack((x, gap), -1)[..., 0]
 
     bias = torch.randn(broadcast(case.bias), generator=g).to(dtype) if case.bias else None
     if bias is not None and case.bias_inf:
@@ -302,11 +355,16 @@ def make(case: Case) -> Tensors:
     return Tensors(
         **tensors,
         allocations=allocations,
-        alibi=torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g) if case.alibi else None,
-        sinks=torch.randn(heads, generator=g).to(dtype) if case.sinks else None,
-        bias=bias,
-        attn_mask=torch.rand(broadcast(case.attn_mask), generator=g) < 0.6 if case.attn_mask else None,
-        table=torch.randn(heads, 5, generator=g),
+        alibi=spread(torch.rand((sizes["b"], heads) if case.alibi == "bh" else (heads,), generator=g))
+        if case.alibi
+        else None,
+        sinks=spread(torch.randn(heads, generator=g).to(dtype)) if case.sinks else None,
+        bias=None if bias is None else spread(bias),
+        attn_mask=spread(torch.rand(broadcast(case.attn_mask), generator=g) < 0.6) if case.attn_mask else None,
+        table=spread(torch.randn(heads, 5, generator=g)),
+        ids=spread(torch.randint(0, 4, (max(1, sizes["b"]), longest), generator=seeded).eq(0).cumsum(-1).int()),
+        order=spread(torch.randperm(longest, generator=seeded).int()),
+        kinds=torch.randint(0, 3, kinds, generator=seeded),
         philox=(0x1234_5678_9ABC_DEF0 ^ case.seed, 7 + case.seed),
         dout=torch.randn(out_shape, generator=g).to(dtype),
         dlse=torch.randn(lse_shape, generator=g),

@@ -11,15 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import MASK_MODS, SCORE_MODS, Case, Tensors, make
+from cases import CAPTURING, MASK_MODS, SCORE_MODS, Case, Tensors, make
 from torch import Tensor
 
 import flashgen
-from flashgen import accuracy, dispatch, ops
+from flashgen import accuracy, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
-from flashgen.operands import Operands
-from flashgen.problem import Problem
 from flashgen.reference import Call, Result, exact, same_precision
 from flashgen.torch_blocked import blocked
 from flashgen.variants.triton_bwd import TritonBackward
@@ -69,27 +67,23 @@ def moved(t: Tensors, device: str) -> Tensors:
         name: allocations[name].view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
         for name, x in (("q", t.q), ("k", t.k), ("v", t.v))
     }
-    names = ("alibi", "sinks", "bias", "attn_mask", "table", "dout", "dlse")
+    names = ("alibi", "sinks", "bias", "attn_mask", "table", "ids", "order", "kinds", "dout", "dlse")
     others = {name: None if (x := getattr(t, name)) is None else x.to(device) for name in names}
     return replace(t, allocations=allocations, **views, **others)
 
 
 def covered(case: Case, device: str = "cpu") -> bool:
     """Whether some variant of the case's backend takes it, its backward included where the case has one."""
-    tensors = make(case) if device == "cpu" else moved(make(case), device)
-    tensors = replace(tensors, **{name: getattr(tensors, name).detach().requires_grad_(case.grad) for name in "qkv"})
-    args = options(case, tensors)
+    named, t = _leaves(case, make(case) if device == "cpu" else moved(make(case), device))
+    args = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
+    if case.lengths:
+        ends, used = _offsets(case, t.q.device)
+        args |= {"seqused_k": used, "max_seqlen_q": case.sizes["i"], "max_seqlen_k": case.sizes["j"]}
+        args |= {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    else:
+        args |= {"block_mask": _block_mask(case, t), "layout": case.layout}
     try:
-        if case.lengths:
-            ends, used = _offsets(case, tensors.q.device)
-            sizes = (case.sizes["i"], case.sizes["j"])
-            problem = Problem.from_packed(tensors.q, tensors.k, tensors.v, *ends, *sizes, seqused_k=used, **args)
-            mods = Operands(score_mod=args["score_mod"], mask_mod=args["mask_mod"])
-            problem = mods.traced(problem, torch.device("cpu")) if case.backend != "torch" else problem
-            dispatch.resolve(problem, backend=case.backend)  # type: ignore[arg-type]
-        else:
-            args |= {"block_mask": _block_mask(case, tensors.q.device)}
-            flashgen.explain(tensors.q, tensors.k, tensors.v, backend=case.backend, layout=case.layout, **args)  # type: ignore[arg-type]
+        flashgen.explain(named["q"], named["k"], named["v"], **args)
     except UnsupportedProblemError:
         return False
     return True
@@ -111,7 +105,7 @@ def options(case: Case, t: Tensors) -> dict[str, Any]:
         "bias": t.bias,
         "attn_mask": t.attn_mask,
         "score_mod": _score_mod(case, t.table),
-        "mask_mod": MASK_MODS.get(case.mask_mod),
+        "mask_mod": mask_mod(case.mask_mod, t),
         "dropout_p": case.dropout_p,
         "return_lse": case.lse,
     }
@@ -124,14 +118,26 @@ def _score_mod(case: Case, table: Tensor) -> Any:
     return lambda s, b, h, i, j: mod(s, b, h, i, j, table)
 
 
-def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """out, lse and the gradients of one call, by name."""
-    t = replace(tensors)  # leaves of its own
+def _leaves(case: Case, t: Tensors) -> tuple[dict[str, Tensor], Tensors]:
+    """What has a gradient, each a leaf of its own, by name; and the tensors of the case with them."""
     leaves = {"q": t.q, "k": t.k, "v": t.v, "bias": t.bias, "sinks": t.sinks}
     if case.score_mod in ("table", "gated"):
         leaves["captured0"] = t.table
     named = {name: x.detach().requires_grad_(case.grad) for name, x in leaves.items() if x is not None}
-    t = replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
+    return named, replace(t, bias=named.get("bias"), sinks=named.get("sinks"), table=named.get("captured0", t.table))
+
+
+def mask_mod(name: str, t: Tensors) -> Any:
+    """A mask_mod of FlexAttention's signature, its captured tensors those of the case; None for no name."""
+    mod, ids, order = MASK_MODS.get(name), t.ids, t.order
+    if mod is None or name not in CAPTURING:
+        return mod
+    return lambda b, h, i, j: mod(b, h, i, j, ids, order)
+
+
+def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """out, lse and the gradients of one call, by name."""
+    named, t = _leaves(case, tensors)
     keywords = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
     if case.backend == "triton" and not t.q.is_cuda:
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
@@ -154,7 +160,7 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
                 named["k"],
                 named["v"],
                 layout=case.layout,
-                block_mask=_block_mask(case, t.q.device),
+                block_mask=_block_mask(case, t),
                 **keywords,
             )  # type: ignore[arg-type]
         out, lse = got if isinstance(got, tuple) else (got, None)
@@ -205,14 +211,36 @@ def _offsets(case: Case, device: Any = "cpu") -> tuple[list[Tensor], Tensor | No
     return ends, rows[:, 2].contiguous() if case.seqused else None
 
 
-def _block_mask(case: Case, device: Any) -> Any:
+def _block_mask(case: Case, t: Tensors) -> Any:
     if not case.listed_mask:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+    if case.listed_mask == "given":
+        lists = []
+        for kind in (1, 2):
+            there = t.kinds == kind
+            lists += [there.sum(-1).int(), torch.sort((~there).int(), dim=-1, stable=True).indices.int()]
+        lengths = (case.seqlen_q, case.seqlen_k)
+        return BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=case.block_size, mask_mod=MASK_MODS["thirds"], seq_lengths=lengths
+        )
     return create_block_mask(
-        MASK_MODS[case.listed_mask], case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(device), BLOCK_SIZE=case.block_size
+        mask_mod(case.listed_mask, t), case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, device=str(t.q.device), BLOCK_SIZE=case.block_size
     )  # fmt: skip
+
+
+def _listed(case: Case, t: Tensors) -> Any:
+    """What the block mask of a case shows, as a mask_mod."""
+    if case.listed_mask != "given":
+        return mask_mod(case.listed_mask, t)
+    (size_q, size_k), kinds = case.block_size, t.kinds
+
+    def given(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kind = kinds[b, h, i // size_q, j // size_k]
+        return (kind == 2) | ((kind == 1) & MASK_MODS["thirds"](b, h, i, j))
+
+    return given
 
 
 # -- the references --
@@ -220,7 +248,7 @@ def _block_mask(case: Case, device: Any) -> Any:
 
 def reference_calls(case: Case, t: Tensors) -> list[Call]:
     """The calls for the references: one, or one a packed sequence."""
-    mods = [MASK_MODS[name] for name in (case.mask_mod, case.listed_mask) if name]
+    mods = [mod for mod in (mask_mod(case.mask_mod, t), _listed(case, t)) if mod is not None]
     call = Call(
         **{name: t.bshd(name, case).clone() for name in ("q", "k", "v")},
         sm_scale=case.head_dim**-0.5 if case.scale is None else case.scale,

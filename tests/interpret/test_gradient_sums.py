@@ -153,3 +153,11 @@ def test_a_number_that_is_copied_to_the_device_gets_its_gradient() -> None:
     with mock.patch.object(programs, "bound", copied):
         (got,) = gradients("triton", (factor,), **options)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_bias_of_each_score_in_fp64_is_stored_in_its_own_type() -> None:
+    """Eight bytes an element: the interpreter's guard between elements counts them all."""
+    bias = drawn(2, 4, 21, 37, seed=9).double().requires_grad_()
+    (got,), (want,) = (gradients(backend, (bias,), bias=bias) for backend in ("triton", "torch"))
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)

@@ -127,7 +127,10 @@ def launch(out, ROUNDS):
 """
 
 
-MISSED = (sim.SharedRaceError, sim.BarrierError)  # what nobody waited for: a race, or more who come than the barrier counts
+MISSED = (
+    sim.SharedRaceError,
+    sim.BarrierError,
+)  # what nobody waited for: a race, or more who come than the barrier counts
 
 
 def hand_over(text: str = HAND_OVER, schedule: str = "random", seed: int = 0) -> list[int]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,9 +105,34 @@ def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranges_are_those_of_a_warpgroup() -> None:
     """64 rows whatever the tile: what the template divides by."""
     config = VARIANT.default(flashgen.AttentionSpec.from_key("attention_fwd-bf16-d64-mask_mod"), H100)
-    assert VARIANT.mask_tiles(config) == {"keys": (64, config.BLOCK_N), "lists": (config.BLOCK_M, config.BLOCK_N)}
+    assert VARIANT.mask_tiles(config) == {"words": (64, config.BLOCK_N), "lists": (config.BLOCK_M, config.BLOCK_N)}
     mask, tensors = program(None, {"mask_mod": lambda b, h, i, j: j <= i}, torch.device("cpu"))
     found = key_ranges(
         mask.mask, arrays_of(tensors), batch=1, num_heads=1, seqlen_q=200, seqlen_k=200, block_m=64, block_n=64
     )
     assert found.last.tolist() == [[[1, 2, 3, 4]]]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_words_of_another_content_count_for_nothing(lazy: bool) -> None:
+    """Ids that a writer changed whom PyTorch does not count: rows are summed anew, pair by pair."""
+    flashgen.block_ranges.forget()
+    ids = (torch.arange(200) // 70).to(torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 200, 2, 64, generator=generator).half() for _ in range(3))
+    config = VARIANT.config(
+        BLOCK_M=128, BLOCK_N=64, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=lazy,
+        TAKE_TURNS=False,
+    )  # fmt: skip
+
+    def run(**how: Any) -> tuple[torch.Tensor, ...]:
+        found: Any = flashgen.attention(q, k, v, mask_mod=lambda b, h, i, j: ids[i] == ids[j], return_lse=True, **how)
+        return found
+
+    for write in (0, 1):
+        if write:
+            np.asarray(ids)[:] = np.arange(200) // 90 * (np.arange(200) < 180) + 9 * (np.arange(200) >= 190)
+            k[:, 180:190], v[:, 180:190] = 0.0, 0.0
+        found, want = run(backend="gluon", config=config), run(backend="torch")
+        for x, y in zip(found, want, strict=True):
+            assert (x.float() - y.float()).abs().max() < 4e-3, write

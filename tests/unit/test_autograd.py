@@ -192,6 +192,36 @@ def test_vmap_with_operands_runs_one_after_another() -> None:
     torch.testing.assert_close(torch.vmap(gradient)(q, k, v, own), looped(gradient, q, k, v, own))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_transforms_that_functions_would_get_wrong_are_refused_by_name(backend: Any) -> None:
+    q, k, v = tensors()
+    table = torch.randn(4)
+
+    def of_table(x: Tensor) -> Tensor:
+        out: Any = flashgen.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + x[h] * j, backend=backend)
+        return out.sin().sum()
+
+    def of_q(x: Tensor) -> Tensor:
+        out: Any = flashgen.attention(x, k, v, score_mod=lambda s, b, h, i, j: s + table[h] * j, backend=backend)
+        return out.sin().sum()
+
+    for refused in (
+        lambda: torch.func.grad(of_table)(table),
+        lambda: torch.vmap(of_table)(torch.stack([table, table])),
+        lambda: torch.func.grad(of_q)(q),
+    ):
+        with pytest.raises(UnsupportedProblemError, match=r"torch\.func"):
+            refused()
+    if backend == "torch":  # a mask needs no derivative
+
+        def masked(x: Tensor) -> Tensor:
+            out: Any = flashgen.attention(x, k, v, mask_mod=lambda b, h, i, j: (i - j).abs() < 4)
+            return out.sin().sum()
+
+        leaf = q.clone().requires_grad_()
+        assert torch.equal(torch.func.grad(masked)(q), torch.autograd.grad(masked(leaf), leaf)[0])
+
+
 # -- deterministic= --
 
 

@@ -333,6 +333,15 @@ def test_used_keys_are_what_max_seqlen_k_bounds() -> None:
         flashgen.varlen_attention(**arguments | {"max_seqlen_k": 39})
 
 
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "seqused_k"])
+def test_offsets_lie_side_by_side(name: str) -> None:
+    """Kernels read them as they lie."""
+    arguments = packed_arguments(False) | {"seqused_k": torch.tensor([40, 30], dtype=INT32)}
+    arguments[name] = torch.stack([arguments[name], arguments[name]], 1)[:, 0]
+    with pytest.raises(InvalidProblemError, match=f"{name} has stride 2: it must be contiguous"):
+        flashgen.varlen_attention(**arguments)
+
+
 @pytest.mark.parametrize("function", [flashgen.attention, flashgen.explain])
 @pytest.mark.usefixtures("no_work")
 def test_head_dims_above_256_are_named(function: Callable[..., Any]) -> None:

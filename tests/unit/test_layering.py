@@ -45,6 +45,7 @@ ROWS = (
     ("dispatch",),
     ("memory",),
     ("probe", "scalars"),
+    ("mask_words",),
     ("block_ranges", "block_lists"),
     ("operands",),
     ("samples",),

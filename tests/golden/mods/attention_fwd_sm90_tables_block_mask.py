@@ -126,6 +126,7 @@ def produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -142,9 +143,10 @@ def produce(
         start_m = m_block * (NUM_WG * ROWS)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         blocks, _, n_listed = listed_blocks(
             off_b,
             off_h,
@@ -251,20 +253,45 @@ def modify_scores(
 
 
 @gluon.jit
-def hide_beyond(qk, offs_n, last_n):
-    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
-    return gl.inline_asm_elementwise(
+def bits_upto(last, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """The keys of a block up to number `last` of each row; none of what is below 0."""
+    tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
+    lanes = gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))[None, :]
+    last = gl.convert_layout(last, gl.SliceLayout(1, LAYOUT))[:, None] - 2 * lanes
+    count = gl.maximum((last >> 3) * 2 + gl.minimum((last & 7) + 1, 2), 0)
+    return gl.inline_asm_elementwise("bmsk.clamp.b32 $0, 0, $1;", "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def bit_of(tile):
+    """The bit of each column of a tile (64 rows, columns // 8, 4, 2)."""
+    LAYOUT: gl.constexpr = tile.type.layout
+    eights = gl.arange(0, tile.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    ones = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    number = 2 * eights[None, :][:, :, None][:, :, :, None] + ones[None, :][:, None, :][:, :, None, :]
+    return gl.where(number == 31, -2147483648, 1 << gl.minimum(number, 30))
+
+
+@gluon.jit
+def hide(qk, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """Scores with -inf where a bit is 0; said in PTX, since a tile of conditions is packed into bytes."""
+    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    tile = gl.inline_asm_elementwise(
         """{
             .reg .pred seen;
-            setp.le.s32 seen, $2, $3;
+            .reg .b32 bit;
+            and.b32 bit, $2, $3;
+            setp.ne.b32 seen, bit, 0;
             selp.f32 $0, $1, 0fFF800000, seen;
         }""",
         "=f,f,r,r",
-        [qk, offs_n[None, :], last_n[:, None]],
+        [tile, bits[:, None, :][:, :, :, None], bit_of(tile)],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
     )
+    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 @gluon.jit
@@ -287,8 +314,9 @@ def mask_scores(
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores with -inf where a row does not see a key."""
+    seen = bits_upto(rows_m * 0 + (seqlen_k - 1 - start_n), BLOCK_N, QK_LAYOUT)
+    qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    qk = hide_beyond(qk, offs_n, rows_m * 0 + (seqlen_k - 1))
     # -- block_mask: its mask_mod counts in its partial blocks alone --
     if ONE_KIND:
         block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q
@@ -466,6 +494,88 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def fresh_scores(
+    q,
+    staging,
+    k_ptr,
+    stride_kn,
+    rows_s,
+    start_n,
+    end,
+    seqlen_q,
+    seqlen_k,
+    sm_scale,
+    off_h,
+    table_ptr,
+    table_stride0,
+    table_stride1,
+    table_size1,
+    start_m,
+    block_kinds_head,
+    stride_block_kinds_m,
+    block_size_q,
+    block_size_k,
+    documents_ptr,
+    documents_stride0,
+    documents_size0,
+    BLOCK_D: gl.constexpr,
+    ONE_KIND: gl.constexpr,
+    KEYS: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+    COPY_LAYOUT: gl.constexpr,
+):
+    """Scores of a warpgroup's rows and the keys [start_n, start_n + KEYS), those before `end`, changed and masked; keys go through the staging memory."""
+    keys = start_n + gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
+    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
+    k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
+    k = gl.load(k_ptr + keys.to(gl.int64)[:, None] * stride_kn + offs_d[None, :], mask=k_mask, other=0.0)
+    partition_barrier()
+    k_tile = staging.reshape([KEYS, BLOCK_D])
+    k_tile.store(k)
+    fence_async_shared()
+    partition_barrier()
+    nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
+    scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    qk = warpgroup_mma_wait(0, deps=(scores,))
+    qk = modify_scores(
+        qk,
+        rows_s,
+        start_n,
+        seqlen_k,
+        sm_scale,
+        off_h,
+        table_ptr,
+        table_stride0,
+        table_stride1,
+        table_size1,
+        KEYS,
+        QK_LAYOUT,
+    )
+    qk = mask_scores(
+        qk,
+        rows_s,
+        start_n,
+        seqlen_k,
+        start_m,
+        block_kinds_head,
+        stride_block_kinds_m,
+        block_size_q,
+        block_size_k,
+        seqlen_q,
+        documents_ptr,
+        documents_stride0,
+        documents_size0,
+        KEYS,
+        ONE_KIND,
+        QK_LAYOUT,
+    )
+    # Blocks of fewer keys than are read at a time.
+    columns = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT))
+    qk = gl.where(columns[None, :] < end, qk, -float("inf"))
+    return qk
+
+
+@gluon.jit
 def recompute(
     q,
     staging,
@@ -513,32 +623,25 @@ def recompute(
     rows_s = gl.convert_layout(rows_m, gl.SliceLayout(1, QK_LAYOUT))
     m_s = gl.convert_layout(m_i, gl.SliceLayout(1, QK_LAYOUT))
     offs_n = gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
-    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
     # The output of the tile before has left the staging memory.
     tma.store_wait(0)
     PARTS: gl.constexpr = (BLOCK_N + KEYS - 1) // KEYS
-    end = seqlen_k
     for part in range(n_listed * PARTS):
         start_n = gl.load(blocks + part // PARTS) * BLOCK_N + part % PARTS * KEYS
+        end = seqlen_k
         if BLOCK_N < KEYS:
             end = gl.minimum(seqlen_k, start_n + BLOCK_N)
-        keys = start_n + offs_n
-        k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
-        k = gl.load(k_ptr + keys.to(gl.int64)[:, None] * stride_kn + offs_d[None, :], mask=k_mask, other=0.0)
-        partition_barrier()
-        staging.reshape([KEYS, BLOCK_D]).store(k)
-        fence_async_shared()
-        partition_barrier()
-        nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
-        k_tile = staging.reshape([KEYS, BLOCK_D])
-        scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        qk = warpgroup_mma_wait(0, deps=(scores,))
-        qk = modify_scores(
-            qk,
+        qk = fresh_scores(
+            q,
+            staging,
+            k_ptr,
+            stride_kn,
             rows_s,
             start_n,
+            end,
+            seqlen_q,
             seqlen_k,
             sm_scale,
             off_h,
@@ -546,34 +649,25 @@ def recompute(
             table_stride0,
             table_stride1,
             table_size1,
-            KEYS,
-            QK_LAYOUT,
-        )
-        qk = mask_scores(
-            qk,
-            rows_s,
-            start_n,
-            seqlen_k,
             start_m,
             block_kinds_head,
             stride_block_kinds_m,
             block_size_q,
             block_size_k,
-            seqlen_q,
             documents_ptr,
             documents_stride0,
             documents_size0,
-            KEYS,
+            BLOCK_D,
             ONE_KIND,
+            KEYS,
             QK_LAYOUT,
+            COPY_LAYOUT,
         )
-        if BLOCK_N < KEYS:
-            columns = start_n + gl.arange(0, KEYS, gl.SliceLayout(0, QK_LAYOUT))
-            qk = gl.where(columns[None, :] < end, qk, -float("inf"))
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
         sees = (qk != -float("inf")) & (rows_s < seqlen_q)[:, None]
         seen = gl.convert_layout(gl.max(sees.to(gl.int32), 0), gl.SliceLayout(1, COPY_LAYOUT)) != 0
+        keys = start_n + offs_n
         v_mask = (seen & (keys < end))[:, None] & (offs_dv < 128)[None, :]
         v = gl.load(v_ptr + keys.to(gl.int64)[:, None] * stride_vn + offs_dv[None, :], mask=v_mask, other=0.0)
         partition_barrier()
@@ -650,6 +744,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     ONE_KIND: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -667,7 +762,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     ticket = gl.program_id(0)
@@ -704,7 +798,9 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- the first block: no probabilities are there to be multiplied yet --
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
@@ -901,7 +997,7 @@ def consume(
                 DTYPE,
             )
         # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
-        mbarrier.arrive(q_empty.index(WG), count=1)
+        mbarrier.arrive(q_empty.index(turn % Q_STAGES * NUM_WG + WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -997,13 +1093,14 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     ONE_KIND: gl.constexpr,
 ):
     NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -1012,15 +1109,15 @@ def attention_fwd(
         o_tiles = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -1098,6 +1195,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         ONE_KIND,
                     ),
                 ),
@@ -1165,6 +1263,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         ONE_KIND,
                     ),
                 ),
@@ -1202,6 +1301,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1275,6 +1375,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         ONE_KIND,
                     ),
                 ),
@@ -1342,6 +1443,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         ONE_KIND,
                     ),
                 ),
@@ -1409,6 +1511,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         ONE_KIND,
                     ),
                 ),
@@ -1446,6 +1549,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1523,6 +1627,7 @@ def launch(
         TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
         # A tile that is computed anew reads 64 keys at a time.
         block_size_q % 64 == 0 and block_size_k % max(64, BLOCK_N) == 0,
     )

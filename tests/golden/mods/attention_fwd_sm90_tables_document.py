@@ -91,7 +91,7 @@ def key_range(
     # -- blocks in which mask_mod leaves a key, and those in which it hides none; not known where there is no table --
     if mask_ranges_ptr is not None:
         ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
-        ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 4
+        ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 8
         first = gl.maximum(first, gl.load(ranges))
         full_first = gl.maximum(full_first, gl.load(ranges + 1))
         full_end = gl.minimum(full_end, gl.load(ranges + 2))
@@ -150,6 +150,31 @@ def tile_range(
     return first, gl.maximum(end, 1)
 
 
+@gluon.jit
+def words_of(first_m, seqlen_q, n_end, end, mask_ranges_ptr, stride_ranges_b, stride_ranges_h, off_b, off_h):
+    """Where the words of masked blocks of keys lie: of block n at n + low, or at n + high from the end of the unmasked ones on.
+
+    Returns low, high, and the first and the end of the unmasked blocks; a negative first where there are no words.
+    """
+    low = first_m * 0
+    full_first = low - 1
+    full_end = full_first
+    high = low
+    if mask_ranges_ptr is not None:
+        ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
+        ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 8
+        place = gl.load(ranges + 4)
+        full_first = gl.load(ranges + 1)
+        full_end = gl.load(ranges + 2)
+        low = place - gl.load(ranges)
+        high = low - (full_end - full_first)
+        # Who sees no key meets the first words, which hide all of the block that it works on.
+        low = gl.where(end == 0, 1 - n_end, low)
+        full_first = gl.where(place < 0, -1, gl.where(end == 0, 1 << 30, full_first))
+        full_end = gl.where(end == 0, 1 << 30, full_end)
+    return low, high, full_first, full_end
+
+
 # -- the producer: one warp --
 
 
@@ -181,6 +206,7 @@ def produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -197,9 +223,10 @@ def produce(
         start_m = m_block * (NUM_WG * ROWS)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         n_first, n_end = tile_range(
             start_m,
             seqlen_q,
@@ -306,25 +333,49 @@ def modify_scores(
 
 
 @gluon.jit
-def hide_beyond(qk, offs_n, last_n):
-    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
-    return gl.inline_asm_elementwise(
+def bits_upto(last, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """The keys of a block up to number `last` of each row; none of what is below 0."""
+    tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
+    lanes = gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))[None, :]
+    last = gl.convert_layout(last, gl.SliceLayout(1, LAYOUT))[:, None] - 2 * lanes
+    count = gl.maximum((last >> 3) * 2 + gl.minimum((last & 7) + 1, 2), 0)
+    return gl.inline_asm_elementwise("bmsk.clamp.b32 $0, 0, $1;", "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def bit_of(tile):
+    """The bit of each column of a tile (64 rows, columns // 8, 4, 2)."""
+    LAYOUT: gl.constexpr = tile.type.layout
+    eights = gl.arange(0, tile.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    ones = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    number = 2 * eights[None, :][:, :, None][:, :, :, None] + ones[None, :][:, None, :][:, :, None, :]
+    return gl.where(number == 31, -2147483648, 1 << gl.minimum(number, 30))
+
+
+@gluon.jit
+def hide(qk, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """Scores with -inf where a bit is 0; said in PTX, since a tile of conditions is packed into bytes."""
+    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    tile = gl.inline_asm_elementwise(
         """{
             .reg .pred seen;
-            setp.le.s32 seen, $2, $3;
+            .reg .b32 bit;
+            and.b32 bit, $2, $3;
+            setp.ne.b32 seen, bit, 0;
             selp.f32 $0, $1, 0fFF800000, seen;
         }""",
         "=f,f,r,r",
-        [qk, offs_n[None, :], last_n[:, None]],
+        [tile, bits[:, None, :][:, :, :, None], bit_of(tile)],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
     )
+    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 @gluon.jit
-def mask_scores(
-    qk,
+def evaluated_bits(
     rows_m,
     start_n,
     seqlen_k,
@@ -334,19 +385,74 @@ def mask_scores(
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
-    """Scores with -inf where a row does not see a key."""
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    qk = hide_beyond(qk, offs_n, rows_m * 0 + (seqlen_k - 1))
-    # -- mask_mod --
+    """The keys of a block that mask_mod lets each row see, pair by pair."""
+    qk = gl.full([WG_ROWS, BLOCK_N], 1, gl.int32, QK_LAYOUT)
     q_idx = rows_m[:, None]
-    kv_idx = offs_n[None, :]
+    kv_idx = (start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT)))[None, :]
     documents_inside = q_idx < documents_size0
     documents_ptrs = documents_ptr + q_idx.to(gl.int64) * documents_stride0
     documents_q = gl.load(documents_ptrs, mask=documents_inside, other=0)
     documents_inside_2 = kv_idx < documents_size0
     documents_ptrs_2 = documents_ptr + kv_idx.to(gl.int64) * documents_stride0
     documents_k = gl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
-    qk = gl.where((documents_q == documents_k) & (kv_idx <= q_idx), qk, -float("inf"))
+    seen = gl.where((documents_q == documents_k) & (kv_idx <= q_idx), qk, 0).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    there = bits_upto(rows_m * 0 + (seqlen_k - 1 - start_n), BLOCK_N, QK_LAYOUT)
+    return gl.sum(gl.sum(seen * bit_of(seen), 3), 1) & there
+
+
+@gluon.jit
+def mask_bits(
+    rows_m,
+    start_n,
+    seqlen_k,
+    documents_ptr,
+    documents_stride0,
+    documents_size0,
+    mask_words_ptr,
+    bits_low,
+    bits_high,
+    bits_from,
+    bits_to,
+    BLOCK_N: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+):
+    """The same from the words made of the mask where there are any: they need to be looked up only."""
+    if mask_words_ptr is not None:
+        tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+        LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
+        place = start_n // BLOCK_N
+        in_table = (place < bits_from) | (place >= bits_to)
+        place = gl.where(in_table, place + gl.where(place >= bits_to, bits_high, bits_low), place * 0)
+        rows = gl.arange(0, WG_ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+        lanes = gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))[None, :]
+        bits = gl.where(in_table, gl.load(mask_words_ptr + (place * (WG_ROWS * 4) + rows * 4 + lanes)), -1)
+    else:
+        bits = evaluated_bits(
+            rows_m,
+            start_n,
+            seqlen_k,
+            documents_ptr,
+            documents_stride0,
+            documents_size0,
+            BLOCK_N,
+            QK_LAYOUT,
+        )
+    return bits
+
+
+@gluon.jit
+def mask_scores(
+    qk,
+    rows_m,
+    start_n,
+    seqlen_k,
+    bits,
+    BLOCK_N: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+):
+    """Scores with -inf where a row does not see a key."""
+    seen = bits
+    qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
     return qk
 
 
@@ -415,6 +521,11 @@ def attend(
     documents_ptr,
     documents_stride0,
     documents_size0,
+    mask_words_ptr,
+    bits_low,
+    bits_high,
+    bits_from,
+    bits_to,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -433,6 +544,24 @@ def attend(
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
+    # -- what mask_mod lets through --
+    if IS_MASKED:
+        bits = mask_bits(
+            rows_m,
+            start_n,
+            seqlen_k,
+            documents_ptr,
+            documents_stride0,
+            documents_size0,
+            mask_words_ptr,
+            bits_low,
+            bits_high,
+            bits_from,
+            bits_to,
+            BLOCK_N,
+            QK_LAYOUT,
+        )
+
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
@@ -467,9 +596,7 @@ def attend(
             rows_m,
             start_n,
             seqlen_k,
-            documents_ptr,
-            documents_stride0,
-            documents_size0,
+            bits,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -487,6 +614,162 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
     sums = gl.sum(acc * 0.0, 1)
     exists = gl.convert_layout(rows_m, gl.SliceLayout(1, O_LAYOUT)) < seqlen_q
     return gl.max(gl.where(exists & (sums != sums), 1, 0), 0) != 0
+
+
+@gluon.jit
+def fresh_scores(
+    q,
+    staging,
+    k_ptr,
+    stride_kn,
+    rows_s,
+    start_n,
+    end,
+    seqlen_q,
+    seqlen_k,
+    sm_scale,
+    off_h,
+    table_ptr,
+    table_stride0,
+    table_stride1,
+    table_size1,
+    documents_ptr,
+    documents_stride0,
+    documents_size0,
+    mask_words_ptr,
+    bits_low,
+    bits_high,
+    bits_from,
+    bits_to,
+    BLOCK_D: gl.constexpr,
+    KEYS: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+    COPY_LAYOUT: gl.constexpr,
+):
+    """Scores of a warpgroup's rows and the keys [start_n, start_n + KEYS), those before `end`, changed and masked; keys go through the staging memory."""
+    keys = start_n + gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
+    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
+    k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
+    k = gl.load(k_ptr + keys.to(gl.int64)[:, None] * stride_kn + offs_d[None, :], mask=k_mask, other=0.0)
+    partition_barrier()
+    k_tile = staging.reshape([KEYS, BLOCK_D])
+    k_tile.store(k)
+    fence_async_shared()
+    partition_barrier()
+    nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
+    scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    qk = warpgroup_mma_wait(0, deps=(scores,))
+    qk = modify_scores(
+        qk,
+        rows_s,
+        start_n,
+        seqlen_k,
+        sm_scale,
+        off_h,
+        table_ptr,
+        table_stride0,
+        table_stride1,
+        table_size1,
+        KEYS,
+        QK_LAYOUT,
+    )
+    qk = mask_scores(
+        qk,
+        rows_s,
+        start_n,
+        seqlen_k,
+        evaluated_bits(
+            rows_s,
+            start_n,
+            seqlen_k,
+            documents_ptr,
+            documents_stride0,
+            documents_size0,
+            KEYS,
+            QK_LAYOUT,
+        ),
+        KEYS,
+        QK_LAYOUT,
+    )
+    return qk
+
+
+@gluon.jit
+def statistics(
+    q,
+    staging,
+    k_ptr,
+    stride_kn,
+    qk_scale,
+    rows_m,
+    first,
+    end,
+    seqlen_q,
+    seqlen_k,
+    sm_scale,
+    off_h,
+    table_ptr,
+    table_stride0,
+    table_stride1,
+    table_size1,
+    documents_ptr,
+    documents_stride0,
+    documents_size0,
+    mask_words_ptr,
+    bits_low,
+    bits_high,
+    bits_from,
+    bits_to,
+    BLOCK_D: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+    ROW_LAYOUT: gl.constexpr,
+):
+    """Maximum and sum of each row over keys [first, end), where the mask's tensors hold something else than the words were made of."""
+    KEYS: gl.constexpr = 64
+    QK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16]
+    )
+    COPY_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows_s = gl.convert_layout(rows_m, gl.SliceLayout(1, QK_LAYOUT))
+    m_i = gl.full([WG_ROWS], LEAST, gl.float32, gl.SliceLayout(1, QK_LAYOUT))
+    l_i = gl.zeros([WG_ROWS], gl.float32, gl.SliceLayout(1, QK_LAYOUT))
+    # The output of the tile before has left the staging memory.
+    tma.store_wait(0)
+    for start_n in range(first, end, KEYS):
+        qk = fresh_scores(
+            q,
+            staging,
+            k_ptr,
+            stride_kn,
+            rows_s,
+            start_n,
+            end,
+            seqlen_q,
+            seqlen_k,
+            sm_scale,
+            off_h,
+            table_ptr,
+            table_stride0,
+            table_stride1,
+            table_size1,
+            documents_ptr,
+            documents_stride0,
+            documents_size0,
+            mask_words_ptr,
+            bits_low,
+            bits_high,
+            bits_from,
+            bits_to,
+            BLOCK_D,
+            KEYS,
+            QK_LAYOUT,
+            COPY_LAYOUT,
+        )
+        m_new = gl.maximum(m_i, gl.max(qk, 1) * qk_scale)
+        l_i = l_i * gl.exp2(m_i - m_new) + gl.sum(gl.exp2(qk * qk_scale - m_new[:, None]), 1)
+        m_i = m_new
+    partition_barrier()
+    return gl.convert_layout(m_i, ROW_LAYOUT), gl.convert_layout(l_i, ROW_LAYOUT)
 
 
 @gluon.jit
@@ -513,6 +796,11 @@ def recompute(
     documents_ptr,
     documents_stride0,
     documents_size0,
+    mask_words_ptr,
+    bits_low,
+    bits_high,
+    bits_from,
+    bits_to,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     O_LAYOUT: gl.constexpr,
@@ -530,27 +818,20 @@ def recompute(
     rows_s = gl.convert_layout(rows_m, gl.SliceLayout(1, QK_LAYOUT))
     m_s = gl.convert_layout(m_i, gl.SliceLayout(1, QK_LAYOUT))
     offs_n = gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
-    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, COPY_LAYOUT))
     offs_dv = gl.arange(0, BLOCK_DV, gl.SliceLayout(0, COPY_LAYOUT))
     acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
     # The output of the tile before has left the staging memory.
     tma.store_wait(0)
     for start_n in range(first, end, KEYS):
-        keys = start_n + offs_n
-        k_mask = (keys < end)[:, None] & (offs_d < 128)[None, :]
-        k = gl.load(k_ptr + keys.to(gl.int64)[:, None] * stride_kn + offs_d[None, :], mask=k_mask, other=0.0)
-        partition_barrier()
-        staging.reshape([KEYS, BLOCK_D]).store(k)
-        fence_async_shared()
-        partition_barrier()
-        nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
-        k_tile = staging.reshape([KEYS, BLOCK_D])
-        scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        qk = warpgroup_mma_wait(0, deps=(scores,))
-        qk = modify_scores(
-            qk,
+        qk = fresh_scores(
+            q,
+            staging,
+            k_ptr,
+            stride_kn,
             rows_s,
             start_n,
+            end,
+            seqlen_q,
             seqlen_k,
             sm_scale,
             off_h,
@@ -558,24 +839,24 @@ def recompute(
             table_stride0,
             table_stride1,
             table_size1,
-            KEYS,
-            QK_LAYOUT,
-        )
-        qk = mask_scores(
-            qk,
-            rows_s,
-            start_n,
-            seqlen_k,
             documents_ptr,
             documents_stride0,
             documents_size0,
+            mask_words_ptr,
+            bits_low,
+            bits_high,
+            bits_from,
+            bits_to,
+            BLOCK_D,
             KEYS,
             QK_LAYOUT,
+            COPY_LAYOUT,
         )
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
         sees = (qk != -float("inf")) & (rows_s < seqlen_q)[:, None]
         seen = gl.convert_layout(gl.max(sees.to(gl.int32), 0), gl.SliceLayout(1, COPY_LAYOUT)) != 0
+        keys = start_n + offs_n
         v_mask = (seen & (keys < end))[:, None] & (offs_dv < 128)[None, :]
         v = gl.load(v_ptr + keys.to(gl.int64)[:, None] * stride_vn + offs_dv[None, :], mask=v_mask, other=0.0)
         partition_barrier()
@@ -609,6 +890,7 @@ def consume(
     table_ptr,
     documents_ptr,
     mask_ranges_ptr,
+    mask_words_ptr,
     table_size0,
     table_size1,
     documents_size0,
@@ -641,6 +923,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
     DTYPE: gl.constexpr = q_tiles.dtype
@@ -657,7 +940,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     ticket = gl.program_id(0)
@@ -697,6 +979,18 @@ def consume(
             off_h,
             BLOCK_N,
         )
+        # -- where the words of its masked blocks lie: those before bits_from and from bits_to on --
+        bits_low, bits_high, bits_from, bits_to = words_of(
+            start_m,
+            seqlen_q,
+            n_end,
+            end,
+            mask_ranges_ptr,
+            stride_ranges_b,
+            stride_ranges_h,
+            off_b,
+            off_h,
+        )
         # Whoever sees none works on the last one, whose mask leaves nothing.
         end = gl.where(end == 0, n_end, end)
         first = gl.minimum(first, end - 1)
@@ -707,7 +1001,9 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- blocks that other warpgroups see: released unread --
         for _ in range(n_end - end):
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
@@ -719,6 +1015,22 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
+        bits = mask_bits(
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_k,
+            documents_ptr,
+            documents_stride0,
+            documents_size0,
+            mask_words_ptr,
+            bits_low,
+            bits_high,
+            bits_from,
+            bits_to,
+            BLOCK_N,
+            QK_LAYOUT,
+        )
+
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         if TAKE_TURNS:
@@ -747,9 +1059,7 @@ def consume(
             rows_m,
             (end - 1) * BLOCK_N,
             seqlen_k,
-            documents_ptr,
-            documents_stride0,
-            documents_size0,
+            bits,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -784,6 +1094,11 @@ def consume(
                     documents_ptr,
                     documents_stride0,
                     documents_size0,
+                    mask_words_ptr,
+                    bits_low,
+                    bits_high,
+                    bits_from,
+                    bits_to,
                     BLOCK_N,
                     BLOCK_D,
                     BLOCK_DV,
@@ -824,6 +1139,11 @@ def consume(
                     documents_ptr,
                     documents_stride0,
                     documents_size0,
+                    mask_words_ptr,
+                    bits_low,
+                    bits_high,
+                    bits_from,
+                    bits_to,
                     BLOCK_N,
                     BLOCK_D,
                     BLOCK_DV,
@@ -839,6 +1159,42 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
+        # -- words of another content: what was made with them counts for nothing --
+        if bits_from < 0:
+            m_i, l_row = statistics(
+                q,
+                o_tiles.index(WG),
+                k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
+                stride_kn,
+                qk_scale,
+                rows_m,
+                first * BLOCK_N,
+                gl.minimum(end * BLOCK_N, seqlen_k),
+                seqlen_q,
+                seqlen_k,
+                sm_scale,
+                off_h,
+                table_ptr,
+                table_stride0,
+                table_stride1,
+                table_size1,
+                documents_ptr,
+                documents_stride0,
+                documents_size0,
+                mask_words_ptr,
+                bits_low,
+                bits_high,
+                bits_from,
+                bits_to,
+                BLOCK_D,
+                O_LAYOUT,
+                ROW_LAYOUT,
+            )
+            if LAZY_SUM:
+                lanes = gl.arange(0, 4, gl.SliceLayout(0, l_i.type.layout))[None, :]
+                l_i = gl.where(lanes == 0, gl.convert_layout(l_row, gl.SliceLayout(1, l_i.type.layout))[:, None], 0.0)
+            else:
+                l_i = l_row
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -868,7 +1224,7 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
-        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
+        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT) | (bits_from < 0):
             acc = recompute(
                 q,
                 o_tiles.index(WG),
@@ -892,13 +1248,18 @@ def consume(
                 documents_ptr,
                 documents_stride0,
                 documents_size0,
+                mask_words_ptr,
+                bits_low,
+                bits_high,
+                bits_from,
+                bits_to,
                 BLOCK_D,
                 BLOCK_DV,
                 O_LAYOUT,
                 DTYPE,
             )
         # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
-        mbarrier.arrive(q_empty.index(WG), count=1)
+        mbarrier.arrive(q_empty.index(turn % Q_STAGES * NUM_WG + WG), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -948,6 +1309,7 @@ def attention_fwd(
     table_ptr,
     documents_ptr,
     mask_ranges_ptr,
+    mask_words_ptr,
     table_size0,
     table_size1,
     documents_size0,
@@ -981,12 +1343,13 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -995,15 +1358,15 @@ def attention_fwd(
         o_tiles = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -1038,6 +1401,7 @@ def attention_fwd(
                         table_ptr,
                         documents_ptr,
                         mask_ranges_ptr,
+                        mask_words_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1070,6 +1434,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                     ),
                 ),
                 (
@@ -1093,6 +1458,7 @@ def attention_fwd(
                         table_ptr,
                         documents_ptr,
                         mask_ranges_ptr,
+                        mask_words_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1125,6 +1491,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                     ),
                 ),
                 (
@@ -1156,6 +1523,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1186,6 +1554,7 @@ def attention_fwd(
                         table_ptr,
                         documents_ptr,
                         mask_ranges_ptr,
+                        mask_words_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1218,6 +1587,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                     ),
                 ),
                 (
@@ -1241,6 +1611,7 @@ def attention_fwd(
                         table_ptr,
                         documents_ptr,
                         mask_ranges_ptr,
+                        mask_words_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1273,6 +1644,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                     ),
                 ),
                 (
@@ -1296,6 +1668,7 @@ def attention_fwd(
                         table_ptr,
                         documents_ptr,
                         mask_ranges_ptr,
+                        mask_words_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1328,6 +1701,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                     ),
                 ),
                 (
@@ -1359,6 +1733,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1382,6 +1757,7 @@ def launch(
     captured_table,
     captured_documents,
     mask_ranges,
+    mask_words,
     BLOCK_M,
     BLOCK_N,
     STAGES,
@@ -1430,6 +1806,7 @@ def launch(
         TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
     )
     # -- arguments of the options --
     added = (
@@ -1439,6 +1816,7 @@ def launch(
         captured_table,
         captured_documents,
         mask_ranges,
+        mask_words,
         captured_table.shape[0],
         captured_table.shape[1],
         captured_documents.shape[0],

@@ -40,6 +40,12 @@ OFFSETS = torch.tensor([0, 7, 30, 31, 64], dtype=torch.int32)  # of packed seque
 SEQUENCE = torch.bucketize(torch.arange(SIZE), OFFSETS[1:-1], right=True, out_int32=True)
 PAGES = torch.randperm(8, generator=_random).int()
 SPARSE = torch.rand(HEADS, 8, 8, generator=_random) < 0.5
+OFFSET = torch.tensor(16, dtype=torch.int32)  # of the first query, in decoding
+GATES = torch.rand(HEADS, generator=_random)
+TEMPERATURE = torch.rand(HEADS, generator=_random) + 0.5
+SHIFTS = torch.randint(0, SIZE, (SIZE,), generator=_random).int()
+IMAGES = torch.tensor([-1, 8, 8, 30, 30, 30, 47, 47] * 8, dtype=torch.int32)  # first token of the image that a text token follows
+FRAMES = 4  # of a video, of SIZE // FRAMES tokens each
 WIDTH = 8  # of an image whose patches are the tokens
 
 
@@ -133,6 +139,41 @@ def paged(b: Any, h: Any, q: Any, k: Any) -> Any:
     return torch.where(logical >= 0, q >= logical, False)
 
 
+def of_each_batch(*masks: Callable[..., Any]) -> Callable[..., Any]:
+    """Another mask for every item of the batch."""
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        found = masks[0](b, h, q, k)
+        for number, one in enumerate(masks[1:], 1):
+            found = torch.where(b == number, one(b, h, q, k), found)
+        return found
+
+    return mask
+
+
+def clamped_documents(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask of positions inside a document, where queries beyond the last offset belong to the last document."""
+
+    def documents(b: Any, h: Any, q: Any, k: Any) -> Any:
+        q_own, k_own = SEQUENCE[q.clamp(max=SIZE - 1)], SEQUENCE[k.clamp(max=SIZE - 1)]
+        return (q_own == k_own) & mask(b, h, q - OFFSETS[q_own], k - OFFSETS[k_own])
+
+    return documents
+
+
+def video(b: Any, h: Any, q: Any, k: Any) -> Any:
+    """Heads of space look at their own frame and the first one, heads of time at the same place of every frame."""
+    tokens = SIZE // FRAMES
+    space = ((q // tokens - k // tokens).abs() <= 1) | (k < tokens)
+    time = ((q % tokens - k % tokens).abs() <= 2) | (k < tokens)
+    return torch.where(h % 2 == 0, space, time)
+
+
+def twice(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    """A joint graph that branches."""
+    return torch.cos(s) * torch.sin(s) + torch.tan(b.float() * 0.3)
+
+
 SCORE_MODS: dict[str, Callable[..., Any]] = {
     "identity": lambda s, b, h, q, k: s,
     "causal by score": lambda s, b, h, q, k: torch.where(q >= k, s, float("-inf")),
@@ -170,6 +211,21 @@ SCORE_MODS: dict[str, Callable[..., Any]] = {
     "where in a where": lambda s, b, h, q, k: torch.where(q > k, torch.where(h > 1, s, s + 1), torch.where(b == 1, s * 2, -s)),
     "clipped distance": lambda s, b, h, q, k: s + PER_KEY[(q - k).clamp(-8, 8) + 8],
     "masked fill": lambda s, b, h, q, k: s.masked_fill(LENGTHS[b] <= k, float("-inf")),
+    "nested trigonometry": lambda s, b, h, q, k: torch.sin(torch.cos(s)) + torch.tan(b),
+    "branching trigonometry": twice,
+    "head scale": lambda s, b, h, q, k: s * HEAD_BIAS[h],
+    "head gate": lambda s, b, h, q, k: s * torch.sigmoid(GATES[h]),
+    "temperature of a head": lambda s, b, h, q, k: s / TEMPERATURE[h],
+    "multiplied by queries": lambda s, b, h, q, k: s * PER_KEY[q],
+    "symmetric bias": lambda s, b, h, q, k: s + PER_KEY[q] + PER_KEY[k],
+    "flipped indices": lambda s, b, h, q, k: s + POSITION_BIAS[k, q],
+    "indirect index": lambda s, b, h, q, k: s + PER_KEY[SHIFTS[q]],
+    "window of a table": lambda s, b, h, q, k: torch.where((q - k).abs() <= 8, s + PER_KEY[(q - k + 8).clamp(0, 16)], float("-inf")),
+    "one layer of a table": lambda s, b, h, q, k: s + FULL_BIAS[1][h, q, k],
+    "sequences by score": lambda s, b, h, q, k: torch.where(DOCUMENT[q] == DOCUMENT[k], s, float("-inf")),
+    "bidirectional prefix by score": lambda s, b, h, q, k: torch.where((k < PREFIX[b]) | (q >= k), s, -float("inf")),
+    "buffer computed first": lambda s, b, h, q, k: s + (PER_KEY * 2 + 1)[k],
+    "two calls of a mod": then(then(alibi, relative), lambda s, b, h, q, k: s * 0.5),
     "16 bit": lambda s, b, h, q, k: s.bfloat16() * 1.5 + PER_KEY[k].half(),
 }  # fmt: skip
 
@@ -210,5 +266,12 @@ MASK_MODS: dict[str, Callable[..., Any]] = {
     "exclusive or": lambda b, h, q, k: (q >= k) ^ (k % 3 == 0),
     "logical functions": lambda b, h, q, k: torch.logical_and(q >= k, torch.logical_not(k % 5 == 0)),
     "bits": lambda b, h, q, k: ((q ^ k) & 4) == 0,
+    "inverse causal": lambda b, h, q, k: q <= k,
+    "causal with a captured offset": lambda b, h, q, k: q + OFFSET >= k,
+    "another of each batch": of_each_batch(causal, lambda b, h, q, k: (q - k).abs() < 9),
+    "documents, clamped": clamped_documents(causal),
+    "images before a text": lambda b, h, q, k: (q >= k) & ((k <= IMAGES[q]) | (IMAGES[q] < 0)),
+    "frames of a video": video,
+    "a nest of all and any": any_of(all_of(causal, any_of(lambda b, h, q, k: k < 7, lambda b, h, q, k: q - k < 13)), lambda b, h, q, k: q == k),
     "fractions": lambda b, h, q, k: (q / 7).floor() == (k / 7).floor(),
 }  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+import operator
+import random
 import sys
 import types
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -80,9 +84,63 @@ def _slot_of_a_base() -> tuple[Any, Callable[[], None]]:
     return mod, lambda: setattr(mod, "scale", -3.0)
 
 
+def _attribute_beside(value: Any) -> tuple[Any, Callable[[], None]]:
+    """What an instance holds beside its elements, its number or its memory."""
+    value.scale = 2.0
+    return (lambda s, b, h, q, k: s * value.scale), lambda: setattr(value, "scale", -3.0)
+
+
+class _Dict(dict[str, float]):
+    pass
+
+
+class _List(list[float]):
+    pass
+
+
+class _Set(set[float]):
+    pass
+
+
+class _Float(float):
+    pass
+
+
+def _private_attribute_of_a_module() -> tuple[Any, Callable[[], None]]:
+    holder: Any = torch.nn.Module()
+    holder._scale = 2.0
+    return (lambda s, b, h, q, k: s * holder._scale), lambda: setattr(holder, "_scale", -3.0)
+
+
+def _bound_method_of_a_dict() -> tuple[Any, Callable[[], None]]:
+    numbers = {"s": 2.0}
+    get = numbers.get
+    return (lambda s, b, h, q, k: s * get("s")), lambda: numbers.update(s=-3.0)
+
+
+LOOKED_UP: Any = types.ModuleType("looked_up_by_name")
+LOOKED_UP.SCALE = 2.0
+
+
+def _name_in_a_string(mod: Any) -> tuple[Any, Callable[[], None]]:
+    return mod, lambda: setattr(LOOKED_UP, "SCALE", LOOKED_UP.SCALE + 1)
+
+
+def _random_generator() -> tuple[Any, Callable[[], None]]:
+    draws = random.Random(0)
+    return (lambda s, b, h, q, k: s * draws.random()), lambda: draws.seed(1)
+
+
 @pytest.mark.parametrize(
     "make",
-    [_class_attribute, _function_attribute, _module_in_a_cell, _imported_inside, _attribute_of_a_library_object, _slot_of_a_base],
+    [
+        _class_attribute, _function_attribute, _module_in_a_cell, _imported_inside, _attribute_of_a_library_object, _slot_of_a_base,
+        *(partial(_attribute_beside, value) for value in (_Dict(), _List(), _Set(), _Float(1.0), torch.ones(2))),
+        _private_attribute_of_a_module, _bound_method_of_a_dict, _random_generator,
+        partial(_name_in_a_string, lambda s, b, h, q, k: s * getattr(LOOKED_UP, "SCALE")),  # noqa: B009
+        partial(_name_in_a_string, lambda s, b, h, q, k: s * globals()["LOOKED_UP"].SCALE),
+        partial(_name_in_a_string, lambda s, b, h, q, k: s * eval("LOOKED_UP.SCALE")),
+    ],
 )  # fmt: skip
 def test_a_changed_value_is_another_key_or_none(make: Callable[[], tuple[Any, Callable[[], None]]]) -> None:
     mod, change = make()
@@ -95,6 +153,39 @@ def test_a_changed_value_is_another_key_or_none(make: Callable[[], tuple[Any, Ca
 def test_what_did_not_change_keeps_its_key() -> None:
     mod, _ = _class_attribute()
     assert fingerprint([mod]).key is not None and fingerprint([mod]).key == fingerprint([mod]).key
+
+
+def test_functions_in_c_and_what_hangs_on_tensors_are_known_by_value() -> None:
+    table, columns = torch.ones(4), [1.0, 2.0]
+    table.scale = 2.0  # type: ignore[attr-defined]
+    of = columns.__getitem__
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return operator.add(s, math.sqrt(of(1)) * table.scale)  # type: ignore[attr-defined, no-any-return]
+
+    assert fingerprint([mod]).key is not None and fingerprint([mod]).key == fingerprint([mod]).key
+
+
+@pytest.mark.parametrize("where", ["captured", "q", "bias", "dout", "dlse"])
+def test_a_lazily_negated_view_counts_with_its_sign(where: str) -> None:
+    """As the imaginary part of a conjugate is: it shares memory with its negative, and kernels read memory."""
+
+    def draw(name: str, *shape: int) -> Tensor:
+        plain = torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+        return torch._neg_view(-plain) if name == where else plain
+
+    q, k, v = draw("q", 1, 6, 2, 16), draw("k", 1, 6, 2, 16), draw("v", 1, 6, 2, 16)
+    table, bias, dout, dlse = draw("captured", 6), draw("bias", 6, 6), draw("dout", 1, 6, 2, 16), draw("dlse", 1, 2, 6)
+    given = {"captured": table, "q": q, "bias": bias, "dout": dout, "dlse": dlse}[where]
+    assert given.is_neg()
+    found = []
+    for backend in ("torch", "triton"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        options: dict[str, Any] = {"score_mod": lambda s, b, h, i, j: s + table[i], "bias": bias, "backend": backend}
+        out, lse = flashgen.attention(*leaves, return_lse=True, **options)
+        found.append((out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 class Unaskable:

@@ -18,6 +18,9 @@ HEADS = torch.linspace(0.25, 1.0, 4, dtype=torch.float64).requires_grad_()
 TABLE = torch.linspace(-1.0, 1.0, 128, dtype=torch.float64).view(4, 32).requires_grad_()
 SCALAR = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
 FIXED = torch.linspace(-1.0, 1.0, 16, dtype=torch.float64)
+PAIRS = torch.linspace(-2.0, 2.0, 256, dtype=torch.float64).view(16, 16).clone().requires_grad_()
+FREE = torch.linspace(-1.0, 1.5, 16, dtype=torch.float64).clone().requires_grad_()
+ORDER = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3])
 
 CASES: dict[str, Callable[..., Any]] = {
     "identity": lambda s, b, h, q, k: s,
@@ -49,6 +52,18 @@ CASES: dict[str, Callable[..., Any]] = {
     "a table twice": lambda s, b, h, q, k: s * TABLE[h, q] + TABLE[h, k],
     "a 0-d tensor": lambda s, b, h, q, k: torch.tanh(s * SCALAR) * SCALAR,
     "a fixed table": lambda s, b, h, q, k: s * FIXED[q] + HEADS[h],
+    "tangent": lambda s, b, h, q, k: torch.tan(s * 0.1) + torch.tan(b),
+    "sine of a cosine": lambda s, b, h, q, k: torch.sin(torch.cos(s)) + torch.tan(b),
+    "a bias of every pair": lambda s, b, h, q, k: s + PAIRS[q, k],
+    "flipped indices": lambda s, b, h, q, k: s + PAIRS[k, q] * s,
+    "a symmetric bias": lambda s, b, h, q, k: s + FREE[q] + FREE[k],
+    "a factor of queries": lambda s, b, h, q, k: s * FREE[q],
+    "a temperature of heads": lambda s, b, h, q, k: s / HEADS[h],
+    "a gate of heads": lambda s, b, h, q, k: s * torch.sigmoid(HEADS[h]),
+    "an indirect index": lambda s, b, h, q, k: s + FREE[ORDER[q]] * s,
+    "a window of a table": lambda s, b, h, q, k: torch.where((q - k).abs() <= 3, s + FREE[(q - k + 3).clamp(0, 6)], -torch.inf),
+    "two tables": lambda s, b, h, q, k: s * FREE[k] + PAIRS[q, k] - HEADS[h] * FREE[q],
+    "a row of a table": lambda s, b, h, q, k: s + TABLE[3][k] * s + TABLE[1, 2],
     "computed before it is indexed": lambda s, b, h, q, k: s * (HEADS * 2).exp()[h],
 }  # fmt: skip
 
@@ -65,7 +80,7 @@ def by_autograd(function: Callable[..., Any], score: Tensor, grad: Tensor, h: in
     s = score.clone().requires_grad_()
     i, j = torch.arange(16, dtype=torch.int32)[:, None], torch.arange(16, dtype=torch.int32)[None]
     new = function(s, torch.tensor([[0]]), torch.tensor([[h]]), i, j)
-    leaves = [s, HEADS, TABLE, SCALAR]
+    leaves = [s, HEADS, TABLE, SCALAR, PAIRS, FREE]
     if not new.requires_grad:
         return torch.zeros_like(score), {}
     found = torch.autograd.grad(new, leaves, grad.expand(new.shape), allow_unused=True)

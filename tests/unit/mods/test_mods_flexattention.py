@@ -13,6 +13,7 @@ from flashgen import mods
 
 # On functions that hardware and NumPy approximate; all others have every bit.
 APPROXIMATE = {"alibi computed", "soft cap", "soft cap of a bias", "tanh", "silu", "trigonometry", "exponential decay"}
+APPROXIMATE |= {"nested trigonometry", "branching trigonometry", "head gate"}
 
 
 @pytest.mark.parametrize("name", SCORE_MODS)

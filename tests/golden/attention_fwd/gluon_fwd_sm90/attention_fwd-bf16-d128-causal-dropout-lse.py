@@ -233,20 +233,45 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def hide_beyond(qk, offs_n, last_n):
-    """Scores with -inf at keys beyond last_n of each row; said in PTX, since a tile of conditions is packed into bits."""
-    return gl.inline_asm_elementwise(
+def bits_upto(last, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """The keys of a block up to number `last` of each row; none of what is below 0."""
+    tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
+    lanes = gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))[None, :]
+    last = gl.convert_layout(last, gl.SliceLayout(1, LAYOUT))[:, None] - 2 * lanes
+    count = gl.maximum((last >> 3) * 2 + gl.minimum((last & 7) + 1, 2), 0)
+    return gl.inline_asm_elementwise("bmsk.clamp.b32 $0, 0, $1;", "=r,r", [count], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def bit_of(tile):
+    """The bit of each column of a tile (64 rows, columns // 8, 4, 2)."""
+    LAYOUT: gl.constexpr = tile.type.layout
+    eights = gl.arange(0, tile.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    ones = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    number = 2 * eights[None, :][:, :, None][:, :, :, None] + ones[None, :][:, None, :][:, :, None, :]
+    return gl.where(number == 31, -2147483648, 1 << gl.minimum(number, 30))
+
+
+@gluon.jit
+def hide(qk, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+    """Scores with -inf where a bit is 0; said in PTX, since a tile of conditions is packed into bytes."""
+    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
+    tile = gl.inline_asm_elementwise(
         """{
             .reg .pred seen;
-            setp.le.s32 seen, $2, $3;
+            .reg .b32 bit;
+            and.b32 bit, $2, $3;
+            setp.ne.b32 seen, bit, 0;
             selp.f32 $0, $1, 0fFF800000, seen;
         }""",
         "=f,f,r,r",
-        [qk, offs_n[None, :], last_n[:, None]],
+        [tile, bits[:, None, :][:, :, :, None], bit_of(tile)],
         dtype=gl.float32,
         is_pure=True,
         pack=1,
     )
+    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 @gluon.jit
@@ -260,8 +285,8 @@ def mask_scores(
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores with -inf where a row does not see a key."""
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    qk = hide_beyond(qk, offs_n, gl.minimum(rows_m + causal_offset, seqlen_k - 1))
+    seen = bits_upto(gl.minimum(rows_m + causal_offset, seqlen_k - 1) - start_n, BLOCK_N, QK_LAYOUT)
+    qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
     return qk
 
 
