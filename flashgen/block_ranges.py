@@ -190,6 +190,8 @@ def _of_contents(
         if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
             return None, None
         known = _remember(key, program, read, tensors, sizes, kind, versions)
+        # Analysed for what the stream holds at this place: nothing to compare, by operations that a GPU has yet to load.
+        return known.precise, known.words
     held(known, str(device))
     with torch.no_grad():
         return known.current(read), None if _capturing(device) else known.words
@@ -204,14 +206,14 @@ def _remember(
         # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
         kept = {id(x): x.detach().clone() for x in read}
         frozen = tuple(kept.get(id(x), x) for x in tensors)
-        precise, words = _analysed(program, frozen, sizes, device, kind)
+        precise, words = _analysed(program, frozen, sizes, device if kind == _WORDS else "cpu", kind)
         masked = _everything(precise, sizes, kind == _TURNED)
         known = _Known(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
             copies=() if words is None and torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
-            precise=precise,
-            masked=masked,
+            precise=broadcast(precise.to(device)),
+            masked=broadcast(masked.to(device)),
             words=words,
             stream=_settled(read[0].device),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context, named
+from flashgen.simulator import context, named, predicates
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -333,12 +333,6 @@ def static_print(*values: Any, sep: str = " ", end: str = "\n", file: Any = None
 
 ASM: dict[str, Callable[..., Any]] = {
     "mov.b32 $0, $1;": np.copy,
-    "{ .reg .pred seen; setp.le.s32 seen, $2, $3; selp.f32 $0, $1, 0fFF800000, seen; }": (
-        lambda x, at, last: np.where(at <= last, x, np.float32(-np.inf))
-    ),
-    "{ .reg .pred seen; setp.ge.s32 seen, $2, $3; setp.le.and.s32 seen, $2, $4, seen; selp.f32 $0, $1, 0fFF800000, seen; }": (
-        lambda x, at, first, last: np.where((at >= first) & (at <= last), x, np.float32(-np.inf))
-    ),
     "{ .reg .pred seen; .reg .b32 bit; and.b32 bit, $2, $3; setp.ne.b32 seen, bit, 0; selp.f32 $0, $1, 0fFF800000, seen; }": (
         lambda x, bits, bit: np.where(bits & bit, x, np.float32(-np.inf))
     ),
@@ -370,7 +364,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     if barrier is not None:
         named.meet(*barrier)
         return scalar(0, int32)
-    function = ASM.get(" ".join(str(asm).split()))
+    text = " ".join(str(asm).split())
+    function = ASM.get(text) or predicates.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,

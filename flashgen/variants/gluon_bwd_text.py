@@ -9,6 +9,7 @@ from typing import Any
 from flashgen.errors import RenderError
 from flashgen.spec import AttentionSpec
 from flashgen.variants.features import Signature, captured, signature
+from flashgen.variants.gluon_bwd_mask import MaskParts, mask_parts
 
 _OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
 
@@ -65,8 +66,10 @@ class BackwardText:
             found["sm_scale"] = ("sm_scale", False)
         if place:
             found["offs_n"] = ("offs_n", False)
-        if spec.window:
+        mask = self.mask_parts(spec)
+        if spec.window or (mask is not None and mask.end):
             found["end_m"] = ("end_m", False)
+        found |= {name: (name, False) for name, _ in (() if mask is None else mask.kept)}
         if spec.softcap:
             found["softcap"] = ("softcap", False)
         if spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.has_block_mask:
@@ -124,6 +127,12 @@ class BackwardText:
         program, names, dialect = self._program(spec, score)
         emit = {"score": program.emit_score, "mask": program.emit_mask, "block": program.emit_block}[kind]
         return emit(dialect=dialect, names=names, like=score if kind == "score" else None)
+
+    def mask_parts(self, spec: AttentionSpec) -> MaskParts | None:
+        """The mask of a step in parts that PTX compares, None where scores or operands make it a tile of conditions anyway."""
+        if spec.has_score_mod or spec.has_block_mask or spec.has_attn_mask or not (spec.window or spec.has_mask_mod):
+            return None
+        return mask_parts(spec)
 
     def derivative(self, spec: AttentionSpec, score: str, grad: str) -> Any:
         """The text of score_mod's derivative times `grad`, a `mods.DerivativeEmission`."""

@@ -15,7 +15,7 @@ from cases import CAPTURING, MASK_MODS, SCORE_MODS, Case, Tensors, make
 from torch import Tensor
 
 import flashgen
-from flashgen import accuracy, ops
+from flashgen import accuracy, execution, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
 from flashgen.reference import Call, Result, exact, same_precision
@@ -182,7 +182,7 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
     A portable backward, whose configuration no argument names, takes the case's tile with twice the keys, since the interpreter
     is slow; for dq with rows and keys exchanged.
     """
-    allocate = ops._allocate
+    allocate = execution.allocate
 
     def poisoned(*args: Any) -> tuple[Tensor, Tensor]:
         pair: tuple[Tensor, Tensor] = allocate(*args)
@@ -190,7 +190,7 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
 
     seed = torch.tensor(t.philox, device=t.q.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ops, "_allocate", poisoned))
+        stack.enter_context(mock.patch.object(execution, "allocate", poisoned))
         stack.enter_context(mock.patch.object(ops, "draw_philox", lambda q, p, generator: seed if p else None))
         if case.backend == "triton" and case.grad and not t.q.is_cuda:
             rows, keys = case.tile[0], min(64, 2 * case.tile[1])

@@ -25,9 +25,8 @@ if __name__ == "__main__":
     os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
 import option_subjects as subjects
+import torch
 
 COLUMNS = ("kernel", "option", "digests", "mutants", "tried", "found", "kinds", "survivors")
 
@@ -79,7 +78,11 @@ def keep(
         "survivors": "; ".join(survivors),
     }  # fmt: skip
     order = [(one.kernel, one.option) for one in subjects.SUBJECTS]
-    known = [old for old in read(results) if (place := (old["kernel"], old["option"])) in order and place != (subject.kernel, subject.option)]
+    known = [
+        old
+        for old in read(results)
+        if (place := (old["kernel"], old["option"])) in order and place != (subject.kernel, subject.option)
+    ]
     with results.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -81,12 +81,12 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 # Each option -> cases of the Hopper forward, of the portable one.
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary"),
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
     "alibi": (("alibi", "spread, alibi"), ("alibi", "spread, alibi")),
-    "sinks": (("sinks", "causal sinks at a boundary", "causal sinks, top-left", "sinks above low scores"), ("sinks", "sinks, fp32")),
+    "sinks": (("sinks", "causal sinks at a boundary", "causal sinks at the other boundary", "causal sinks, top-left", "sinks above low scores"), ("sinks", "sinks, fp32")),
     "bias": (("bias", "spread, bias"), ("bias", "bias of -inf", "softcap, then bias", "spread, bias")),
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
@@ -97,7 +97,8 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
     "block_mask": (
-        ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values"),
+        ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values",
+            "block_mask as given, whole tiles", "block_mask as given, hidden values in narrow tiles"),
         ("block_mask of odd blocks", "block_mask as given, of each head"),
     ),
     "packed sequences": (("packed",), ("packed", "packed, top-left", "packed, everything")),

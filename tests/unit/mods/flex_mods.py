@@ -44,7 +44,9 @@ OFFSET = torch.tensor(16, dtype=torch.int32)  # of the first query, in decoding
 GATES = torch.rand(HEADS, generator=_random)
 TEMPERATURE = torch.rand(HEADS, generator=_random) + 0.5
 SHIFTS = torch.randint(0, SIZE, (SIZE,), generator=_random).int()
-IMAGES = torch.tensor([-1, 8, 8, 30, 30, 30, 47, 47] * 8, dtype=torch.int32)  # first token of the image that a text token follows
+IMAGES = torch.tensor(
+    [-1, 8, 8, 30, 30, 30, 47, 47] * 8, dtype=torch.int32
+)  # first token of the image that a text token follows
 FRAMES = 4  # of a video, of SIZE // FRAMES tokens each
 WIDTH = 8  # of an image whose patches are the tokens
 

@@ -288,6 +288,24 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def hide(p, x1, x2, x3):
+    """Probabilities, 0 where a comparison fails; said in PTX, since a tile of conditions is packed into bits or selected one by one."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred seen;
+            setp.le.s32 seen, $3, $2;
+            setp.lt.and.s32 seen, $2, $4, seen;
+            selp.f32 $0, $1, 0f00000000, seen;
+        }""",
+        "=f,f,r,r,r",
+        [p, x1, x2, x3],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, nothing):
     """Starts the product of keys and the queries of a step; `use_acc` says that the accumulator starts from nothing."""
     stage = step % STAGES
@@ -360,9 +378,7 @@ def attend(
     p = gl.exp2(s * qk_scale - lse[None, :])
     if IS_MASKED:
         # -- mask --
-        visible = first_m[:, None] <= rows_m[None, :]
-        visible &= rows_m[None, :] < end_m[:, None]
-        p = gl.where(visible, p, 0.0)
+        p = hide(p, rows_m[None, :], first_m[:, None], end_m[:, None])
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
     # -- and of the cap --
     p *= 1.0 - squashed * squashed

@@ -409,10 +409,7 @@ def attend(
         dp = warpgroup_mma_wait(0, deps=(dp_product,))
     delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     dp = gl.where(kept, dp * dropout_scale, 0.0)
-    ds = p * (dp - delta[None, :])
-    if IS_MASKED:
-        ds = gl.where(p != 0.0, ds, 0.0)  # the value of a key that nobody sees may be NaN
-    ds = ds.to(DTYPE)
+    ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     # The other warpgroup may still be reading what was here.
     partition_barrier()
@@ -514,11 +511,15 @@ def consume(
     first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
     num_steps = group * (end - begin)
     mbarrier.wait(kv_full, 0)
-    # -- a key that nobody sees may hold NaN, and 0 * NaN is NaN; a row that sees one has it in its lse --
+    # -- a key that nobody sees may hold NaN, and its value, and 0 * NaN is NaN; a row that sees one has it in its lse or delta --
     K_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [gl.num_warps(), 1], [1, 0])
     k_rows = k_tile.reshape([BLOCK_N, BLOCK_D])
     keys = k_rows.load(K_LAYOUT)
     k_rows.store(gl.where(keys.to(gl.float32) * 0.0 == 0.0, keys, 0.0))
+    V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [gl.num_warps(), 1], [1, 0])
+    v_rows = v_tile.reshape([BLOCK_N, BLOCK_DV])
+    values = v_rows.load(V_LAYOUT)
+    v_rows.store(gl.where(values.to(gl.float32) * 0.0 == 0.0, values, 0.0))
     fence_async_shared()
     scores = nothing
     if SCORES_AHEAD:
