@@ -362,7 +362,7 @@ def register_asm(text: str, function: Callable[..., Any]) -> None:
 def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
     """Run a registered assembly text on the elements."""
     plain(*args)
-    barrier = named.parse(str(asm))
+    barrier = named.parse(str(asm), args)
     if barrier is not None:
         named.meet(*barrier)
         return scalar(0, int32)
