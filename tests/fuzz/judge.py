@@ -15,7 +15,7 @@ from cases import CAPTURING, MASK_MODS, SCORE_MODS, Case, Tensors, make
 from torch import Tensor
 
 import flashgen
-from flashgen import accuracy, block_ranges, mask_words, execution, ops
+from flashgen import accuracy, block_ranges, execution, mask_words, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
 from flashgen.reference import Call, Result, exact, same_precision
