@@ -157,7 +157,8 @@ class Looked:
         for first in range(0, len(q0), _TILES):
             part = slice(first, first + _TILES)
             q, k = (
-                low[part, None] + (high - low)[part, None] * steps // (_SAMPLES - 1) for low, high in ((q0, q1), (k0, k1))
+                low[part, None] + (high - low)[part, None] * steps // (_SAMPLES - 1)
+                for low, high in ((q0, q1), (k0, k1))
             )
             seen = self._at(q[:, :, None], k[:, None, :]).reshape(len(q), -1)
             for tile in first + np.flatnonzero(seen.all(1) | ~seen.any(1)):
@@ -172,7 +173,9 @@ class Looked:
 
     def _at(self, q: Array, k: Array) -> Array:
         index = {**self._fixed, "q_idx": q.astype(np.int32), "kv_idx": k.astype(np.int32)}
-        return np.broadcast_to(semantics.evaluate(self._mask, index, self._tables), np.broadcast_shapes(q.shape, k.shape))
+        return np.broadcast_to(
+            semantics.evaluate(self._mask, index, self._tables), np.broadcast_shapes(q.shape, k.shape)
+        )
 
 
 def key_ranges(

@@ -45,7 +45,7 @@ class Subject:
 
 
 def _public(kernel: str, option: str, *cases: object) -> Subject:
-    op = "attention_bwd" if kernel == "triton_bwd" else "attention_fwd"
+    op = "attention_bwd" if kernel.endswith("bwd") or "_bwd_" in kernel else "attention_fwd"
     return Subject(kernel, option, lambda: tuple(Public(case, op) for case in cases))  # type: ignore[arg-type]
 
 
@@ -145,6 +145,7 @@ SUBJECTS: tuple[Subject, ...] = (
         "a BlockMask of each head, whose keys are shared",
     ),
     _direct("head dims above 128, with a mask", Free(why="", sizes={"seqlen_q": 130, "seqlen_k": 100}, mask_mod=CASES[9].mask_mod, head_dim=136, head_dim_v=16)),
+    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window"))),
     *(
         _public("triton_fwd", option, *(_PORTABLE[name] for name in names))
         for option, (_, names) in _FORWARD_OPTIONS.items()
