@@ -52,11 +52,13 @@ CASES: dict[str, Case] = {
             ("mask_mod of wide bands", "wide bands", "none", {"batch": 2}),
             ("mask_mod of columns", "columns", "none", {"batch": 2}),
             ("mask_mod of sequences", "sequences", "none", {"batch": 2}),
+            ("mask_mod of a band", "band", "none", {"seqlen_q": 300, "seqlen_k": 130}),
             ("mask_mod of sequences", "sequences", "stale", {"alibi": "h"}),
             ("mask_mod of pages", "pages", "stale", {"sinks": True}),
         )
     },
     "mask_mod, rows without a key": Case(**{**_LONG, "mask_mod": "band", "seqlen_q": 300, "seqlen_k": 130}),
+    "packed, mask_mod that reads": Case(**{**_PACKED, "mask_mod": "sequences"}),
     "sinks above low scores": Case(**{**_SMALL, "sinks": True, "values": "low", "batch": 1}),
     "causal sinks, top-left": Case(**{**_LONG, "sinks": True, "causal": True, "top_left": True, "seqlen_q": 193, "seqlen_k": 130}),
     "block_mask as given": Case(**{**_LONG, "block_mask": "given", "block_size": (64, 32), "heads_kv": 2, "batch": 2}),
