@@ -55,6 +55,10 @@ CASES: dict[str, Case] = {
             ("mask_mod of a band", "band", "none", {"seqlen_q": 300, "seqlen_k": 130}),
             ("mask_mod of sequences", "sequences", "stale", {"alibi": "h"}),
             ("mask_mod of pages", "pages", "stale", {"sinks": True}),
+            ("mask_mod of scattered blocks", "scattered", "", {"batch": 2}),
+            ("mask_mod of scattered blocks", "scattered", "none", {"batch": 2, "seqlen_q": 300}),
+            ("mask_mod of read blocks", "read blocks", "", {"batch": 2, "spread": True}),
+            ("mask_mod of read blocks", "read blocks", "stale", {"batch": 2}),
         )
     },
     "mask_mod, rows without a key": Case(**{**_LONG, "mask_mod": "band", "seqlen_q": 300, "seqlen_k": 130}),

@@ -92,9 +92,11 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
     "mask_mod": (
-        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key", "mask_mod of a band, none"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key", "mask_mod of a band, none",
+            "mask_mod of scattered blocks, ", "mask_mod of scattered blocks, none"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
     "mask_mod that captures": (
-        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale",
+            "mask_mod of read blocks, ", "mask_mod of read blocks, stale"),
         ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
@@ -243,12 +245,15 @@ def _calls(run: Run, function: str) -> bool:
 
 
 def verdict(broken: Broken, schedules: tuple[Schedule, ...]) -> str | None:
-    """How a mutant is noticed: by the cases of its subject that run its function first, under the schedules in turn; None where it survives."""
+    """How a mutant is noticed: by the cases of its subject that run its function first, under the schedules in turn; None where it survives.
+
+    Cases of other subjects whose text has the line, too, run under the first schedule alone.
+    """
     own = [pair for pair in broken.texts if pair[0] in broken.subject.runs]
     own.sort(key=lambda pair: not _calls(pair[0], broken.mutant.function))
     others = [pair for pair in broken.texts if pair not in own]
     for schedule in schedules:
-        for run, text in (*own, *others):
+        for run, text in (*own, *others) if schedule == schedules[0] else own:
             if schedule != schedules[0] and not run.ordered:
                 continue
             said, work = run.verdict(text, schedule, SEED)
