@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe, settings
-from flashgen.block_ranges import ranges, ranges_and_words
+from flashgen.block_ranges import looked_up, ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import fingerprint
@@ -167,9 +166,13 @@ class Operands:
         if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         self._try_mods(device)
-        if not torch.compiler.is_compiling():
-            with contextlib.suppress(UnsupportedProblemError):  # without a trace nothing is known of its indices
-                self._check_indices(*self._program(device), problem)
+        if torch.compiler.is_compiling():
+            return
+        try:
+            traced = self._program(device)
+        except FlashgenError:  # it runs as it is, and nothing is known of its indices
+            return
+        self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
         masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
@@ -366,7 +369,7 @@ def _of_program(
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values["mask_words"] = None
+        values |= {"mask_lists": None, "mask_words": None}
         if "words" in tiles:
-            values["mask_ranges"], values["mask_words"] = ranges_and_words(program, tensors, problem, tiles["words"])
+            values |= looked_up(program, tensors, problem, tiles["words"])
     return values
