@@ -194,6 +194,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         widths = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         found: dict[str, Tunable] = {**widths, "MASKED": spec.causal or self.is_free(spec), "DETERMINISTIC": False}
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        found |= {"ONE_SIDED": True}  # named by kernels with slopes alone
         found |= {"SUM_BIAS": 1, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
         return {**found, "MASKED": True, "PEELED": False} if spec.has_attn_mask else found
 
