@@ -21,9 +21,7 @@ BLOCKS = OF["a BlockMask of each batch, causal, beside a mask"]
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}
 BANDS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260, "num_heads_q": 2}, mask_mod=bands_of_heads, knobs=SMALL)
 WINDOWS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL)
-WINDOWS_OF_GROUPS = Free(
-    why="", sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL
-)
+WINDOWS_OF_GROUPS = Free(why="", sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL)
 HEADS = Free(
     why="",
     sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260},
