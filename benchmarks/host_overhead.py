@@ -47,7 +47,7 @@ def fake_h100() -> Iterator[list[int]]:
     dispatch.forget()
     with (
         mock.patch.object(Target, "detect", classmethod(lambda cls, device=None: H100)),
-        mock.patch("flashgen.ops.build", built),
+        mock.patch("flashgen.execution.build", built),
         mock.patch("flashgen.warm.build", built),
         mock.patch("flashgen.torch_blocked.forward", side_effect=AssertionError("the torch backend ran")),
         mock.patch("flashgen.interpret.launch", side_effect=AssertionError("the interpreter ran")),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashgen import autograd, checks, dispatch, ops, warm
+from flashgen import autograd, checks, dispatch, execution, ops, warm
 from flashgen.dispatch import ConfigLike, Plan
 from flashgen.operands import Operands
 from flashgen.problem import CausalAlignment, Layout, not_built
@@ -74,7 +74,7 @@ def attention(
             `torch.are_deterministic_algorithms_enabled()`. The portable backward and the torch backend's always do.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
-            interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
+            interpreter, slow, for checking), "torch", or "gluon" (NVIDIA Hopper; CPU tensors: in the simulator, slower still).
         config: a KernelConfig of the forward, or a dict of its tunables, instead of the tuned one; the backward takes its own.
 
     Returns:
@@ -88,7 +88,17 @@ def attention(
         DatabaseError: the user's tuning database is corrupt or unreadable.
     """
     call, known = None, warm.table()
-    if not torch.compiler.is_compiling() and block_mask is None and not isinstance(dropout_p, Tensor):
+    if torch.compiler.is_compiling():
+        if not (score_mod is None and mask_mod is None and block_mask is None):
+            from flashgen import uncompiled
+
+            return uncompiled.run(  # type: ignore[no-any-return]
+                attention, q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
+                softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
+                mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
+                deterministic=deterministic, layout=layout, backend=backend, config=config,
+            )  # fmt: skip
+    elif block_mask is None and not isinstance(dropout_p, Tensor):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, layout, backend, dropout_p,
             None if config is None else warm.frozen(config),
@@ -118,7 +128,7 @@ def _run(
     if call is None or not warm.unseen(call):
         out, lse = autograd.run(q, k, v, operands, scalars)
     else:
-        with ops.watched() as ran:
+        with execution.watched() as ran:
             out, lse = autograd.run(q, k, v, operands, scalars)
             plan = ran.plan
         if plan is not None:
@@ -155,7 +165,7 @@ def explain(
     q, k, v = autograd.autocast(q, k, v)
     captured = operands.as_now(q.device).options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
-    problem = ops.checked(q, k, v, operands, scalars)
+    problem = execution.checked(q, k, v, operands, scalars)
     return dispatch.resolve(problem, backend=scalars.backend, config=options.get("config"))
 
 
@@ -208,7 +218,7 @@ def _arguments(
     if not draw:
         return operands, scalars
     if scalars.dropout_p and not torch.compiler.is_compiling():
-        ops.checked(q, k, v, operands, scalars)  # before the draw: a refused call leaves the generator as it was
+        execution.checked(q, k, v, operands, scalars)  # before the draw: a refused call leaves the generator as it was
     philox = ops.draw_philox(q, scalars.dropout_p, generator)
     return (operands if philox is None else replace(operands, philox=philox)), scalars
 
@@ -267,7 +277,18 @@ def varlen_attention(
         InvalidProblemError, UnsupportedProblemError, BuildError, DatabaseError: as `attention()`.
     """
     call, known = None, warm.table()
-    if not torch.compiler.is_compiling() and not isinstance(dropout_p, Tensor):
+    if torch.compiler.is_compiling():
+        if not (score_mod is None and mask_mod is None):
+            from flashgen import uncompiled
+
+            return uncompiled.run(  # type: ignore[no-any-return]
+                varlen_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=causal,
+                causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
+                alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod, mask_mod=mask_mod,
+                dropout_p=dropout_p, generator=generator, return_lse=return_lse, deterministic=deterministic, backend=backend,
+                config=config,
+            )  # fmt: skip
+    elif not isinstance(dropout_p, Tensor):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, backend, dropout_p,
             max_seqlen_q, max_seqlen_k, None if config is None else warm.frozen(config),

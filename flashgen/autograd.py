@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flashgen.execution import backward, cast_like, forward
 from flashgen.operands import Operands
-from flashgen.ops import TENSORS, backward, cast_like, flatten, forward, mapped, wants_gradient
+from flashgen.ops import TENSORS, flatten, mapped, wants_gradient
 from flashgen.problem import not_built
 from flashgen.scalars import Scalars
 

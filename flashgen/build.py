@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashgen import settings
+from flashgen import jit, settings
 from flashgen.errors import BuildError
 from flashgen.render import KernelSource
 
@@ -66,7 +67,7 @@ def write_source(source: KernelSource) -> Path:
 
 
 def load_module(path: Path) -> ModuleType:
-    """Import a kernel file by its path.
+    """Import a rendered kernel file by its path; Triton's cache knows its functions by the digest of its text.
 
     Raises:
         BuildError: triton is missing or the file does not import.
@@ -76,7 +77,10 @@ def load_module(path: Path) -> ModuleType:
         raise BuildError(f"{path} is no importable Python file.")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        text = path.read_text()
+        with jit.lines_known(path, text):
+            spec.loader.exec_module(module)
+        jit.adopt(module, path, hashlib.sha256(text.encode()).hexdigest())
     except Exception as error:
         raise BuildError(f"the kernel file {path} does not import: {type(error).__name__}: {error}") from error
     return module

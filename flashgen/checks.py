@@ -1,7 +1,7 @@
 """What the arguments of a call must be: one check per kind of argument, none of which imports torch or reads a GPU's memory.
 
 Every refusal is an `InvalidProblemError` that names the argument, says what was given and what is allowed. Values inside
-tensors (the offsets of packed sequences) are looked at on a CPU only: on a GPU that would synchronise.
+tensors (the offsets of packed sequences) are looked at on a CPU only: on a GPU that would synchronise (FLASHGEN_CHECK_VALUES).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from flashgen import settings
 from flashgen.errors import InvalidProblemError
 from flashgen.spec import DType
 
@@ -133,7 +134,7 @@ def packing(
 ) -> int:
     """The offsets and lengths of packed sequences; returns how many sequences there are.
 
-    Shapes, dtypes and devices are checked everywhere, values on a CPU only.
+    Shapes, dtypes and devices are checked everywhere, values on a CPU only, or with FLASHGEN_CHECK_VALUES, which synchronises.
     """
     batch = _int32("cu_seqlens_q", cu_seqlens_q, q) - 1
     require(batch >= 0, "length of cu_seqlens_q", batch + 1, "the number of sequences plus one")
@@ -146,7 +147,7 @@ def packing(
         require_equal("length of seqused_k", _int32("seqused_k", seqused_k, q), "the number of sequences", batch)
     length("max_seqlen_q", max_seqlen_q)
     length("max_seqlen_k", max_seqlen_k)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or (q.device.type == "cuda" and settings.read().check_values):
         packing_values(
             cu_seqlens_q.tolist(),
             cu_seqlens_k.tolist(),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashgen import block_lists, checks, probe
-from flashgen.block_ranges import ranges, ranges_and_words
+from flashgen import block_lists, checks, probe, settings
+from flashgen.block_ranges import looked_up, ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
-from flashgen.mods.fingerprint import all_names, fingerprint, fixed
+from flashgen.mods.fingerprint import fingerprint
+from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
 from flashgen.spec import Mods
 from flashgen.torch_blocked import Options
@@ -168,14 +166,26 @@ class Operands:
         if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         self._try_mods(device)
+        if torch.compiler.is_compiling():
+            return
+        try:
+            traced = self._program(device)
+        except FlashgenError:  # it runs as it is, and nothing is known of its indices
+            return
+        self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
         masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
-        if self.score_mod is not None:
-            probe.score_mod(self.score_mod, device)
-        for name, mask in masks.items():
-            if mask is not None:
-                probe.mask_mod(name, mask, device)
+        try:
+            if self.score_mod is not None:
+                probe.score_mod(self.score_mod, device)
+            for name, mask in masks.items():
+                if mask is not None:
+                    probe.mask_mod(name, mask, device)
+        except InvalidProblemError as error:
+            if "device" in str(error.__cause__):
+                self._program(device)  # a trace names the tensor and the line
+            raise
         if not self._is_elementwise(device):
             for name, mod in {"score_mod": self.score_mod, **masks}.items():
                 if mod is not None:
@@ -249,10 +259,27 @@ class Operands:
             program, tensors = self._program(device)
         except UnsupportedProblemError as error:
             return replace(problem, untraced=str(error))
-        program.check_bounds(
-            tensors, batch=problem.batch, num_heads=problem.num_heads_q, seqlen_q=problem.seqlen_q, seqlen_k=problem.seqlen_k
-        )  # fmt: skip
+        self._check_indices(program, tensors, problem)
         return replace(problem, mods=Mods(digest=program.digest, program=program))
+
+    def _check_indices(self, program: Any, tensors: tuple[Tensor, ...], problem: Problem) -> None:
+        """Refuse indices that surely leave a captured tensor; with FLASHGEN_CHECK_VALUES every one that does."""
+        p, heads = problem, problem.num_heads_q
+        program.check_bounds(tensors, batch=p.batch, num_heads=heads, seqlen_q=p.seqlen_q, seqlen_k=p.seqlen_k)
+        if settings.read().check_values:
+            for first, batch, seqlen_q, seqlen_k in self._sequences(problem):
+                program.check_every_index(
+                    tensors, batch=batch, num_heads=heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k, first_batch=first
+                )
+
+    def _sequences(self, problem: Problem) -> Iterator[tuple[int, int, int, int]]:
+        """First number, how many, and both lengths: of the whole batch, or of each packed sequence, which synchronises."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            yield 0, problem.batch, problem.seqlen_q, problem.seqlen_k
+            return
+        lengths = self.cu_seqlens_k.diff() if self.seqused_k is None else self.seqused_k
+        for number, both in enumerate(zip(self.cu_seqlens_q.diff().tolist(), lengths.tolist(), strict=True)):
+            yield number, 1, *both
 
     def _program(self, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
         from flashgen import mods  # only where one is given
@@ -301,12 +328,15 @@ class Operands:
 
         return set(_of_program(program, tensors, problem, None)), bind
 
-    def launch_values(self, problem: Problem, config: KernelConfig | None = None) -> dict[str, Any]:
+    def launch_values(
+        self, problem: Problem, config: KernelConfig | None = None, *, with_ranges: bool = True
+    ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
         Args:
             problem: the call.
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
+            with_ranges: whether those are looked for; else None stands in their place.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -317,7 +347,7 @@ class Operands:
             "max_seqlen_q": problem.seqlen_q,
             "max_seqlen_k": problem.seqlen_k,
             "bottom_right": problem.causal_alignment == "bottom-right",
-            **self._captured(problem, config),
+            **self._captured(problem, config if with_ranges else None),
         }
         wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
@@ -339,66 +369,7 @@ def _of_program(
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values["mask_words"] = None
+        values |= {"mask_lists": None, "mask_words": None}
         if "words" in tiles:
-            values["mask_ranges"], values["mask_words"] = ranges_and_words(program, tensors, problem, tiles["words"])
+            values |= looked_up(program, tensors, problem, tiles["words"])
     return values
-
-
-def captured_tensors(function: Any) -> tuple[Tensor, ...]:
-    """The tensors that a function reads from its closure, globals, partial arguments or object and that want gradients."""
-    found: dict[int, Tensor] = {}
-    seen: dict[int, Any] = {}  # held, so that no id is given twice
-    waiting = [function]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        try:
-            if isinstance(value, Tensor):
-                if value.requires_grad:
-                    found[id(value)] = value
-            elif not isinstance(value, (type, types.ModuleType)):
-                waiting += reversed(_inside(value))
-        except Exception:  # an object that cannot be asked for its attributes
-            continue
-    return tuple(found.values())
-
-
-def _inside(value: Any) -> list[Any]:
-    """What a function or an object holds or names."""
-    inner: list[Any] = []
-    if isinstance(value, functools.partial):
-        inner = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        inner = list(value)
-    elif isinstance(value, Mapping):
-        inner = list(value.values())
-    elif isinstance(value, torch.nn.Module):
-        inner = list(vars(value).values())  # parameters, buffers and modules are dicts in there
-    elif isinstance(value, property):
-        inner = [value.fget]
-    elif hasattr(value, "__func__"):
-        inner = [value.__func__, getattr(value, "__self__", None)]
-    elif hasattr(value, "__code__"):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        inner = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        if not fixed(value):
-            names = [value.__globals__[name] for name in all_names(value.__code__) if name in value.__globals__]
-            inner += [*vars(value).values(), *(x for x in names if not isinstance(x, (types.ModuleType, type)))]
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and not fixed(value):
-        of_classes = [one for kind in type(value).__mro__ if not fixed(kind) for one in vars(kind).values()]
-        inner = [*vars(value).values(), *(x for x in of_classes if not isinstance(x, type))]
-    if not fixed(type(value)):
-        slots = [name for kind in type(value).__mro__ for name in vars(kind) if name in vars(kind).get("__slots__", ())]
-        inner += [getattr(value, name, None) for name in slots]
-    return inner
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

@@ -33,6 +33,8 @@ class Settings:
         backend: FLASHGEN_BACKEND, used where a call says `backend="auto"`.
         log: FLASHGEN_LOG, the level of the `flashgen` logger, or None to leave logging alone.
         require_db_digest: FLASHGEN_REQUIRE_DB_DIGEST, a digest the database must have, or None.
+        check_values: FLASHGEN_CHECK_VALUES, whether each call looks at what lies on a GPU before anything runs: every index that a mod
+            takes of a captured tensor, O(S^2), and the offsets of packed sequences. For debugging: it synchronises.
     """
 
     db: str | None
@@ -42,6 +44,7 @@ class Settings:
     backend: Backend
     log: str | None
     require_db_digest: str | None
+    check_values: bool = False
 
     @property
     def database_url(self) -> str:
@@ -87,6 +90,7 @@ VARIABLES = (
     "FLASHGEN_BACKEND",
     "FLASHGEN_LOG",
     "FLASHGEN_REQUIRE_DB_DIGEST",
+    "FLASHGEN_CHECK_VALUES",
 )
 
 
@@ -119,4 +123,5 @@ def read() -> Settings:
         backend=cast(Backend, _choice("FLASHGEN_BACKEND", BACKENDS, "auto")),
         log=log or None,
         require_db_digest=os.environ.get("FLASHGEN_REQUIRE_DB_DIGEST") or None,
+        check_values=_choice("FLASHGEN_CHECK_VALUES", ("0", "1"), "0") == "1",
     )

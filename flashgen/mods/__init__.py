@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from flashgen.mods.block_masks import key_ranges_of
+from flashgen.mods.captures import Capture
 from flashgen.mods.classes import arrays_of, key_ranges, query_ranges
 from flashgen.mods.derivative import Contribution, Derivative
 from flashgen.mods.emit import GLUON, TRITON, DerivativeEmission, Dialect, Emission, GradientText, Names, parameters
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.programs import Program, bound, program
 from flashgen.mods.ranges import KeyRanges
-from flashgen.mods.trace import Capture
 
 __all__ = [
     "GLUON",

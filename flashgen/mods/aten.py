@@ -337,6 +337,11 @@ _VIEWS: dict[str, Handler] = {
 }
 
 
+def is_view(func: Any) -> bool:
+    """Whether an operator's result shares the memory of its first argument."""
+    return func._schema.name.partition("::")[2] in _VIEWS
+
+
 def detached(graph: Graph, array: Array) -> Array:
     """The same values, which hand no gradients on."""
     return arrays.elementwise(graph, array.dtype, graph.detached, array)

@@ -9,9 +9,9 @@ import numpy as np
 
 from flashgen.errors import InvalidProblemError
 from flashgen.mods import intervals, semantics
+from flashgen.mods.captures import Capture
 from flashgen.mods.graph import Node, ordered
 from flashgen.mods.intervals import Interval
-from flashgen.mods.trace import Capture
 
 # Increasing or decreasing in each operand, so that the ends of the operands' ranges give the ends of theirs.
 _MONOTONE = {"add", "sub", "neg", "min", "max", "cast", "floordiv", "mul", "floor", "ceil", "round", "trunc", "shr"}
@@ -51,7 +51,7 @@ def check(
             low, high = int(known[id(index)].low), int(known[id(index)].high)
             if (-size <= low and high < size) or not attained(index):
                 continue
-            name, where = captures[node.value].name, sites.get(id(node))
+            name, where = captures[node.value].shown, sites.get(id(node))
             raise InvalidProblemError(
                 f"a mod reads {name} outside its bounds{f' ({where})' if where else ''}: its index in dimension {place} runs from "
                 f"{low} to {high}, and the tensor of shape {tuple(shapes[node.value])} has {size} elements there. "
@@ -65,12 +65,14 @@ def check_values(
     tables: Sequence[Any],
     sizes: Mapping[str, int],
     sites: Mapping[int, Any],
+    first_batch: int = 0,
 ) -> None:
     """Like `check`, by every value that each index takes: for debugging, since it may be one for each pair of a query and a key.
 
     Args:
         root, captures, sizes, sites: as in `check`.
         tables: captured tensors as NumPy arrays.
+        first_batch: the first value of b.
 
     Raises:
         InvalidProblemError: names the tensor, the index, where it occurs and the line.
@@ -79,7 +81,7 @@ def check_values(
         if node.op != "load":
             continue
         for place, (index, size) in enumerate(zip(node.args, tables[node.value].shape, strict=True)):
-            for inputs in _blocks(index, sizes):
+            for inputs in _blocks(index, sizes, first_batch):
                 values = np.asarray(semantics.evaluate(index, inputs, tables))
                 outside = np.argwhere((values < -size) | (values >= size))
                 if not len(outside):
@@ -89,16 +91,16 @@ def check_values(
                     f"{key} = {int(np.broadcast_to(value, values.shape)[at])}" for key, value in inputs.items()
                 )
                 raise InvalidProblemError(
-                    f"a mod reads {captures[node.value].name} outside its bounds ({sites.get(id(node), 'unknown line')}): its "
+                    f"a mod reads {captures[node.value].shown} outside its bounds ({sites.get(id(node), 'unknown line')}): its "
                     f"index in dimension {place} is {int(values[at])} at {where}, and the tensor of shape "
                     f"{tuple(tables[node.value].shape)} has {size} elements there."
                 )
 
 
-def _blocks(index: Node, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _blocks(index: Node, sizes: Mapping[str, int], first_batch: int) -> Iterator[dict[str, Any]]:
     """All values of the arguments that an index depends on, some at a time, as arrays that broadcast."""
     names = [name for name in sizes if name in index.depends]
-    ranges = [np.arange(sizes[name], dtype=np.int32) for name in names]
+    ranges = [np.arange(sizes[name], dtype=np.int32) + (first_batch if name == "b" else 0) for name in names]
     grids = dict(zip(names, np.meshgrid(*ranges, indexing="ij", sparse=True), strict=True)) if names else {}
     if not {"q_idx", "kv_idx"} <= set(names):
         yield grids

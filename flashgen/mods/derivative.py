@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flashgen.mods.captures import Capture
 from flashgen.mods.dtypes import computing, is_float
 from flashgen.mods.graph import INDICES, Graph, Node, ordered
-from flashgen.mods.trace import Capture
 
 Pull = Callable[[Graph, Node, Node], tuple[Node | None, ...]]  # graph, node, its gradient -> its operands' gradients
 

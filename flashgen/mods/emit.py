@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashgen.mods import helpers
+from flashgen.mods.captures import Capture
 from flashgen.mods.derivative import Derivative
 from flashgen.mods.graph import Node
-from flashgen.mods.trace import Capture
 from flashgen.mods.writer import GLUON, TRITON, Dialect, Names, Writer
 
 __all__ = ["GLUON", "TRITON", "DerivativeEmission", "Dialect", "Emission", "GradientText", "Names"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgen.mods.captures import Capture
 from flashgen.mods.graph import COMPARISONS, INDICES, Node, ordered
-from flashgen.mods.trace import Capture
 
 READ = '''def read(table, *places):
     """Elements of a captured tensor: negative indices count from the end, what lies beyond it reads 0."""

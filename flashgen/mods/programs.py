@@ -15,13 +15,14 @@ from torch import Tensor
 
 from flashgen.errors import InvalidProblemError
 from flashgen.mods import bounds, emit
+from flashgen.mods.captures import Capture, Captures
 from flashgen.mods.classes import arrays_of
 from flashgen.mods.conjuncts import Conjunction, split
 from flashgen.mods.derivative import Derivative, derive
 from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Names
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.graph import Graph, Node, ordered
-from flashgen.mods.trace import Capture, Captures, Site, trace
+from flashgen.mods.trace import Site, trace
 
 Mod = Callable[..., Any]
 _BLOCK = "block_mask.mask_mod"
@@ -184,24 +185,39 @@ class Program:
         self._check(tensors, batch, num_heads, seqlen_q, seqlen_k, every=False)
 
     def check_every_index(
-        self, tensors: Sequence[Tensor], *, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        batch: int,
+        num_heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        first_batch: int = 0,
     ) -> None:
         """Refuse indices that leave a captured tensor, by evaluating each for every pair: for debugging.
 
         Raises:
             InvalidProblemError: names the tensor, the index, where it occurs and the user's line.
         """
-        self._check(tensors, batch, num_heads, seqlen_q, seqlen_k, every=True)
+        self._check(tensors, batch, num_heads, seqlen_q, seqlen_k, every=True, first_batch=first_batch)
 
     def _check(
-        self, tensors: Sequence[Tensor], batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, *, every: bool
+        self,
+        tensors: Sequence[Tensor],
+        batch: int,
+        num_heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        *,
+        every: bool,
+        first_batch: int = 0,
     ) -> None:
         sizes = {"b": batch, "h": num_heads, "q_idx": seqlen_q, "kv_idx": seqlen_k}
         if 0 in sizes.values():
             return
         for root in self.roots:
             if root is not None and every:
-                bounds.check_values(root, self.captures, arrays_of(tensors), sizes, self.sites)
+                bounds.check_values(root, self.captures, arrays_of(tensors), sizes, self.sites, first_batch)
             elif root is not None:
                 bounds.check(root, self.captures, [tuple(tensor.shape) for tensor in tensors], sizes, self.sites)
 
@@ -298,7 +314,7 @@ def bound(made: Program, tensors: Sequence[Tensor], device: torch.device) -> tup
     for row, source in zip(made.captures, made.sources, strict=True):
         tensor = tensors[source] if source >= 0 else row.tensor
         if tensor is None:
-            raise InvalidProblemError(f"the tensor {row.name} that a mod captures is gone.")
+            raise InvalidProblemError(f"the tensor {row.shown} that a mod captures is gone.")
         found.append(tensor if tensor.device == device else _moved(tensor, device))
     return tuple(found)
 

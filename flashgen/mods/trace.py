@@ -7,7 +7,6 @@ Captured tensors are only named, never read, so one trace serves every content.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods import arrays, aten
 from flashgen.mods.arrays import Array
+from flashgen.mods.captures import Captures
 from flashgen.mods.graph import INDICES, Graph, Node
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -46,158 +46,6 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capture:
-    """A tensor that a function reads.
-
-    Attributes:
-        name: what the user calls it, made a valid and unique name.
-        dtype: of its elements.
-        shape: when it was traced.
-        requires_grad: whether gradients are wanted.
-        tensor: itself, where a later call could not find it again in the function; then the trace is not kept.
-        constant: whether the function makes it anew from numbers in its own code.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    requires_grad: bool
-    tensor: Tensor | None = None
-    constant: bool = False
-
-
-class Captures:
-    """The captured tensors of one or several functions, numbered in the order in which they are met.
-
-    Args:
-        names: id of a tensor -> what the user calls it.
-        device: where tensors of one dimension or more must lie.
-    """
-
-    def __init__(self, names: dict[int, str], device: torch.device) -> None:
-        self._names, self._device = names, device
-        self._numbers: dict[int, int] = {}
-        self.tensors: list[Tensor] = []
-        self.rows: list[Capture] = []
-
-    def number(self, tensor: Tensor, *, constant: bool = False) -> int:
-        """The number of a tensor.
-
-        Raises:
-            InvalidProblemError: it is on another device, or of a type that no kernel has.
-        """
-        known = self._numbers.get(id(tensor))
-        if known is not None:
-            return known
-        name = self._names.get(id(tensor))
-        shown = name or "a tensor"
-        if tensor.dtype not in aten.DTYPES:
-            raise InvalidProblemError(
-                f"{shown} that it captures is {tensor.dtype}: a kernel has no such type. Cast it."
-            )
-        # A number on the CPU is copied; the gradient of the copy would be nobody's.
-        number = tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
-        if tensor.device != self._device and not number and not constant:
-            raise InvalidProblemError(
-                f"{shown} that it captures is on {tensor.device}, q is on {self._device}: they must be on one device. Move it."
-            )
-        taken = {row.name for row in self.rows}
-        base = _identifier(name or ("constant" if constant else "captured"))
-        unique = next(one for n in itertools.count(1) if (one := base if n == 1 else f"{base}_{n}") not in taken)
-        self._numbers[id(tensor)] = len(self.rows)
-        self.tensors.append(tensor)
-        self.rows.append(
-            Capture(
-                name=unique,
-                dtype=aten.DTYPES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                requires_grad=tensor.requires_grad,
-                tensor=tensor if constant or name is None else None,
-                constant=constant,
-            )
-        )
-        return self._numbers[id(tensor)]
-
-
-def _identifier(name: str) -> str:
-    """A user's name in the form that kernels use: lower case, ASCII, none of a kernel's own words."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name.rpartition(".")[2]).strip("_")
-    kept = kept.lower() or "captured"
-    own = kept in _TAKEN or kept.startswith("sum_of_")
-    return f"mod_{kept}" if kept[0].isdigit() or own or len(kept) == 1 else kept
-
-
-# What kernels call things of their own, less the suffix: `seqlen` read at a query would become `seqlen_q`, a length.
-_TAKEN = {
-    "do",
-    "dq",
-    "dk",
-    "dv",
-    "dsinks",
-    "dbias",
-    "dlse",
-    "dq_sum",
-    "lse",
-    "lse2",
-    "safe_lse",
-    "delta",
-    "acc",
-    "out",
-    "score",
-}
-_TAKEN |= {
-    "bias",
-    "mask",
-    "mask_ranges",
-    "ranges",
-    "sinks",
-    "alibi",
-    "alibi_slopes",
-    "attn_mask",
-    "philox",
-    "seed",
-    "turn",
-}
-_TAKEN |= {
-    "counter",
-    "data",
-    "seqlen",
-    "max_seqlen",
-    "num_heads",
-    "total",
-    "first",
-    "last",
-    "start",
-    "stop",
-    "load",
-    "stride",
-}
-_TAKEN |= {
-    "cu_seqlens",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused",
-    "seqused_k",
-    "block",
-    "kv",
-    "head_dim",
-    "causal_offset",
-}
-_TAKEN |= {
-    "row_ranges",
-    "block_kinds",
-    "key_blocks",
-    "key_counts",
-    "row_blocks",
-    "row_counts",
-    "blocks",
-    "largest",
-    "mask_words",
-    "bits",
-}
 
 
 def trace(
@@ -270,6 +118,7 @@ class _StandIn(Tensor):
     """A tensor without memory that carries a lazy array."""
 
     array: Array
+    shares = False  # whether it is a view, or one was made of it: both would see what is written into one
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -324,6 +173,12 @@ class _Tracer(TorchFunctionMode):
         self._made[id(tensor)] = (tensor, array)
         return tensor
 
+    def note_view(self, base: Tensor, view: _StandIn) -> None:
+        """One memory under two names: the graph keeps values, so neither may be written into any more."""
+        view.shares = True
+        if isinstance(base, _StandIn):
+            base.shares = True
+
     def recorded(self, result: Array) -> Array:
         """The result of an operator, as one without gradient inside of `torch.no_grad()`."""
         return result if torch.is_grad_enabled() else aten.detached(self.graph, result)
@@ -372,7 +227,10 @@ class _Tracer(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         try:
             seen = tuple(self.array(part) if isinstance(part, Tensor) else part for part in parts)
-            return self.stand_in(self.recorded(arrays.indexed(self.graph, array, seen)))
+            result = self.stand_in(self.recorded(arrays.indexed(self.graph, array, seen)))
+            if not any(isinstance(part, Tensor) for part in parts):
+                self.note_view(tensor, result)
+            return result
         except TypeError as error:
             raise self.unsupported(str(error)) from None
 
@@ -415,12 +273,17 @@ class _Dispatch(TorchDispatchMode):
             raise tracer.unsupported(f"{func} {error}".rstrip()) from None
         in_place = name.endswith("_") and not name.startswith("__")
         if not in_place:
-            return tracer.stand_in(result)
+            stand_in = tracer.stand_in(result)
+            if aten.is_view(func):
+                tracer.note_view(tensors[0], stand_in)
+            return stand_in
         target = args[0]
         if not isinstance(target, _StandIn):
             raise InvalidProblemError(
                 f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
             )
+        if target.shares:
+            raise tracer.unsupported(f"{func} on a view, or on a tensor that has one,")
         target.array = result
         return target
 

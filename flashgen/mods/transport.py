@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flashgen.mods.aten import DTYPES, TORCH
+from flashgen.mods.captures import Capture
 from flashgen.mods.graph import Graph, Node, ordered
 from flashgen.mods.programs import Program
-from flashgen.mods.trace import Capture
 
 
 def to_json(program: Program, samples: Sequence[Tensor]) -> dict[str, Any]:

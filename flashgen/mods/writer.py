@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashgen.mods import intervals
+from flashgen.mods.captures import Capture
 from flashgen.mods.dtypes import BITS, is_float, is_integer, kernel_name
 from flashgen.mods.graph import COMPARISONS, Node, ordered
-from flashgen.mods.trace import Capture
 
 _WIDTH = 96  # of a statement: with the indentation of a kernel's inner loop within 120
 

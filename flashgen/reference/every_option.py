@@ -171,7 +171,8 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
     Args:
         call: of q, k and v of one dtype.
         runs: how many. The first rounds to nearest. Each further one draws the errors of P, out and dS uniformly within
-            half a unit in the last place, and that of every fp32 sum within the root of its number of steps of 16 terms,
+            half a unit in the last place, and that of every fp32 sum within the root of its number of steps of 16 terms
+            (of scores, whose exponential shows it, in units of the terms where these cancel),
             as another order of sums or another running maximum would leave them (random rounding: Vignes, "A stochastic arithmetic
             for reliable scientific computation", 1993). Where few elements decide, the error of one run may be near 0
             by luck; of eight it is not.
@@ -187,7 +188,10 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
 
 def _same_precision(call: Call, seen: Tensor, kept: Tensor, rounding: _Rounding) -> Result:
     q, k, v = call.heads_first(call.q.float()), *(call.heads_first(x.float(), seen) for x in (call.k, call.v))
-    s = rounding.sum(_scores(call, _product(q, k) * call.sm_scale)[0].detach(), q.shape[3])
+    # What a score's terms amount to, whatever they leave: of terms in the thousands that cancel, a sum keeps their error.
+    terms = torch.sqrt(_product(q * q, k * k)) * abs(call.sm_scale)
+    raw = rounding.among(_product(q, k) * call.sm_scale, terms, q.shape[3])
+    s = rounding.sum(_scores(call, raw)[0].detach(), q.shape[3])
     sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
     sink = sink.view(1, -1, 1, 1).expand(*s.shape[:3], 1)
     weights, m, total = softmax_parts(torch.cat([torch.where(seen, s, -torch.inf), sink], -1))
@@ -199,7 +203,8 @@ def _same_precision(call: Call, seen: Tensor, kept: Tensor, rounding: _Rounding)
     delta = rounding.sum((dout * rounding.input(unrounded)).sum(-1, keepdim=True), v.shape[3])
     if call.dlse is not None:
         delta = delta - call.dlse.float().unsqueeze(-1)
-    live, raw, leaves = _scores(call, _product(q * call.sm_scale, k))
+    raw = rounding.among(_product(q * call.sm_scale, k), terms, q.shape[3])
+    live, raw, leaves = _scores(call, raw)
     safe = torch.where(lse == -torch.inf, 0.0, lse)
     p = torch.exp(torch.where(seen, rounding.sum(live.detach(), q.shape[3]), -torch.inf) - safe)
     dv = rounding.input(p * kept).mT @ dout
@@ -226,6 +231,7 @@ class _Rounding:
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed) if seed else None  # of the CPU: the same everywhere
+        self._other = torch.Generator().manual_seed(seed + 1_000_003)
 
     def input(self, x: Tensor) -> Tensor:
         """Rounded to the input dtype, as fp32."""
@@ -235,6 +241,14 @@ class _Rounding:
         """Fp32 sums of so many terms, every step of which was rounded; another order would round otherwise."""
         steps = max(1.0, terms / _STEP)
         return x if self.generator is None else self._drawn(x, torch.float32, math.sqrt(steps))
+
+    def among(self, x: Tensor, terms: Tensor, count: int) -> Tensor:
+        """Fp32 sums of so many terms that amount to `terms` on the way: where they cancel, the rounding of those stays."""
+        if self.generator is None:
+            return x
+        units = math.sqrt(max(1.0, count / _STEP)) * torch.finfo(torch.float32).eps / 2
+        drawn = 2.0 * torch.rand(x.shape, generator=self._other).to(x.device) - 1.0
+        return x + units * drawn * (terms - x.abs()).clamp_min(0.0).nan_to_num(0.0, 0.0, 0.0)
 
     def _drawn(self, x: Tensor, dtype: torch.dtype, units: float = 0.5) -> Tensor:
         info = torch.finfo(dtype)

@@ -6,6 +6,7 @@ reproducible from its seed. TMA loads, TMA stores and products are events that a
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Schedule = Literal["eager", "lazy", "random", "priority"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+_TRIES, _TRY_SECONDS = 20, 0.5  # to end a strand that a timeout has left running
 _PATIENCE = 256  # scheduling points a partition may keep the baton under eager and lazy: it may be spinning
 
 
@@ -59,6 +61,7 @@ class Task:
     Attributes:
         ready: whether it can go on; None while it is not blocked.
         blocked: what it waits for, in words, and at which line.
+        thread: what runs it.
         yields: whether it stands at an atomic: it may be spinning, and the order of CTAs matters most there.
     """
 
@@ -69,6 +72,7 @@ class Task:
         self.ready: Callable[[], bool] | None = None
         self.blocked: Callable[[], tuple[str, Mark]] | None = None
         self.yields = False
+        self.thread: threading.Thread | None = None
 
 
 Choice = Task | Event
@@ -151,7 +155,8 @@ class Scheduler:
         """Add a task; it runs once the policy chooses it."""
         task = Task(name, body, partition)
         self.tasks.append(task)
-        threading.Thread(target=self._main, args=(task,), name=f"simulated {name}", daemon=True).start()
+        task.thread = threading.Thread(target=self._main, args=(task,), name=f"simulated {name}", daemon=True)
+        task.thread.start()
         return task
 
     def run(self, timeout_s: float) -> None:
@@ -160,8 +165,19 @@ class Scheduler:
         if not self.done.wait(timeout_s):
             name = self.current.name if self.current is not None else "?"
             self.error = LivelockError(f"no end after {timeout_s:.0f} s; {name} runs without a scheduling point")
+            self._interrupt()
         if self.error is not None:
             raise self.error
+
+    def _interrupt(self) -> None:
+        """End the strand that runs: it would go on beside the next launch, and take that one's partition for its own."""
+        for _ in range(_TRIES):
+            running = self.current
+            if running is not None and running.thread is not None and running.thread.ident is not None:
+                identity = ctypes.c_ulong(running.thread.ident)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(Stop))
+            if self.done.wait(_TRY_SECONDS):
+                return
 
     def point(
         self,

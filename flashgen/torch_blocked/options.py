@@ -133,7 +133,7 @@ class Block:
         if o.attn_mask is not None:
             parts.append(self.cut(o.attn_mask))
         if o.mask_mod is not None:
-            parts.append(_four(o.mask_mod(b, h, i, j).to(self.device)))
+            parts.append(_four(o.mask_mod(*self.indices()).to(self.device)))  # its own, to write into
         if o.block_mask is not None:
             parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j))
         if not parts:
@@ -191,7 +191,8 @@ class Block:
         mod = self.options.score_mod
         if mod is None:
             return s
-        return mod(s, *self.indices()).float().expand(s.shape)
+        # A clone: a mod may write into its arguments (`score += ...`), and the raw scores are wanted again.
+        return mod(s.clone(), *self.indices()).float().expand(s.shape)
 
     def _biased(self, s: Tensor) -> Tensor:
         o = self.options
@@ -231,7 +232,7 @@ def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -
     """A BlockMask as given: listed blocks only, its mask_mod inside the partial ones."""
     size_q, size_k = mask.BLOCK_SIZE
     partial = _listed(mask.kv_num_blocks, mask.kv_indices, b, h, i // size_q, j // size_k)
-    inside = _four(mask.mask_mod(b, h, i, j).to(i.device))
+    inside = _four(mask.mask_mod(*(x.clone() for x in (b, h, i, j))).to(i.device))
     visible = partial & inside
     if mask.full_kv_num_blocks is not None:
         visible = visible | _listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i // size_q, j // size_k)

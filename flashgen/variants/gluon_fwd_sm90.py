@@ -156,8 +156,8 @@ class GluonForwardSm90(WithMods, Variant):
         return "apart" in words(spec, kind)
 
     def mask_tiles(self, config: KernelConfig) -> dict[str, tuple[int, int]]:
-        """The tile of a mask's ranges is one warpgroup's, that of a block mask's lists a thread block's."""
-        return {"words": (_WG_ROWS, int(config.BLOCK_N)), "lists": (int(config.BLOCK_M), int(config.BLOCK_N))}
+        tile = (int(config.BLOCK_M), int(config.BLOCK_N))
+        return {"words": tile, "lists": tile}
 
     def block_d(self, spec: AttentionSpec) -> int:
         """Columns of a query or key tile: `head_dim` padded to a power of two, at least a 128-byte swizzled row."""
@@ -207,12 +207,13 @@ class GluonForwardSm90(WithMods, Variant):
             "o_desc": (*rows, width_v),
         }
 
-    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
         found = options(spec)
-        own: dict[str, Tunable] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
+        own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
         own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
         own |= {"LINEAR": True} if found.linear else {}
+        own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
 
     def illegal(

@@ -69,6 +69,7 @@ EDGES: dict[str, Case] = {
     "packed, alibi, mask": replace(_PACKED, alibi="bh", attn_mask="b1ij", causal=False),
     "packed, mods, dropout": replace(_PACKED, mask_mod="columns", score_mod="gated", dropout_p=0.3),
     "packed, bias of a row, sinks, window": replace(_PACKED, bias="1hi1", sinks=True, window=(9, 4), deterministic=True),
+    "scores of thousands that cancel": Case(seed=20211, seqlen_q=65, seqlen_k=64, heads_kv=2, head_dim=64, head_dim_v=64, values="large", causal=True, lse=True, grad=True, tile=(32, 32)),
     "fp16": replace(_WIDE, dtype="fp16", seqlen_k=97, head_dim=64, head_dim_v=64),
     "bf16, everything": replace(_WIDE, dtype="bf16", sinks=True, bias="1hij", softcap=2.0, alibi="h", dropout_p=0.1, causal=True),
 }  # fmt: skip

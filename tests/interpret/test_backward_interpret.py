@@ -11,7 +11,7 @@ from problems import FAR, TABLE, Row, far_gradients, row
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
-from flashgen import interpret, ops
+from flashgen import execution, interpret, ops
 from flashgen.gradients import GradientBuffers, check_launch, make_gradient_buffers, small_problems
 from flashgen.render import render
 from flashgen.spec import AttentionSpec
@@ -144,7 +144,9 @@ def test_autograd_runs_both_kernels(layout: str, monkeypatch: pytest.MonkeyPatch
     for backend in ("torch", "triton"):
         out, lse = flashgen.attention(q, k, v, causal=True, return_lse=True, layout=layout, backend=backend)  # type: ignore[call-overload,arg-type]
         if backend == "triton":
-            monkeypatch.setattr(ops.torch_blocked, "backward", lambda *_, **__: pytest.fail("the torch backward ran"))
+            monkeypatch.setattr(
+                execution.torch_blocked, "backward", lambda *_, **__: pytest.fail("the torch backward ran")
+            )
         gradients[backend] = torch.autograd.grad((out**2).sum() + lse.sin().sum(), (q, k, v))
     torch.testing.assert_close(gradients["triton"], gradients["torch"], rtol=1e-5, atol=2e-5)
 
@@ -162,7 +164,7 @@ def test_what_stands_round_the_operator_runs_both_kernels(monkeypatch: pytest.Mo
     """Saved tensors, checkpointing, autocast and vmap over the batch give the bits of the plain call."""
     generator = torch.Generator().manual_seed(8)
     q, k, v = (torch.randn(2, 9, heads, 16, generator=generator).bfloat16() for heads in (2, 1, 1))
-    monkeypatch.setattr(ops.torch_blocked, "backward", lambda *_, **__: pytest.fail("the torch backward ran"))
+    monkeypatch.setattr(execution.torch_blocked, "backward", lambda *_, **__: pytest.fail("the torch backward ran"))
     saved: list[tuple[int, ...]] = []
 
     def attend(*x: torch.Tensor) -> torch.Tensor:

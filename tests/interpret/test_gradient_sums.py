@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashgen
-from flashgen import ops
+from flashgen import execution
 from flashgen.config import KernelConfig
 from flashgen.mods import programs
 from flashgen.variants.triton_bwd import TritonBackward
@@ -36,7 +36,7 @@ def gradients(
     keywords = {"config": TILE} if backend == "triton" else {}
     with (
         mock.patch.object(TritonBackward, "default", lambda self, spec, target: CONFIG),
-        mock.patch.multiple(ops.torch_blocked, **guard) if guard else contextlib.nullcontext(),
+        mock.patch.multiple(execution.torch_blocked, **guard) if guard else contextlib.nullcontext(),
     ):
         out = flashgen.attention(q, k, v, backend=backend, **keywords, **options)  # type: ignore[call-overload]
         weights = torch.arange(out[0, :, 0].numel()).view(1, out.shape[1], 1, -1).sin()  # the same for each head
@@ -128,13 +128,13 @@ def test_a_gradient_that_nobody_wants_costs_no_pass() -> None:
     q = drawn(2, 21, 4, 16).requires_grad_()
     k = v = drawn(2, 37, 2, 16, seed=1)
     seen: list[Any] = []
-    launch = ops._launch
+    launch = execution._launch
 
     def spied(plan: Any, operands: Any, *arguments: Any, **extra: Any) -> None:
         seen.append(extra)
         launch(plan, operands, *arguments, **extra)
 
-    with mock.patch.object(ops, "_launch", spied):
+    with mock.patch.object(execution, "_launch", spied):
         out = flashgen.attention(q, k, v, bias=bias, backend="triton", deterministic=True)
         torch.autograd.grad(out.sum(), q)  # type: ignore[union-attr]
     assert seen[-1]["dbias"] is None

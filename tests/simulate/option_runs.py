@@ -34,7 +34,7 @@ from flashgen.simulator import Schedule, SimulationError
 from flashgen.simulator.jit import JitFunction
 
 _MAX_STEPS = 60_000
-_SECONDS = 60  # in which an interpreted launch has to end
+_SECONDS = 40  # in which a launch has to end
 
 # What an interpreted launch did, and that it ends: the text knows no other way to say so. Written where the study looks.
 _COUNTED = '''
@@ -176,7 +176,13 @@ class Public:
 
         def simulated_so(source: KernelSource, args: Any) -> Any:
             ordered = self.case.deterministic and self.op == "attention_bwd"
-            given = {"schedule": schedule, "seed": seed, "max_steps": _MAX_STEPS, "ordered_sums": ordered}
+            given = {
+                "schedule": schedule,
+                "seed": seed,
+                "max_steps": _MAX_STEPS,
+                "timeout_s": _SECONDS,
+                "ordered_sums": ordered,
+            }
             with counting() as counts:
                 report = simulated(source, args, **given)
             if source.spec.op == self.op:
@@ -232,7 +238,7 @@ class Direct:
             with counting() as counts:
                 report = free_backward.launch(
                     self.case, buffers, values, text=text, deterministic=self.deterministic, schedule=schedule, seed=seed,
-                    max_steps=_MAX_STEPS,
+                    max_steps=_MAX_STEPS, timeout_s=_SECONDS,
                 )  # fmt: skip
         except SimulationError as error:
             return error.kind, None

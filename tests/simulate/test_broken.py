@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -304,3 +305,21 @@ def launch(x, y):
     y = torch.zeros(64)
     sim.simulate(text, {"x": torch.zeros(64), "y": y})
     assert y.isnan().all()
+
+
+def test_what_runs_without_an_end_is_ended() -> None:
+    """Left to itself it would run on beside the next launch, and work on that one's partition and barriers."""
+    text = f"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+@gluon.jit
+def spin(x_ptr):
+    i = gl.arange(0, 64, layout={LAYOUT})
+    while gl.max(i, 0) > 0:
+        i = i + 0
+    gl.store(x_ptr + i, i)
+"""
+    with pytest.raises(sim.LivelockError, match="no end after 0 s"):
+        sim.simulate(text, {"x_ptr": torch.zeros(64)}, entry="spin", grid=(4,), timeout_s=0.3)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("simulated")]

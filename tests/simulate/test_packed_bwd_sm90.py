@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashgen
-from flashgen import dispatch, interpret, ops, torch_blocked
+from flashgen import dispatch, execution, interpret, torch_blocked
 from flashgen.config import KernelConfig
 from flashgen.render import KernelSource
 from flashgen.simulator import SCHEDULES, SimulationError
@@ -80,10 +80,10 @@ def any_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The forward's results come from PyTorch, since the Hopper forward takes no packed keys where head dims are padded differently."""
 
     def computed(plan: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Any, operands: Any) -> None:
-        options, packing = operands.options(plan.problem), ops._packing(plan.problem, operands, q, k)
+        options, packing = operands.options(plan.problem), execution._packing(plan.problem, operands, q, k)
         torch_blocked.packed_forward(q, k, v, packing, options, out, lse)
 
-    monkeypatch.setattr(ops, "_run_kernel", computed)
+    monkeypatch.setattr(execution, "_run_kernel", computed)
     monkeypatch.setattr(type(FORWARD), "supports", lambda self, spec, target: None if spec.op == self.op else "")
     dispatch.forget()
     yield

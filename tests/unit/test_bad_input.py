@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgen
-from flashgen import InvalidProblemError, UnsupportedProblemError, ops, torch_blocked
+from flashgen import InvalidProblemError, UnsupportedProblemError, execution, torch_blocked
 
 BATCH, SEQLEN, HEADS, HEADS_KV, HEAD_DIM = 2, 96, 4, 2, 16
 MOST = 256  # elements of the largest tensor that a check may make; q has 12288
@@ -198,7 +198,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def worked(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("work was done before the arguments were checked")
 
-    monkeypatch.setattr(ops, "_allocate", worked)
+    monkeypatch.setattr(execution, "allocate", worked)
     monkeypatch.setattr(torch_blocked, "forward", worked)
     monkeypatch.setattr(torch_blocked, "packed_forward", worked)
     state = torch.get_rng_state()
@@ -270,7 +270,7 @@ def test_the_table_calls_are_right_but_for_the_one_argument(monkeypatch: pytest.
                 call(**arguments)
             assert sizes.largest > MOST
             with monkeypatch.context() as patch:
-                patch.setattr(ops, "_allocate", lambda *a: 1 / 0)
+                patch.setattr(execution, "allocate", lambda *a: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     call(**arguments)
 

@@ -10,6 +10,7 @@ import naive
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashgen
 from flashgen import InvalidProblemError, ops
@@ -216,6 +217,47 @@ def test_block_masks_are_taken_as_given() -> None:
     torch.testing.assert_close(
         flashgen.attention(q, k, v, block_mask=mask, causal=True), both.float(), atol=2e-6, rtol=0
     )
+
+
+def writes_into_the_score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    s.mul_(1.0 + 0.1 * h).add_(torch.tanh(s))
+    return s
+
+
+def writes_into_an_index(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    i += 5
+    return i >= j
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_a_mod_may_write_into_its_arguments(softcap: float) -> None:
+    """Whatever it does to them: the raw scores and the indices of other masks stay what they are."""
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        scaled = s * (1.0 + 0.1 * h)
+        return scaled + torch.tanh(scaled)
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i + 5 >= j
+
+    found = []
+    for score_mod, mask_mod in ((writes_into_the_score, writes_into_an_index), (score, mask)):
+        leaves = [
+            torch.randn(1, n, 2, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (90, 70, 80)
+        ]
+        q, k, v = leaves[0], leaves[1], leaves[2][:, :70]
+        listed = create_block_mask(mask, 1, 1, 90, 70, device="cpu", BLOCK_SIZE=16)
+        listed.mask_mod = mask_mod
+        options: dict[str, Any] = {
+            "score_mod": score_mod,
+            "mask_mod": mask_mod,
+            "block_mask": listed,
+            "softcap": softcap,
+        }
+        out = flashgen.attention(q, k, v, backend="torch", **options)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))  # type: ignore[union-attr]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_keys_that_nobody_sees_never_matter() -> None:

@@ -105,7 +105,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[dict[s
     dispatch.forget()
     with (
         mock.patch.object(Target, "detect", classmethod(lambda cls, device=None: H100)),
-        mock.patch("flashgen.ops.build", built),
+        mock.patch("flashgen.execution.build", built),
         mock.patch("flashgen.warm.build", built),
     ):
         yield seen

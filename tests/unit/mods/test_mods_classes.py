@@ -22,6 +22,7 @@ Array = Any
 DOCUMENT = torch.tensor(
     [0] * 3 + [1] * 40 + [2] + [4] * 55 + [5] * 2 + [9] * 99, dtype=torch.int32
 )  # 200 tokens, sorted
+FALLING = 190 - torch.arange(200, dtype=torch.int32) * 3 // 4
 LENGTHS = torch.tensor([120, 33], dtype=torch.int32)
 
 
@@ -106,6 +107,9 @@ EXACT: dict[str, Callable[..., Any]] = {
     "exclusive or": lambda b, h, q, k: (q >= k) ^ (k < 30),
     "a choice": lambda b, h, q, k: torch.where(h == 0, q >= k, (q - k).abs() < 9),
     "fractions": lambda b, h, q, k: k.float() <= q * 0.5,
+    "fewer keys for later queries": lambda b, h, q, k: k < FALLING[q],
+    "fewer queries for later keys": lambda b, h, q, k: (FALLING[k] > q) & (q >= k),
+    "chunks beside a diagonal": lambda b, h, q, k: (q - 25 >= k) | (q // 40 == k // 40),
 }  # fmt: skip
 # (queries, keys, block_m, block_n): square; wide and tall tiles; ragged ends on both sides; fewer keys than queries.
 SHAPES = [(200, 200, 16, 16), (200, 200, 32, 16), (130, 200, 16, 64), (200, 150, 64, 32)]
@@ -213,17 +217,17 @@ def test_a_document_mask_of_128k_tokens_is_prepared_in_20_ms_and_a_megabyte() ->
         )
 
     took = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.thread_time()  # of the CPU: others may use the machine
         found = prepare()
-        took.append(time.perf_counter() - start)
+        took.append(time.thread_time() - start)
     tracemalloc.start()
     prepare()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= 1 << 20, f"{peak} bytes"
     assert found.nbytes <= 1 << 17
-    assert min(took) <= 3 * 0.020, f"{took} s; 20 ms, three times for a busy machine"
+    assert min(took) <= 0.020, f"{took} s of CPU time"
     # Right, too: row 100 holds queries 12800 to 12927, of documents 16 (from 12432) alone.
     assert (found.first[0, 0, 100], found.last[0, 0, 100]) == (97, 101)
     assert (found.full_first[0, 0, 100], found.full_last[0, 0, 100]) == (98, 100)
@@ -240,7 +244,7 @@ def integers(draw: Any, graph: Graph, depth: int) -> Node:
     if depth == 0 or draw(st.integers(0, 3)) == 0:
         kind = draw(st.integers(0, 4))
         if kind < 3:
-            return graph.input(draw(st.sampled_from(["q_idx", "kv_idx"])))
+            return graph.input(draw(st.sampled_from(["q_idx", "kv_idx", "q_idx", "kv_idx", "h"])))
         if kind == 3:
             return graph.const(draw(st.integers(-60, 60) | st.sampled_from([2**31 - 1, -(2**31), 2**30])), "int32")
         return graph.load(draw(st.integers(0, 1)), [graph.input(draw(st.sampled_from(["q_idx", "kv_idx"])))], "int32")
@@ -291,14 +295,21 @@ def masks(draw: Any) -> Node:
 @given(mask=masks(), rows=st.integers(1, SIZE), columns=st.integers(1, SIZE), block_m=st.sampled_from([4, 8, 16]))
 def test_no_class_is_ever_wrong(mask: Node, rows: int, columns: int, block_m: int) -> None:
     block_n = 8
+    sizes = {"batch": 1, "num_heads": 2, "seqlen_q": rows, "seqlen_k": columns, "block_m": block_m, "block_n": block_n}
+    of_queries = mods.key_ranges(mask, TABLES, **sizes).classes(-(-columns // block_n))
+    of_keys = mods.query_ranges(mask, TABLES, **sizes).classes(-(-rows // block_m))
+    for h in range(2):
+        pairs = elementwise(mask, TABLES, rows, columns, 0, h)
+        for ranges, expected in (
+            (of_queries, tiles(pairs, block_m, block_n)),
+            (of_keys, tiles(pairs.T, block_n, block_m)),
+        ):
+            found = ranges[0, min(h, ranges.shape[1] - 1)]
+            assert not ((found == 0) & (expected > 0)).any(), "a visible tile is skipped"
+            assert not ((found == 2) & (expected < 2)).any(), "a tile with hidden pairs is taken for full"
+    if "h" in mask.depends:
+        return
     expected = tiles(elementwise(mask, TABLES, rows, columns), block_m, block_n)
-    ranges = mods.key_ranges(
-        mask, TABLES, batch=1, num_heads=1, seqlen_q=rows, seqlen_k=columns, block_m=block_m, block_n=block_n
-    )
-    found = ranges.classes(-(-columns // block_n))[0, 0]
-    assert not ((found == 0) & (expected > 0)).any(), "a visible tile is skipped"
-    assert not ((found == 2) & (expected < 2)).any(), "a tile with hidden pairs is taken for full"
-
     one = classes.classifier(mask, TABLES, seqlen_q=rows, seqlen_k=columns)
     i, j = np.meshgrid(np.arange(-(-rows // block_m)), np.arange(-(-columns // block_n)), indexing="ij")
     q1, k1 = np.minimum(i * block_m + block_m, rows) - 1, np.minimum(j * block_n + block_n, columns) - 1
@@ -308,22 +319,44 @@ def test_no_class_is_ever_wrong(mask: Node, rows: int, columns: int, block_m: in
     assert not ((kinds == 2) & (tiles(padded, block_m, block_n) < 2)).any()
 
 
-@settings(max_examples=40, deadline=None)
+def _family(name: str, n: int) -> Callable[..., Any]:
+    """A member of a promised family, of a size between 1 and 60."""
+    found: dict[str, Callable[..., Any]] = {
+        "causal": lambda b, h, q, k: q + n - 30 >= k,
+        "window": lambda b, h, q, k: (q >= k) & (q - k <= n),
+        "two-sided window": lambda b, h, q, k: (q - k).abs() < n,
+        "prefix": lambda b, h, q, k: (k < 3 * n) | (q >= k),
+        "chunked": lambda b, h, q, k: q // n == k // n,
+        "chunks and causal": lambda b, h, q, k: (q // n == k // n) & (q >= k),
+        "local and global": lambda b, h, q, k: ((q - k).abs() <= n) | (k < n) | (q < n // 2),
+        "document": lambda b, h, q, k: DOCUMENT[q] == DOCUMENT[k],
+        "dilated": lambda b, h, q, k: (q >= k) & (q - k <= 64) & ((q - k) % (1 + n % 8) == 0),
+    }
+    return found[name]
+
+
+FAMILIES = (
+    "causal", "window", "two-sided window", "prefix", "chunked", "chunks and causal", "local and global", "document", "dilated",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
 @given(
-    parts=st.lists(
-        st.sampled_from(["causal", "window", "prefix", "chunked", "document", "two-sided window"]),
-        min_size=2,
-        max_size=3,
-    ),
+    parts=st.lists(st.tuples(st.sampled_from(FAMILIES), st.integers(1, 60)), min_size=1, max_size=3),
     union=st.booleans(),
+    tile=st.sampled_from([(16, 16), (32, 16), (16, 32)]),
 )
-def test_products_and_unions_of_the_families_are_exact(parts: list[str], union: bool) -> None:
-    function = (any_of if union else all_of)(*(EXACT[part] for part in parts))
+def test_products_and_unions_of_the_families_are_exact(
+    parts: list[tuple[str, int]], union: bool, tile: tuple[int, int]
+) -> None:
+    function = (any_of if union else all_of)(*(_family(*part) for part in parts))
     program, tensors = mods.program(None, {"mask_mod": function}, CPU)
     assert program.mask is not None
     tables = mods.arrays_of(tensors)
     ranges = mods.key_ranges(
-        program.mask, tables, batch=1, num_heads=1, seqlen_q=200, seqlen_k=200, block_m=16, block_n=16
+        program.mask, tables, batch=1, num_heads=1, seqlen_q=200, seqlen_k=200, block_m=tile[0], block_n=tile[1]
     )
-    expected = tiles(elementwise(program.mask, tables, 200, 200), 16, 16)
-    np.testing.assert_array_equal(ranges.classes(13)[0, 0], expected)
+    found = ranges.classes(-(-200 // tile[1]))[0, 0]
+    expected = tiles(elementwise(program.mask, tables, 200, 200), *tile)
+    np.testing.assert_array_equal(found, expected)

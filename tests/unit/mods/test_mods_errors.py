@@ -45,6 +45,8 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "a boolean mask as an index": (lambda b, h, q, k: TABLE[TABLE > 3] > q, "an index of shape (16,) and bool"),
     "an array of indices": (lambda b, h, q, k: TABLE[TABLE] > q, "an index of shape (16,) and int32"),
     "assignment": (lambda b, h, q, k: TABLE.__setitem__(0, q), "an assignment"),
+    "a write into a view": (lambda b, h, q, k: q.view_as(q).add_(1) > k, "aten.add_.Tensor on a view"),
+    "a write into a row": (lambda b, h, q, k: TABLE[3].add_(q) > k, "aten.add_.Tensor on a view"),
     "reinterpreted bits": (lambda b, h, q, k: q.float().view(torch.int32) > 3, "reinterprets bits"),
     "a matrix product": (lambda b, h, q, k: TABLE.view(4, 4) @ TABLE.view(4, 4) > q, "aten.mm.default"),
 }
@@ -159,7 +161,7 @@ def test_an_index_that_leaves_a_table_is_refused_before_any_launch() -> None:
 
     made, tensors = mods.program(None, {"mask_mod": table_by_query}, CPU)
     with pytest.raises(
-        InvalidProblemError, match=r"reads table outside its bounds .*runs from 0 to 19.* 16 elements"
+        InvalidProblemError, match=r"reads TABLE outside its bounds .*runs from 0 to 19.* 16 elements"
     ) as raised:
         made.check_bounds(tensors, **sizes)
     assert here(table_by_query) in str(raised.value)

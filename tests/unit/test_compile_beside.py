@@ -1,0 +1,134 @@
+"""The backward's kernels are compiled while the forward's is: by another thread, once, and what a launch asks for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import flashgen
+from flashgen import Target, dispatch, execution, warm
+
+H100 = Target.named("h100")
+SECONDS = 0.3  # that compiling one kernel takes here
+
+
+class Compiler:
+    """Stands for `triton.compile`: notes what is compiled, by whom and when."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, bool, float, float]] = []
+        self.launched: list[str] = []
+
+    def __call__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
+        start = time.perf_counter()
+        src.make_ir()
+        time.sleep(SECONDS)
+        mine = threading.current_thread() is threading.main_thread()
+        self.done.append((src.name, mine, start, time.perf_counter()))
+        return SimpleNamespace(
+            launch_metadata=lambda *_: None,
+            function=0,
+            packed_metadata=(),
+            run=lambda *_: self.launched.append(src.name),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.done]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compiler]:
+    import triton.compiler
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver as drivers
+
+    active = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=None,
+    )
+    made = Compiler()
+    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(drivers, "_active", active)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "triton"))
+    monkeypatch.setattr(triton.compiler, "compile", made)
+    monkeypatch.setattr(ASTSource, "make_ir", lambda *_: None)
+    monkeypatch.setattr(Target, "detect", classmethod(lambda cls, device=None: H100))
+    monkeypatch.setattr("flashgen.build._built", {})
+    dispatch.forget()
+    yield made
+    for thread in threading.enumerate():
+        if thread.name == "flashgen-backward":
+            thread.join(30.0)
+    execution._beside.clear()
+    dispatch.forget()
+
+
+def drawn(grad: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = (torch.randn(1, 64, heads, 64, dtype=torch.float16) for heads in (4, 2))
+    return q.requires_grad_(grad), k.requires_grad_(grad)
+
+
+BACKWARD = ["attention_bwd_preprocess", "attention_bwd_dkdv", "attention_bwd_dq"]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
+    out = flashgen.attention(q, k, k, backend="triton", **options)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def test_the_backward_is_compiled_beside_the_forward_and_then_launched(compiler: Compiler) -> None:
+    table = torch.randn(4)
+    out = attend(*drawn(), score_mod=lambda s, b, h, i, j: s + table[h], mask_mod=lambda b, h, i, j: i - j < 9)
+    forward = next(row for row in compiler.done if row[0] == "attention_fwd")
+    assert forward[1] and compiler.launched == ["attention_fwd"]
+    out.sum().backward()
+    others = [row for row in compiler.done if row[0] != "attention_fwd"]
+    assert sorted(name for name, *_ in others) == sorted(BACKWARD), "each once"
+    assert not any(mine for _, mine, _, _ in others), "the main thread compiled none of them"
+    assert others[0][2] < forward[3], "beside the forward, not after it"
+    assert sorted(compiler.launched) == sorted(["attention_fwd", *BACKWARD])
+
+
+def test_who_wants_no_gradient_starts_nothing(compiler: Compiler) -> None:
+    q, k = drawn()
+    with torch.no_grad():
+        attend(q, k)
+    attend(*drawn(grad=False))
+    assert compiler.names == ["attention_fwd"] and not execution._beside
+
+
+def test_a_forward_that_is_compiled_already_starts_nothing(compiler: Compiler) -> None:
+    q, k = drawn()
+    with torch.no_grad():
+        attend(q, k, return_lse=True)
+    warm.forget()
+    attend(q, k, return_lse=True)
+    assert compiler.names == ["attention_fwd"] and not execution._beside
+
+
+def test_a_bias_that_wants_a_gradient_waits_for_its_turn(compiler: Compiler) -> None:
+    attend(*drawn(), bias=torch.randn(64, 64, requires_grad=True))
+    assert compiler.names == ["attention_fwd"] and not execution._beside
+
+
+def test_a_backward_that_cannot_be_compiled_says_so_where_it_is_asked_for(compiler: Compiler) -> None:
+    with mock.patch.object(execution, "_run_backward_kernel", side_effect=MemoryError("no room")):
+        out = attend(*drawn())
+        (thread,) = execution._beside.values()
+        thread.join()
+        with pytest.raises(MemoryError, match="no room"):
+            out.sum().backward()
+    assert compiler.names == ["attention_fwd"]
