@@ -57,9 +57,7 @@ _SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}
 
 def small(case: Free) -> Free:
     """The same in a quarter of the scores, or less: groups of heads in one block or two of 64, of 16 columns where tiles may be chosen."""
-    sizes = {**case.sizes, "seqlen_q": 100, "seqlen_k": 130} if case.sizes == GROUPS else case.sizes
-    if case.sizes == GROUPS:
-        sizes |= {"num_heads_q": 2, "num_heads_kv": 1}
+    sizes = {**case.sizes, "seqlen_q": 70, "seqlen_k": 90} if case.sizes == GROUPS else case.sizes
     if max(case.head_dim, case.head_dim_v) > 128:
         return replace(case, sizes=sizes)
     return replace(case, sizes=sizes, head_dim=16, head_dim_v=0, knobs={**_SMALL, **case.knobs})
@@ -134,21 +132,21 @@ SUBJECTS: tuple[Subject, ...] = (
         "rows beyond the last key, keys before the first row", "a causal window", "nobody sees the first keys, in whole blocks",
     ),
     _direct("softcap, sinks and dsinks", "a strong softcap, causal, with sinks", "softcap"),
-    _direct("alibi", "ALiBi, causal, rows without a key", "ALiBi of each batch"),
+    _direct("alibi", "ALiBi, causal, rows without a key", "ALiBi of each batch", "operands with gaps", "ALiBi, causal from the top left, more rows than keys: distances of both signs"),
     _direct("dropout", "dropout", "wide: dropout"),
     _direct("attn_mask", "attn_mask of rows and keys", small(Free(why="", sizes=GROUPS, attn_mask="1h1j"))),
-    _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf"),
-    _direct("mask_mod", "chunks, with ranges by keys", "a mask of heads alone, of all batches", "keys hidden everywhere in a block hold NaN"),
+    _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf", "a bias with gaps", "one number"),
+    _direct("mask_mod", "chunks, with ranges by keys", "a mask of later keys, grouped", "a mask of heads alone, of all batches", "keys hidden everywhere in a block hold NaN"),
     _direct("mask_mod that captures", "documents of a captured tensor"),
     _direct("score_mod", "a score with a derivative, of heads and batches", "a score of positions", "a score that reads a tensor"),
-    _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of keys"),
+    _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of as many keys as there are"),
     _direct(
         "block_mask",
         Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, block_mask="11", block_size=(64, 64), knobs=_SMALL, head_dim=16),
-        "a BlockMask of each head, whose keys are shared",
+        "a BlockMask of each head, whose keys are shared", "a BlockMask of each batch, causal, beside a mask",
     ),
     _direct("head dims above 128, with a mask", Free(why="", sizes={"seqlen_q": 130, "seqlen_k": 100}, mask_mod=CASES[9].mask_mod, head_dim=136, head_dim_v=16)),
-    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window"))),
+    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window", "gradients, packed to the left"))),
     *(
         _public("triton_fwd", option, *(_PORTABLE[name] for name in names))
         for option, (_, names) in _FORWARD_OPTIONS.items()
