@@ -81,7 +81,7 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary", "window over one block of keys"),
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window, odd head dims"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
     "alibi": (("alibi", "spread, alibi"), ("alibi", "spread, alibi")),
@@ -101,12 +101,12 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "block_mask": (
         ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values",
             "block_mask as given, whole tiles", "block_mask as given, hidden values in narrow tiles"),
-        ("block_mask of odd blocks", "block_mask as given, of each head"),
+        ("block_mask as given, odd blocks", "block_mask as given, of each head"),
     ),
     "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
 }  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
-    "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window"),
+    "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window", "window, odd head dims"),
     "attn_mask": ("gradients, attn_mask", "gradients, rows of a mask", "gradients, spread operands"),
     "dropout, sinks and dsinks": ("gradients, dropout",),
     "mask_mod": ("gradients, mask_mod", "gradients, mask_mod of a band", "gradients, mask_mod of bands"),
@@ -116,7 +116,7 @@ _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
     "bias and its gradient": (
         "gradients, bias of keys", "gradients, bias of rows", "gradients, bias of heads", "gradients, bias and softcap", "gradients, spread bias",
     ),
-    "block_mask": ("block_mask as given, of each head", "block_mask of odd blocks"),
+    "block_mask": ("block_mask as given, of each head", "block_mask as given, odd blocks"),
     "packed sequences": ("gradients, packed",),
 }  # fmt: skip
 _BIASED = "a bias of every pair, under a score"
