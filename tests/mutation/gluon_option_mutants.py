@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
     "window at the other boundary": Case(**{**_LONG, "window": (80, 1)}),
     "causal sinks at the other boundary": Case(**{**_LONG, "sinks": True, "causal": True, "seqlen_q": 193, "seqlen_k": 224}),
     "block_mask as given, whole tiles": Case(**{**_LONG, "block_mask": "given", "block_size": (64, 64), "seqlen_q": 192, "heads_kv": 2, "batch": 2}),
+    "block_mask as given, wide blocks": Case(**{**_LONG, "block_mask": "given", "block_size": (128, 64), "seqlen_q": 256, "heads_kv": 2, "batch": 2}),
     "block_mask as given, hidden values in narrow tiles": Case(**{**_LONG, "block_mask": "given", "block_size": (128, 24), "seqlen_q": 100, "heads_kv": 2}),
     "window over one block of keys": Case(**{**_LONG, "window": (400, 30), "seqlen_q": 300, "seqlen_k": 30, "group": 5}),
     "window at a boundary": Case(**{**_LONG, "window": (80, 3)}),

@@ -100,7 +100,7 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
     "block_mask": (
         ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values",
-            "block_mask as given, whole tiles", "block_mask as given, hidden values in narrow tiles"),
+            "block_mask as given, whole tiles", "block_mask as given, wide blocks", "block_mask as given, hidden values in narrow tiles"),
         ("block_mask as given, odd blocks", "block_mask as given, of each head"),
     ),
     "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
