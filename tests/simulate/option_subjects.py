@@ -103,7 +103,7 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "block_mask as given, whole tiles", "block_mask as given, wide blocks", "block_mask as given, hidden values in narrow tiles"),
         ("block_mask as given, odd blocks", "block_mask as given, of each head"),
     ),
-    "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
+    "packed sequences": (("packed", "packed, mask_mod that reads", "packed, top-left, heads", "packed, heads"), ("packed", "packed, top-left", "packed, everything")),
 }  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
     "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window", "window, odd head dims"),
