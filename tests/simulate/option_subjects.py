@@ -136,7 +136,7 @@ SUBJECTS: tuple[Subject, ...] = (
     _direct("dropout", "dropout", "wide: dropout"),
     _direct("attn_mask", "attn_mask of rows and keys", "operands with gaps", small(Free(why="", sizes=GROUPS, attn_mask="1h1j"))),
     _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf", "a bias with gaps", "one number"),
-    _direct("mask_mod", "chunks, with ranges by keys", "a mask of heads alone, of all batches", "a mask of later keys, grouped", "keys hidden everywhere in a block hold NaN"),
+    _direct("mask_mod", "later keys are seen by fewer rows", "a mask of heads alone, of all batches", "chunks, with ranges by keys", "a mask of later keys, grouped", "keys hidden everywhere in a block hold NaN"),
     _direct("mask_mod that captures", "documents of a captured tensor"),
     _direct("score_mod", "a score with a derivative, of heads and batches", "a score of positions", "a score that reads a tensor", "a score that is infinite where no row is"),
     _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of as many keys as there are"),
