@@ -103,7 +103,8 @@ class _ByDigest:
 
 @lru_cache(maxsize=_KEPT)
 def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tensor, Tensor | None, int]:
-    made, words = _analysed(program.program, (), sizes, device, kind)
+    table, words = _analysed(program.program, (), sizes, device, kind)
+    made = broadcast(table.to(device))
     return made, words, _settled(made.device)
 
 
@@ -206,7 +207,7 @@ def _remember(
         # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
         kept = {id(x): x.detach().clone() for x in read}
         frozen = tuple(kept.get(id(x), x) for x in tensors)
-        precise, words = _analysed(program, frozen, sizes, device if kind == _WORDS else "cpu", kind)
+        precise, words = _analysed(program, frozen, sizes, device, kind)
         masked = _everything(precise, sizes, kind == _TURNED)
         known = _Known(
             versions=versions,
@@ -266,6 +267,7 @@ def _everything(precise: Tensor, sizes: tuple[int, ...], turned: bool) -> Tensor
 def _analysed(
     program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, kind: int
 ) -> tuple[Tensor, Tensor | None]:
+    """The table, on the host: a GPU loads each operation that it meets for the first time. The words are on the device."""
     from flashgen import mods
 
     names = ("batch", "num_heads", "seqlen_q", "seqlen_k", "block_m", "block_n")
@@ -273,11 +275,11 @@ def _analysed(
     tables = mods.arrays_of(tensors, program.mask_reads)
     found = analyse(program.mask, tables, **dict(zip(names, sizes, strict=True)))
     rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
-    table = torch.stack(rows, -1).int().contiguous().to(device)
+    table = torch.stack(rows, -1).int().contiguous()
     words = None
     if kind == _WORDS:
         with torch.no_grad():
-            table, words = mask_words.add(table, program, tensors, sizes)
+            table, words = mask_words.add(table, program, tensors, sizes, device)
     return broadcast(table), words
 
 

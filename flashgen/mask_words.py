@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,29 +20,34 @@ _MOST_A_ROW = (
 )
 _MOST_WORDS = 1 << 23  # 32 MB of one mask
 _AT_ONCE = 1 << 21  # scores that are evaluated at a time
+_HERE = (
+    1 << 22
+)  # scores up to which integers are evaluated on the host: a GPU first loads each operation, some milliseconds each
+_AT_ONCE_HERE = 1 << 17  # of those at a time, so that they stay in the cache
 
 
 def add(
-    table: Tensor, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]
+    table: Tensor, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Evaluate a mask in the tiles that it hides in part.
+    """Evaluate a mask in the tiles that it hides in part: on its device, or where that is little work, of integers alone, on the host.
 
     Args:
-        table: int32 (batch or 1, num_heads or 1, blocks of 64 queries, 4): first block of keys, first and end of those where nothing is
+        table: on the host, int32 (batch or 1, num_heads or 1, blocks of 64 queries, 4): first block of keys, first and end of those where nothing is
             hidden, end.
         program: the traced mods.
         tensors: what they capture.
         sizes: batch, num_heads, seqlen_q, seqlen_k, 64, and the keys of a block, 128 at most.
+        device: of the words.
 
     Returns:
-        The table with rows of 8, of which the fifth says where the words of a block of queries start, -1 for nowhere; and the words, int32
+        The table, on the host, with rows of 8, of which the fifth says where the words of a block of queries start, -1 for nowhere; and the words, int32
         (tiles + 1, 64, 4), the first of which hide everything; None where they would be too many. Bit 2 k + e of a row's word l is
         column 8 k + 2 l + e.
     """
-    wide = torch.full((*table.shape[:3], WIDTH), -1, dtype=torch.int32, device=table.device)
+    wide = torch.full((*table.shape[:3], WIDTH), -1, dtype=torch.int32)
     wide[..., :4] = table
     block = sizes[5]
-    first, full_first, full_end, end = table.cpu().long().unbind(-1)
+    first, full_first, full_end, end = table.long().unbind(-1)
     before, after = (full_first - first).flatten(), (end - full_end).flatten()
     counts = before + after
     total = int(counts.sum())
@@ -57,10 +63,12 @@ def add(
     tiles = torch.stack(
         [row // first.shape[2] // first.shape[1], row // first.shape[2] % first.shape[1], row % first.shape[2], key]
     )
-    words = torch.zeros((total + 1, ROWS, LANES), dtype=torch.int32, device=table.device)
+    if total * ROWS * block <= _HERE and _of_integers(program.mask):
+        return wide, _evaluated_here(program, tensors, tiles, sizes).to(device)
+    words = torch.zeros((total + 1, ROWS, LANES), dtype=torch.int32, device=device)
     step = max(1, _AT_ONCE // (ROWS * block))
     for start in range(0, total, step):
-        part = tiles[:, start : start + step].int().to(table.device)
+        part = tiles[:, start : start + step].int().to(device)
         words[1 + start : 1 + start + part.shape[1]] = _packed(_visible(program, tensors, part, sizes))
     return wide, words
 
@@ -87,3 +95,35 @@ def _packed(seen: Tensor) -> Tensor:
     bits = torch.tensor([1 << bit for bit in range(block // 4)], dtype=torch.int64, device=seen.device)
     found = (lanes * bits).sum(-1)
     return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+
+
+# -- on the host --
+
+
+def _of_integers(mask: Any) -> bool:
+    from flashgen.mods.graph import ordered
+
+    return not any(node.dtype.startswith(("float", "bfloat")) for node in ordered(mask))
+
+
+def _evaluated_here(program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The words, evaluated by NumPy."""
+    from flashgen.mods import arrays_of, semantics
+
+    _, _, seqlen_q, seqlen_k, _, block = sizes
+    tables = arrays_of(tensors, program.mask_reads)
+    numbers = tiles.numpy().astype(np.int32)
+    words = np.zeros((numbers.shape[1] + 1, ROWS, LANES), np.int32)
+    rows, columns = np.arange(ROWS, dtype=np.int32)[None, :, None], np.arange(block, dtype=np.int32)[None, None, :]
+    step = max(1, _AT_ONCE_HERE // (ROWS * block))
+    for start in range(0, numbers.shape[1], step):
+        b, h, row, key = (x[:, None, None] for x in numbers[:, start : start + step])
+        q_idx, kv_idx = row * np.int32(ROWS) + rows, key * np.int32(block) + columns
+        inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
+        seen = semantics.evaluate(program.mask, inputs, tables) & (q_idx < seqlen_q) & (kv_idx < seqlen_k)
+        lanes = np.broadcast_to(seen, (len(b), ROWS, block)).reshape(len(b), ROWS, block // 8, LANES, 2)
+        bits = np.packbits(lanes.transpose(0, 1, 3, 2, 4).reshape(len(b), ROWS, LANES, block // 4), -1, "little")
+        padded = np.zeros((len(b), ROWS, LANES, 4), np.uint8)
+        padded[..., : bits.shape[-1]] = bits
+        words[1 + start : 1 + start + len(b)] = padded.view("<i4")[..., 0]
+    return torch.from_numpy(words)

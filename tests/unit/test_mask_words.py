@@ -122,3 +122,20 @@ def test_a_score_that_reads_a_tensor_beside_a_mask_that_does_not() -> None:
     table = torch.rand(3)
     program, tensors = mods.program(lambda s, b, h, i, j: s + table[h], {"mask_mod": MASKS["causal"]}, CPU)
     assert block_ranges.ranges_and_words(program, tensors, PROBLEM, (64, 64))[1] is not None
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("name", [*MASKS, "floats"])
+def test_the_host_and_the_device_give_the_same_bits(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = MASKS.get(name, lambda b, h, i, j: (i - j) * 0.5 < 9.25)
+    here: list[int] = []
+    evaluate = mask_words._evaluated_here
+    monkeypatch.setattr(mask_words, "_AT_ONCE_HERE", 3 * 64 * block)  # several steps
+    monkeypatch.setattr(mask_words, "_evaluated_here", lambda *a: here.append(1) or evaluate(*a))
+    table, words = made(mask, block=block)
+    assert len(here) == (name != "floats"), "numbers that round are left to what rounds them like the kernel"
+    block_ranges.forget()
+    monkeypatch.setattr(mask_words, "_HERE", -1)
+    other, others = made(mask, block=block)
+    assert len(here) == (name != "floats")
+    assert torch.equal(table, other) and torch.equal(words, others) and words.dtype == others.dtype
