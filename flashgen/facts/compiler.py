@@ -149,7 +149,9 @@ def signature_of(
         if parameter.is_constexpr or absent:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
             value = None if absent else values[name]
-            constants[(index,)] = type(value)(given[name]) if name in given and not absent else value
+            if name in given and not absent:
+                value = bool(given[name]) if isinstance(value, bool) else given[name]
+            constants[(index,)] = value
         elif name.endswith("_ptr"):
             signature[name] = f"*{elements.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
