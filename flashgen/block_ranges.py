@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from flashgen import mask_words
 from flashgen.config import KernelConfig
 from flashgen.graph_memory import held
+from flashgen.mask_words import Tables
 from flashgen.problem import Problem
 
 _KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
@@ -56,34 +57,48 @@ def ranges(
         tile: its queries and keys.
         turned: rows are blocks of keys, and the numbers count blocks of queries, as a backward for keys and values walks them.
     """
-    return _tables(program, tensors, problem, tile, _TURNED if turned else _RANGES)[0]
+    found = _tables(program, tensors, problem, tile, _TURNED if turned else _RANGES)
+    return None if found is None else found.table
 
 
-def ranges_and_words(
+def looked_up(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The ranges of a tile of 64 queries, in rows of 8, and the words of the tiles that the mask hides in part (`mask_words.add`).
+) -> dict[str, Tensor | None]:
+    """What a kernel takes that looks masked tiles up, by its names; see `mask_words.Tables`.
 
-    No words where they would be too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of
-    one content, and a kernel that is told of another evaluates each pair far from its fast loops.
+    Args:
+        program, tensors, problem: as in `mask_ranges`.
+        tile: queries of a thread block, a multiple of 64, and keys of a block.
+
+    Returns:
+        `mask_ranges`, or `mask_lists` of a mask without a diagonal that leaves blocks scattered; and `mask_words`. No words where they would be
+        too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of one content,
+        and a kernel that is told of another evaluates each pair far from its fast loops.
     """
-    return _tables(program, tensors, problem, tile, _WORDS)
+    # What a diagonal hides is not in a list.
+    may_list = not problem.causal and problem.window_size == (-1, -1)
+    found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), tile[0] if may_list else _WORDS)
+    names: dict[str, Tensor | None] = {"mask_ranges": None, "mask_lists": None, "mask_words": None}
+    if found is not None:
+        names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
+    return names
 
 
-_RANGES, _TURNED, _WORDS = range(3)  # what is made of a mask
+# What is made of a mask; with words also lists, of tiles of so many queries.
+_RANGES, _TURNED, _WORDS = range(3)
 
 
 def _tables(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], kind: int
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tables | None:
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return None, None
+        return None
     sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k, *tile)
     read = program.mask_reads
     if not read:
-        made, words, stream = _of_code(_ByDigest(program), sizes, problem.device, kind)
-        _used([x for x in (made, words) if x is not None], stream)
-        return held(made, problem.device), held(words, problem.device)
+        made, stream = _of_code(_ByDigest(program), sizes, problem.device, kind)
+        _used([x for x in (made.table, made.words) if x is not None], stream)
+        return held(made, problem.device)
     return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, kind)
 
 
@@ -101,10 +116,10 @@ class _ByDigest:
 
 
 @lru_cache(maxsize=_KEPT)
-def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tensor, Tensor | None, int]:
-    table, words = _analysed(program.program, (), sizes, device, kind)
-    made = broadcast(table.to(device))
-    return made, words, _settled(made.device)
+def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tables, int]:
+    made = _analysed(program.program, (), sizes, device, kind)
+    made = replace(made, table=broadcast(made.table.to(device)))
+    return made, _settled(made.table.device)
 
 
 # -- streams: what is remembered is complete before any of them sees it, and not given back while one reads it --
@@ -143,28 +158,28 @@ class _Known:
         copies: what the tensors held, as integers, on their device; none where the ranges leave nothing out anyway.
         precise: the ranges of that content.
         masked: ranges that mask every block.
-        words: of the tiles that the mask hides in part; None where there are none.
         stream: on which all of these were made.
     """
 
     versions: tuple[int | None, ...]
     storages: tuple[StorageWeakRef, ...]
     copies: tuple[Tensor, ...]
-    precise: Tensor
+    precise: Tables
     masked: Tensor
-    words: Tensor | None
     stream: int
 
-    def current(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The ranges for what the tensors hold when the device gets there."""
-        _used([x for x in (self.precise, self.masked, self.words, *self.copies) if x is not None], self.stream)
+    def current(self, tensors: Sequence[Tensor]) -> Tables:
+        """The tables for what the tensors hold when the device gets there."""
+        precise, masked, words = self.precise.table, self.masked, self.precise.words
+        _used([x for x in (precise, masked, words, *self.copies) if x is not None], self.stream)
         if not self.copies:
-            return self.masked
+            return replace(self.precise, table=masked)
         same: Tensor | None = None
         for tensor, copy in zip(tensors, self.copies, strict=True):
             equal = (_bits(tensor) == copy).all()
             same = equal if same is None else same & equal
-        return broadcast(torch.where(same, self.precise, self.masked))  # type: ignore[arg-type]
+        table = broadcast(torch.where(same, precise, masked))  # type: ignore[arg-type]
+        return replace(self.precise, table=table, words=None if _capturing(table.device) else words)
 
 
 _contents: OrderedDict[tuple[Any, ...], _Known] = OrderedDict()
@@ -173,9 +188,9 @@ _lock = threading.Lock()
 
 def _of_contents(
     program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...], kind: int
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tables | None:
     if any(x.is_neg() or x.is_conj() or x.layout != torch.strided for x in read):
-        return None, None
+        return None
     device = read[0].device  # all are beside q
     places = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in read)
     key = (program.digest, sizes, kind, str(device), places)
@@ -188,13 +203,13 @@ def _of_contents(
     if known is None or not alive or (known.versions != versions and not _capturing(device)):
         # A capture takes what is known of an older content, too: where the tensors differ every block is masked.
         if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
-            return None, None
+            return None
         known = _remember(key, program, read, tensors, sizes, kind, versions)
         # Analysed for what the stream holds at this place: nothing to compare, by operations that a GPU has yet to load.
-        return known.precise, known.words
+        return known.precise
     held(known, str(device))
     with torch.no_grad():
-        return known.current(read), None if _capturing(device) else known.words
+        return known.current(read)
 
 
 def _remember(
@@ -206,15 +221,15 @@ def _remember(
         # The copy is what is analysed: a write between the two would leave ranges that no comparison finds wrong.
         kept = {id(x): x.detach().clone() for x in read}
         frozen = tuple(kept.get(id(x), x) for x in tensors)
-        precise, words = _analysed(program, frozen, sizes, device, kind)
+        precise = _analysed(program, frozen, sizes, device, kind)
         masked = _everything(precise, sizes, kind == _TURNED)
+        indifferent = precise.words is None and torch.equal(precise.table, masked)
         known = _Known(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
-            copies=() if words is None and torch.equal(precise, masked) else tuple(_bits(kept[id(x)]) for x in read),
-            precise=broadcast(precise.to(device)),
+            copies=() if indifferent else tuple(_bits(kept[id(x)]) for x in read),
+            precise=replace(precise, table=broadcast(precise.table.to(device))),
             masked=broadcast(masked.to(device)),
-            words=words,
             stream=_settled(read[0].device),
         )
     with _lock:
@@ -240,36 +255,38 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _everything(precise: Tensor, sizes: tuple[int, ...], turned: bool) -> Tensor:
-    """Every block visited, none known to be full."""
+def _everything(precise: Tables, sizes: tuple[int, ...], turned: bool) -> Tensor:
+    """Every block visited, none known to be full, no words."""
+    if precise.listed:
+        table = precise.table.clone()
+        table[..., 2] = -1
+        return table
     _, _, seqlen_q, seqlen_k, block_m, block_n = sizes
     last = -(-seqlen_q // block_m) if turned else -(-seqlen_k // block_n)
-    made = torch.full(precise.shape, last, dtype=torch.int32, device=precise.device)
+    made = torch.full(precise.table.shape, last, dtype=torch.int32, device=precise.table.device)
     made[..., 0] = 0
     made[..., 4:] = -1
-    return broadcast(made)
+    return made
 
 
 # -- the analysis --
 
 
-def _analysed(
-    program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, kind: int
-) -> tuple[Tensor, Tensor | None]:
-    """The table, on the host: a GPU loads each operation that it meets for the first time. The words are on the device."""
+def _analysed(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, kind: int) -> Tables:
     from flashgen import mods
 
     names = ("batch", "num_heads", "seqlen_q", "seqlen_k", "block_m", "block_n")
     analyse: Callable[..., Any] = mods.query_ranges if kind == _TURNED else mods.key_ranges
-    tables = mods.arrays_of(tensors, program.mask_reads)
-    found = analyse(program.mask, tables, **dict(zip(names, sizes, strict=True)))
-    rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
-    table = torch.stack(rows, -1).int().contiguous()
-    words = None
-    if kind == _WORDS:
-        with torch.no_grad():
-            table, words = mask_words.add(table, program, tensors, sizes, device)
-    return broadcast(table), words
+    arrays = mods.arrays_of(tensors, program.mask_reads)
+    found = analyse(program.mask, arrays, **dict(zip(names, sizes, strict=True)))
+    if kind in (_RANGES, _TURNED):
+        rows = [torch.as_tensor(x) for x in (found.first, found.full_first, found.full_last, found.last)]
+        return Tables(torch.stack(rows, -1).int().contiguous(), None, False)
+    with torch.no_grad():
+        made = None
+        if kind != _WORDS and not found.is_contiguous:
+            made = mask_words.of_lists(found, program, tensors, sizes, kind, device)
+        return made or mask_words.of_ranges(found, program, tensors, sizes, device)
 
 
 def broadcast(table: Tensor) -> Tensor:

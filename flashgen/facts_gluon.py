@@ -34,7 +34,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     attributes: dict[Any, Any] = {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or values.get(name, ...) is None:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
         elif name in boxes:  # spelled as a launch spells it, to the last blank: the text is part of Triton's key

@@ -6,6 +6,7 @@ neither empty nor full are kept, so that causality, windows, prefixes, chunks an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,58 +20,135 @@ _MOST_A_ROW = (
     32  # masked tiles of a block of rows, on average: beyond it a mask is dense in them, and words would take O(S^2)
 )
 _MOST_WORDS = 1 << 23  # 32 MB of one mask
+_MASKED = 0.3  # what a masked block costs beyond an unmasked one
+_SAVES = 0.9  # of the time of ranges: what lists must be below to be worth it
 _AT_ONCE = 1 << 21  # scores that are evaluated at a time
-_HERE = (
-    1 << 22
-)  # scores up to which integers are evaluated on the host: a GPU first loads each operation, some milliseconds each
-_AT_ONCE_HERE = 1 << 17  # of those at a time, so that they stay in the cache
+# Scores up to which integers are evaluated on the host, since a GPU first loads each operation, some milliseconds each; and how many of them
+# at a time, so that they stay in the cache.
+_HERE, _AT_ONCE_HERE = 1 << 22, 1 << 17
 
 
-def add(
-    table: Tensor, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str
-) -> tuple[Tensor, Tensor | None]:
-    """Evaluate a mask in the tiles that it hides in part: on its device, or where that is little work, of integers alone, on the host.
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What a kernel walks over, and what it looks up.
+
+    Attributes:
+        table: int32 (batch or 1, num_heads or 1, ...), a size of 1 standing for all. Of ranges (..., blocks of 64 queries, 8): the first block of
+            keys, the first and the end of those where nothing is hidden, the end, where the words start; of lists (..., tiles of queries,
+            4 and more): how many blocks have to be masked and how many need no mask, where the words start, 0, and the blocks in this
+            order. No words: -1.
+        words: int32 (tiles, 64, 4). Bit 2 k + e of a row's word l is column 8 k + 2 l + e of a block. Of ranges each masked block has a tile, in
+            order; of lists one for each 64 queries of the tile. The first hide everything. None where they would be too many.
+        listed: whether the table holds lists.
+    """
+
+    table: Tensor
+    words: Tensor | None
+    listed: bool
+
+
+def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str) -> Tables:
+    """Tables of a mask whose blocks lie in a row, or are to be treated so.
 
     Args:
-        table: on the host, int32 (batch or 1, num_heads or 1, blocks of 64 queries, 4): first block of keys, first and end of those where nothing is
-            hidden, end.
+        found: `mods.KeyRanges` of blocks of 64 queries.
         program: the traced mods.
         tensors: what they capture.
         sizes: batch, num_heads, seqlen_q, seqlen_k, 64, and the keys of a block, 128 at most.
-        device: of the words.
-
-    Returns:
-        The table, on the host, with rows of 8, of which the fifth says where the words of a block of queries start, -1 for nowhere; and the words, int32
-        (tiles + 1, 64, 4), the first of which hide everything; None where they would be too many. Bit 2 k + e of a row's word l is
-        column 8 k + 2 l + e.
+        device: of the words; the table is made on the CPU.
     """
-    wide = torch.full((*table.shape[:3], WIDTH), -1, dtype=torch.int32)
-    wide[..., :4] = table
-    block = sizes[5]
-    first, full_first, full_end, end = table.long().unbind(-1)
+    first, full_first, full_end, end = (
+        torch.as_tensor(x).long() for x in (found.first, found.full_first, found.full_last, found.last)
+    )
+    table = torch.full((*first.shape, WIDTH), -1, dtype=torch.int32)
+    table[..., :4] = torch.stack([first, full_first, full_end, end], -1)
     before, after = (full_first - first).flatten(), (end - full_end).flatten()
     counts = before + after
     total = int(counts.sum())
-    if block > 128 or total > _MOST_A_ROW * counts.numel() or (total + 1) * ROWS * LANES > _MOST_WORDS:
-        return wide, None
+    if sizes[5] > 128 or total > _MOST_A_ROW * counts.numel() or (total + 1) * ROWS * LANES > _MOST_WORDS:
+        return Tables(table, None, False)
     places = 1 + counts.cumsum(0) - counts
-    wide[..., 4] = places.view(first.shape).int()
-    row = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    within = torch.arange(total) - (places - 1)[row]
-    key = torch.where(
-        within < before[row], first.flatten()[row] + within, full_end.flatten()[row] + within - before[row]
+    table[..., 4] = places.view(first.shape)
+    line = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    within = torch.arange(total) - (places - 1)[line]
+    lower, upper = first.flatten()[line] + within, full_end.flatten()[line] + within - before[line]
+    key = torch.where(within < before[line], lower, upper)
+    return Tables(table, _words(program, tensors, _tiles(line, first.shape, key), 1, sizes, device), False)
+
+
+def of_lists(
+    found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], tile: int, device: str
+) -> Tables | None:
+    """Tables of a mask whose blocks are scattered; None where lists would save little, or would need too many words.
+
+    Args:
+        found, program, tensors, sizes, device: as in `of_ranges`.
+        tile: queries of a thread block, which walks over one list.
+    """
+    groups = tile // ROWS
+    batch, heads, rows = found.first.shape
+    where = np.nonzero(np.arange(found.segment_start.shape[-1]) < found.segment_count[..., None])
+    start, stop, full = (
+        x[where].astype(np.int64) for x in (found.segment_start, found.segment_stop, found.segment_full)
     )
-    tiles = torch.stack(
-        [row // first.shape[2] // first.shape[1], row // first.shape[2] % first.shape[1], row % first.shape[2], key]
-    )
-    if total * ROWS * block <= _HERE and _of_integers(program.mask):
-        return wide, _evaluated_here(program, tensors, tiles, sizes).to(device)
-    words = torch.zeros((total + 1, ROWS, LANES), dtype=torch.int32, device=device)
-    step = max(1, _AT_ONCE // (ROWS * block))
+    length = stop - start
+    line = np.repeat((where[0] * heads + where[1]) * rows + where[2], length)
+    key = np.repeat(start, length) + np.arange(len(line)) - np.repeat(np.cumsum(length) - length, length)
+    blocks, tiles = int(found.last.max(initial=0)), -(-rows // groups)
+    owner = line // rows * tiles + line % rows // groups
+    place, times = np.unique(owner * max(1, blocks) + key, return_inverse=True)
+    seen_full = np.bincount(times.reshape(-1), weights=np.repeat(full, length), minlength=len(place)).astype(np.int64)
+    owner, key = place // max(1, blocks), place % max(1, blocks)
+    is_masked = seen_full < np.minimum(groups, rows - owner % tiles * groups)
+    spans = found.last.astype(np.int64) - found.first
+    whole = found.full_last.astype(np.int64) - found.full_first
+    in_order = spans.sum() + (spans - whole).sum() * _MASKED
+    listed = groups * (len(key) + is_masked.sum() * _MASKED)
+    total = int(is_masked.sum()) * groups
+    if (
+        listed > _SAVES * in_order
+        or total > _MOST_A_ROW * batch * heads * rows
+        or (total + groups) * ROWS * LANES > _MOST_WORDS
+    ):
+        return None
+    order = np.lexsort((key, ~is_masked, owner))
+    owner, key, is_masked = owner[order], key[order], is_masked[order]
+    every = batch * heads * tiles
+    masked, all_of = np.bincount(owner[is_masked], minlength=every), np.bincount(owner, minlength=every)
+    # Whoever sees nothing works on a block whose words hide all of it.
+    empty = all_of == 0
+    table = np.zeros((every, 4 + max(1, int(all_of.max(initial=0)))), np.int32)
+    table[:, 0], table[:, 1] = np.where(empty, 1, masked), all_of - masked
+    table[:, 2] = np.where(empty, 0, groups * (1 + np.cumsum(masked) - masked))
+    table[owner, 4 + np.arange(len(owner)) - np.repeat(np.cumsum(all_of) - all_of, all_of)] = key
+    # A tile of words for each 64 queries of a masked block.
+    line = (owner[is_masked] // tiles * tiles * groups + owner[is_masked] % tiles * groups).repeat(groups)
+    line += np.tile(np.arange(groups), int(is_masked.sum()))
+    shape = torch.Size((batch, heads, tiles * groups))
+    at = _tiles(torch.from_numpy(line), shape, torch.from_numpy(key[is_masked].repeat(groups)))
+    made = torch.from_numpy(table).view(batch, heads, tiles, -1)
+    return Tables(made, _words(program, tensors, at, groups, sizes, device), True)
+
+
+def _tiles(line: Tensor, shape: torch.Size, key: Tensor) -> Tensor:
+    """(4, tiles) batch, head, block of 64 queries and block of keys; `line` counts the blocks of queries of all heads."""
+    row = line % shape[2]
+    return torch.stack([line // shape[2] // shape[1], line // shape[2] % shape[1], row, key])
+
+
+def _words(
+    program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, zeros: int, sizes: tuple[int, ...], device: str
+) -> Tensor:
+    """The words of tiles, behind `zeros` that hide everything: evaluated on their device, or on the host where that is little work."""
+    total = tiles.shape[1]
+    if total * ROWS * sizes[5] <= _HERE and _of_integers(program.mask):
+        return _evaluated_here(program, tensors, tiles, zeros, sizes).to(device)
+    words = torch.zeros((total + zeros, ROWS, LANES), dtype=torch.int32, device=device)
+    step = max(1, _AT_ONCE // (ROWS * sizes[5]))
     for start in range(0, total, step):
         part = tiles[:, start : start + step].int().to(device)
-        words[1 + start : 1 + start + part.shape[1]] = _packed(_visible(program, tensors, part, sizes))
-    return wide, words
+        words[zeros + start : zeros + start + part.shape[1]] = _packed(_visible(program, tensors, part, sizes))
+    return words
 
 
 def _visible(program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -101,19 +179,22 @@ def _packed(seen: Tensor) -> Tensor:
 
 
 def _of_integers(mask: Any) -> bool:
+    """Whether a mask has no numbers that round: those are left to what rounds them like the kernel."""
     from flashgen.mods.graph import ordered
 
     return not any(node.dtype.startswith(("float", "bfloat")) for node in ordered(mask))
 
 
-def _evaluated_here(program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def _evaluated_here(
+    program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, zeros: int, sizes: tuple[int, ...]
+) -> Tensor:
     """The words, evaluated by NumPy."""
     from flashgen.mods import arrays_of, semantics
 
     _, _, seqlen_q, seqlen_k, _, block = sizes
     tables = arrays_of(tensors, program.mask_reads)
     numbers = tiles.numpy().astype(np.int32)
-    words = np.zeros((numbers.shape[1] + 1, ROWS, LANES), np.int32)
+    words = np.zeros((numbers.shape[1] + zeros, ROWS, LANES), np.int32)
     rows, columns = np.arange(ROWS, dtype=np.int32)[None, :, None], np.arange(block, dtype=np.int32)[None, None, :]
     step = max(1, _AT_ONCE_HERE // (ROWS * block))
     for start in range(0, numbers.shape[1], step):
@@ -125,5 +206,5 @@ def _evaluated_here(program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, si
         bits = np.packbits(lanes.transpose(0, 1, 3, 2, 4).reshape(len(b), ROWS, LANES, block // 4), -1, "little")
         padded = np.zeros((len(b), ROWS, LANES, 4), np.uint8)
         padded[..., : bits.shape[-1]] = bits
-        words[1 + start : 1 + start + len(b)] = padded.view("<i4")[..., 0]
+        words[zeros + start : zeros + start + len(b)] = padded.view("<i4")[..., 0]
     return torch.from_numpy(words)

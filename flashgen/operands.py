@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe, settings
-from flashgen.block_ranges import ranges, ranges_and_words
+from flashgen.block_ranges import looked_up, ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import fingerprint
@@ -369,7 +369,7 @@ def _of_program(
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values["mask_words"] = None
+        values |= {"mask_lists": None, "mask_words": None}
         if "words" in tiles:
-            values["mask_ranges"], values["mask_words"] = ranges_and_words(program, tensors, problem, tiles["words"])
+            values |= looked_up(program, tensors, problem, tiles["words"])
     return values

@@ -145,8 +145,8 @@ class Variant:
         """Warps that issue products."""
         return self.num_warps(spec, config)
 
-    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable]:
-        """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them."""
+    def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
+        """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them; of a pointer that it leaves out, None."""
         return {}
 
     def kernels(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, dict[str, Tunable | None]]:
@@ -164,7 +164,7 @@ class Variant:
         """(queries, keys) of the tiles that masks are judged for: `keys` of each block of queries, `rows` of each block of keys.
 
         `lists`, where it is given, is the tile of a block mask's lists of keys, else `keys` is; `words` stands for `keys` where a kernel looks up
-        masked tiles of 64 queries (`mask_words.py`).
+        masked tiles (`block_ranges.looked_up`).
         """
         return {"rows" if self.op == "attention_bwd" else "keys": (int(config.BLOCK_M), int(config.BLOCK_N))}
 

@@ -107,6 +107,7 @@ ELEMENTS: Mapping[str, str] = {
     "philox_ptr": "i64",
     "mask_ranges_ptr": "i32",
     "mask_words_ptr": "i32",
+    "mask_lists_ptr": "i32",
     "row_ranges_ptr": "i32",
     "block_kinds_ptr": "u8",
     "key_blocks_ptr": "i32",

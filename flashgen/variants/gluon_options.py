@@ -28,7 +28,8 @@ _LISTING = (
     *(f"stride_{name}_{letter}" for name in ("key_blocks", "key_counts") for letter in "bhm"),
 )
 _PACKED = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr")
-_WORDS = ("mask_words_ptr", "bits_low", "bits_high", "bits_from", "bits_to")
+_WORDS = ("mask_words_ptr", "slot")
+_LISTS = ("mask_lists_ptr", "stride_lists_b", "stride_lists_h", "stride_lists_m")
 _PLAIN = ("causal", "has_lse")
 
 
@@ -71,6 +72,11 @@ class Options:
     def first_masked_when(self) -> str:
         """The same of the last block of keys, which a tile begins with: it may be ragged, too."""
         return "True" if self.masked_when else "not EVEN_K"
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """What finds a tile's list of blocks of a mask_mod that leaves them scattered."""
+        return _LISTS if self.tabled else ()
 
     @property
     def bits(self) -> tuple[str, ...]:
@@ -127,7 +133,11 @@ class Options:
         if self.listing:
             return self.listing
         packed = [*_PACKED, *(["bottom_right"] if "causal_offset" in self.ranges else [])] if self.varlen else []
-        return (*packed, *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")))
+        return (
+            *packed,
+            *(name for name in self.ranges if name not in ("off_b", "off_h", "causal_offset")),
+            *self.lists,
+        )
 
 
 def options(spec: AttentionSpec) -> Options:
@@ -177,8 +187,14 @@ def signature_of(spec: AttentionSpec) -> Signature:
     found = signature(spec)
     if not has_words(spec):
         return found
+    strides = {
+        f"stride_lists_{x}": f"0 if mask_lists is None else mask_lists.stride({dim})" for dim, x in enumerate("bhm")
+    }
     return replace(
-        found, launch=(*found.launch, "mask_words"), pointers={**found.pointers, "mask_words_ptr": "mask_words"}
+        found,
+        launch=(*found.launch, "mask_words", "mask_lists"),
+        pointers={**found.pointers, "mask_words_ptr": "mask_words", "mask_lists_ptr": "mask_lists"},
+        strides={**found.strides, **strides},
     )
 
 

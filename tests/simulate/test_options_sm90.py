@@ -60,6 +60,12 @@ CASES: dict[str, Case] = {
     "block_mask and mask_mod": Case(**{**_NARROW, "block_mask": "columns", "mask_mod": "rows", "tile": (128, 32), "group": 3}),
     "block_mask and attn_mask": Case(**{**_WIDE, "block_mask": "columns", "attn_mask": "1h11", "mask_mod": "thirds", "causal": True}),
     "mask_mod in a window": Case(**{**_WIDE, "mask_mod": "rows", "window": (60, 10), "sinks": True}),
+    "mask_mod, evaluated": Case(**{**_WIDE, "mask_mod": "document", "seqlen_q": 333, "words": "none"}),
+    "mask_mod of heads, evaluated": Case(**{**_NARROW, "mask_mod": "thirds", "causal": True, "group": 3, "seqlen_q": 20, "words": "none"}),
+    "mask_mod that reads": Case(**{**_WIDE, "mask_mod": "sequences", "heads_kv": 2}),
+    "mask_mod that reads, evaluated": Case(**{**_NARROW, "mask_mod": "pages", "words": "none"}),
+    "words of another content": Case(**{**_WIDE, "mask_mod": "sequences", "batch": 2, "words": "stale"}),
+    "words of another content, linear": Case(**{**_NARROW, "mask_mod": "pages", "alibi": "h", "sinks": True, "words": "stale"}),
     "score_mod": Case(**{**_WIDE, "score_mod": "relative", "causal": True}),
     "score_mod with a table": Case(**{**_NARROW, "score_mod": "gated", "group": 3}),
     "score_mod and softcap": Case(**{**_WIDE, "score_mod": "squared", "softcap": 0.5, "seqlen_q": 20, "group": 4}),
@@ -105,7 +111,9 @@ def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranges_are_those_of_a_warpgroup() -> None:
     """64 rows whatever the tile: what the template divides by."""
     config = VARIANT.default(flashgen.AttentionSpec.from_key("attention_fwd-bf16-d64-mask_mod"), H100)
-    assert VARIANT.mask_tiles(config) == {"words": (64, config.BLOCK_N), "lists": (config.BLOCK_M, config.BLOCK_N)}
+    tile = (config.BLOCK_M, config.BLOCK_N)
+    assert VARIANT.mask_tiles(config) == {"words": tile, "lists": tile}
+    assert flashgen.mask_words.ROWS == 64
     mask, tensors = program(None, {"mask_mod": lambda b, h, i, j: j <= i}, torch.device("cpu"))
     found = key_ranges(
         mask.mask, arrays_of(tensors), batch=1, num_heads=1, seqlen_q=200, seqlen_k=200, block_m=64, block_n=64
@@ -136,3 +144,47 @@ def test_words_of_another_content_count_for_nothing(lazy: bool) -> None:
         found, want = run(backend="gluon", config=config), run(backend="torch")
         for x, y in zip(found, want, strict=True):
             assert (x.float() - y.float()).abs().max() < 4e-3, write
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("write", [False, True])
+def test_lists_of_scattered_blocks(beside: bool, write: bool) -> None:
+    """Gaps, rows that see nothing, NaN where nobody looks; and a number that a writer changed whom PyTorch does not count."""
+    flashgen.block_ranges.forget()
+    phase = torch.tensor(0, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=generator).half() for n in (600, 580, 580))
+    k[:, 512:576], v[:, 512:576] = torch.nan, torch.nan
+    config = VARIANT.config(
+        BLOCK_M=128, BLOCK_N=64, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=True,
+        TAKE_TURNS=not write,
+    )  # fmt: skip
+
+    def run(**how: Any) -> tuple[torch.Tensor, ...]:
+        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return ((i // 64 - j // 64) % 5 == phase) & (i > 9) & (j // 64 != 8)
+
+        other = {"attn_mask": torch.arange(580) % 7 != 2} if beside else {}
+        found: Any = flashgen.attention(q, k, v, mask_mod=mask, return_lse=True, **other, **how)
+        return found
+
+    listed: list[bool] = []
+    real = flashgen.block_ranges.looked_up
+
+    def spied(*given: Any) -> Any:
+        made = real(*given)
+        listed.append(made["mask_lists"] is not None)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flashgen.operands, "looked_up", spied)
+        if write:
+            run(backend="gluon", config=config)
+            np.asarray(phase)[...] = 3
+        found = run(backend="gluon", config=config)
+    assert listed and all(listed)
+    # The torch backend multiplies what is hidden, too.
+    k[:, 512:576], v[:, 512:576] = 0.0, 0.0
+    for x, y in zip(found, run(backend="torch"), strict=True):
+        finite = y.isfinite()
+        assert torch.equal(finite, x.isfinite()) and (x.float() - y.float())[finite].abs().max() < 4e-3

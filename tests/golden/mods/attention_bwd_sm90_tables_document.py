@@ -132,16 +132,13 @@ def row_blocks(
 
 
 @gluon.jit
-def block_of(step, group, begin, full, full_end, end):
-    """(member of the group, block of rows) of a step: of all members those before `full`, then those before `full_end`, then the rest."""
-    before = group * (full - begin)
-    unmasked = group * (full_end - full)
+def block_of(step, group, begin, full_end, end):
+    """(member of the group, block of rows) of a step: of each member the blocks before `full_end`, then of each the rest."""
+    before = group * (full_end - begin)
     is_before = step < before
-    is_unmasked = step < before + unmasked
-    first = gl.where(is_before, begin, gl.where(is_unmasked, full, full_end))
-    last = gl.where(is_before, full, gl.where(is_unmasked, full_end, end))
-    rest = step - gl.where(is_before, 0, gl.where(is_unmasked, before, before + unmasked))
-    count = gl.maximum(last - first, 1)
+    first = gl.where(is_before, begin, full_end)
+    count = gl.maximum(gl.where(is_before, full_end - begin, end - full_end), 1)
+    rest = step - gl.where(is_before, 0, before)
     member = rest // count
     return member, first + rest - member * count
 
@@ -207,7 +204,7 @@ def produce(
     heads_before = off_hkv * group
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         stage = step % STAGES
         phase = (step // STAGES) & 1
         off_h = heads_before + member
@@ -224,6 +221,36 @@ def produce(
 
 
 # -- the writer: one warp --
+
+
+# Numbers of the named barriers at which dq is handed over, one a buffer: Triton itself takes the first ones.
+FIRST_HAND_OVER = gl.constexpr(8)
+
+
+@gluon.jit
+def hand_over(dq_stage, CONSUMERS: gl.constexpr):
+    """A buffer of dq is full: each consumer says so for itself and goes on, which an mbarrier's one arrival would not let it."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_over(dq_stage, CONSUMERS: gl.constexpr):
+    """The writer waits for all consumers."""
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -255,13 +282,14 @@ def write_dq(
     DETERMINISTIC: gl.constexpr,
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
-    dq_full, dq_empty, rows_empty = bars
+    dq_empty, rows_empty = bars
+    CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         off_bh = bh_before + member
         dq_stage = step % DQ_STAGES
-        mbarrier.wait(dq_full.index(dq_stage), (step // DQ_STAGES) & 1)
+        take_over(dq_stage, CONSUMERS)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
@@ -353,7 +381,7 @@ def attend(
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
     q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles = tiles
-    q_full, do_full, dq_full, dq_empty = bars
+    q_full, do_full, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
@@ -424,6 +452,8 @@ def attend(
         ds = gl.where(p != 0.0, ds, 0.0)
     ds = ds.to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
+    # The other warpgroup may still be reading what was here.
+    partition_barrier()
     ds_tile.store(ds)
     if not DV_FIRST:
         dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -449,7 +479,7 @@ def attend(
         dk = warpgroup_mma_wait(0, deps=(dk_product,))
     # The fence stands behind the wait: ptxas 12.8 crashes where it stands before.
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(dq_stage), count=1)
+    hand_over(dq_stage, BLOCK_N // 16)
     if SCORES_AHEAD:
         scores = warpgroup_mma_wait(0, deps=(scores_product,))
     return scores, dk, dv
@@ -496,7 +526,7 @@ def consume(
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
-    kv_full, q_full, do_full, dq_full, dq_empty = bars
+    kv_full, q_full, do_full, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     WARPS: gl.constexpr = BLOCK_N // 16
     # Warps along the rows of dq; the others take other columns.
@@ -538,17 +568,19 @@ def consume(
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
         product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
         scores = warpgroup_mma_wait(0, deps=(product,))
-    masked_steps = group * (full - begin)
-    unmasked_steps = group * (full_end - full)
-    for side in range(2):
-        first_step = side * (masked_steps + unmasked_steps)
-        masked_end = gl.where(side == 0, masked_steps, num_steps)
-        unmasked_end = gl.where(side == 0, masked_steps + unmasked_steps, num_steps)
-        # -- blocks that need a mask: those before the others, then those after them --
+    before, behind = full_end - begin, end - full_end
+    for part in range(2 * group):
+        # -- of each query head the blocks up to the last that needs no mask, then of each those behind --
+        is_before = part < group
+        member = gl.where(is_before, part, part - group)
+        first_step = gl.where(is_before, part * before, group * before + member * behind)
+        masked_end = first_step + gl.where(is_before, full - begin, behind)
+        unmasked_end = gl.where(is_before, first_step + before, masked_end)
+        shift = gl.where(is_before, begin, full_end) - first_step
+        off_h = off_hkv * group + member
+        # -- blocks that need a mask --
         for step in range(first_step, masked_end):
-            member, m_block = block_of(step, group, begin, full, full_end, end)
-            start_m = m_block * BLOCK_M
-            off_h = off_hkv * group + member
+            start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
                 step,
                 num_steps,
@@ -577,7 +609,7 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 tiles,
-                (q_full, do_full, dq_full, dq_empty),
+                (q_full, do_full, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -592,9 +624,7 @@ def consume(
             )
         # -- blocks whose rows see every key --
         for step in range(masked_end, unmasked_end):
-            member, m_block = block_of(step, group, begin, full, full_end, end)
-            start_m = m_block * BLOCK_M
-            off_h = off_hkv * group + member
+            start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
                 step,
                 num_steps,
@@ -623,7 +653,7 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 tiles,
-                (q_full, do_full, dq_full, dq_empty),
+                (q_full, do_full, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -743,7 +773,6 @@ def attention_bwd(
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rows_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     for stage in gl.static_range(STAGES):
@@ -751,7 +780,6 @@ def attention_bwd(
         mbarrier.init(do_full.index(stage), count=1)
         mbarrier.init(rows_empty.index(stage), count=1)
     for stage in gl.static_range(DQ_STAGES):
-        mbarrier.init(dq_full.index(stage), count=1)
         mbarrier.init(dq_empty.index(stage), count=1)
     gl.warp_specialize(
         [
@@ -761,7 +789,7 @@ def attention_bwd(
                     dk_desc,
                     dv_desc,
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles),
-                    (kv_full, q_full, do_full, dq_full, dq_empty),
+                    (kv_full, q_full, do_full, dq_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -821,7 +849,7 @@ def attention_bwd(
                     dq_desc,
                     turn_ptr,
                     dq_tiles,
-                    (dq_full, dq_empty, rows_empty),
+                    (dq_empty, rows_empty),
                     off_b,
                     off_hkv,
                     n_block,

@@ -154,11 +154,11 @@ def tile_range(
 def words_of(first_m, seqlen_q, n_end, end, mask_ranges_ptr, stride_ranges_b, stride_ranges_h, off_b, off_h):
     """Where the words of masked blocks of keys lie: of block n at n + low, or at n + high from the end of the unmasked ones on.
 
-    Returns low, high, and the first and the end of the unmasked blocks; a negative first where there are no words.
+    Returns low, high, and the first and the end of the unmasked blocks; a negative first where the words are of another content.
     """
     low = first_m * 0
-    full_first = low - 1
-    full_end = full_first
+    full_first = low
+    full_end = low
     high = low
     if mask_ranges_ptr is not None:
         ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
@@ -173,6 +173,43 @@ def words_of(first_m, seqlen_q, n_end, end, mask_ranges_ptr, stride_ranges_b, st
         full_first = gl.where(place < 0, -1, gl.where(end == 0, 1 << 30, full_first))
         full_end = gl.where(end == 0, 1 << 30, full_end)
     return low, high, full_first, full_end
+
+
+@gluon.jit
+def slot_of(n, bits_low, bits_high, bits_from, bits_to):
+    """Where the words of block n lie; -1 where it needs none."""
+    slot = n + gl.where(n >= bits_to, bits_high, bits_low)
+    return gl.where((n < bits_from) | (n >= bits_to), slot, -1)
+
+
+@gluon.jit
+def listed_tile(
+    off_b,
+    off_h,
+    m_block,
+    seqlen_k,
+    mask_lists_ptr,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
+    BLOCK_N: gl.constexpr,
+):
+    """The list of a tile's blocks of keys, how many of them come first and have to be masked, how many there are, and where their words start.
+
+    Words of another content have a negative start: then every block is visited, in order.
+    """
+    listing = mask_lists_ptr + off_b.to(gl.int64) * stride_lists_b + off_h.to(gl.int64) * stride_lists_h
+    listing += m_block.to(gl.int64) * stride_lists_m
+    n_masked = gl.load(listing)
+    place = gl.load(listing + 2)
+    n_listed = gl.where(place < 0, gl.cdiv(seqlen_k, BLOCK_N), n_masked + gl.load(listing + 1))
+    return listing + 4, n_masked, n_listed, place
+
+
+@gluon.jit
+def listed_block(listing, index, words_at):
+    """The block of keys that stands in a list."""
+    return gl.where(words_at < 0, index, gl.load(listing + gl.where(words_at < 0, 0, index)))
 
 
 # -- the producer: one warp --
@@ -195,6 +232,10 @@ def produce(
     mask_ranges_ptr,
     stride_ranges_b,
     stride_ranges_h,
+    mask_lists_ptr,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
     num_heads_q,
     group,
     seqlen_q,
@@ -227,24 +268,40 @@ def produce(
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
             tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        n_first, n_end = tile_range(
-            start_m,
-            seqlen_q,
-            seqlen_k,
-            mask_ranges_ptr,
-            stride_ranges_b,
-            stride_ranges_h,
-            off_b,
-            off_h,
-            BLOCK_N,
-            ROWS,
-            NUM_WG,
-        )
-        n_blocks = n_end - n_first
+        if mask_lists_ptr is not None:
+            listing, _, n_blocks, words_at = listed_tile(
+                off_b,
+                off_h,
+                m_block,
+                seqlen_k,
+                mask_lists_ptr,
+                stride_lists_b,
+                stride_lists_h,
+                stride_lists_m,
+                BLOCK_N,
+            )
+        else:
+            n_first, n_end = tile_range(
+                start_m,
+                seqlen_q,
+                seqlen_k,
+                mask_ranges_ptr,
+                stride_ranges_b,
+                stride_ranges_h,
+                off_b,
+                off_h,
+                BLOCK_N,
+                ROWS,
+                NUM_WG,
+            )
+            n_blocks = n_end - n_first
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
-            start_n = (n_end - 1 - j) * BLOCK_N
+            if mask_lists_ptr is not None:
+                start_n = listed_block(listing, j, words_at) * BLOCK_N
+            else:
+                start_n = (n_end - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
@@ -409,10 +466,7 @@ def mask_bits(
     documents_stride0,
     documents_size0,
     mask_words_ptr,
-    bits_low,
-    bits_high,
-    bits_from,
-    bits_to,
+    slot,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
@@ -420,12 +474,10 @@ def mask_bits(
     if mask_words_ptr is not None:
         tile = gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
         LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
-        place = start_n // BLOCK_N
-        in_table = (place < bits_from) | (place >= bits_to)
-        place = gl.where(in_table, place + gl.where(place >= bits_to, bits_high, bits_low), place * 0)
         rows = gl.arange(0, WG_ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
         lanes = gl.arange(0, 4, gl.SliceLayout(0, LAYOUT))[None, :]
-        bits = gl.where(in_table, gl.load(mask_words_ptr + (place * (WG_ROWS * 4) + rows * 4 + lanes)), -1)
+        bits = gl.load(mask_words_ptr + (gl.maximum(slot, 0) * (WG_ROWS * 4) + rows * 4 + lanes))
+        bits = gl.where(slot < 0, -1, bits)
     else:
         bits = evaluated_bits(
             rows_m,
@@ -522,10 +574,7 @@ def attend(
     documents_stride0,
     documents_size0,
     mask_words_ptr,
-    bits_low,
-    bits_high,
-    bits_from,
-    bits_to,
+    slot,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -554,10 +603,7 @@ def attend(
             documents_stride0,
             documents_size0,
             mask_words_ptr,
-            bits_low,
-            bits_high,
-            bits_from,
-            bits_to,
+            slot,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -637,10 +683,7 @@ def fresh_scores(
     documents_stride0,
     documents_size0,
     mask_words_ptr,
-    bits_low,
-    bits_high,
-    bits_from,
-    bits_to,
+    slot,
     BLOCK_D: gl.constexpr,
     KEYS: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
@@ -716,10 +759,7 @@ def statistics(
     documents_stride0,
     documents_size0,
     mask_words_ptr,
-    bits_low,
-    bits_high,
-    bits_from,
-    bits_to,
+    slot,
     BLOCK_D: gl.constexpr,
     O_LAYOUT: gl.constexpr,
     ROW_LAYOUT: gl.constexpr,
@@ -756,10 +796,7 @@ def statistics(
             documents_stride0,
             documents_size0,
             mask_words_ptr,
-            bits_low,
-            bits_high,
-            bits_from,
-            bits_to,
+            slot,
             BLOCK_D,
             KEYS,
             QK_LAYOUT,
@@ -797,10 +834,7 @@ def recompute(
     documents_stride0,
     documents_size0,
     mask_words_ptr,
-    bits_low,
-    bits_high,
-    bits_from,
-    bits_to,
+    slot,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     O_LAYOUT: gl.constexpr,
@@ -843,10 +877,7 @@ def recompute(
             documents_stride0,
             documents_size0,
             mask_words_ptr,
-            bits_low,
-            bits_high,
-            bits_from,
-            bits_to,
+            slot,
             BLOCK_D,
             KEYS,
             QK_LAYOUT,
@@ -891,6 +922,7 @@ def consume(
     documents_ptr,
     mask_ranges_ptr,
     mask_words_ptr,
+    mask_lists_ptr,
     table_size0,
     table_size1,
     documents_size0,
@@ -899,6 +931,9 @@ def consume(
     documents_stride0,
     stride_ranges_b,
     stride_ranges_h,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -954,6 +989,18 @@ def consume(
         # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end), and all of [full_first, full_end) --
         start_cta = m_block * (NUM_WG * ROWS)
         start_m = start_cta + WG * ROWS
+        if mask_lists_ptr is not None:
+            listing, n_masked, n_listed, words_at = listed_tile(
+                off_b,
+                off_h,
+                m_block,
+                seqlen_k,
+                mask_lists_ptr,
+                stride_lists_b,
+                stride_lists_h,
+                stride_lists_m,
+                BLOCK_N,
+            )
         n_first, n_end = tile_range(
             start_cta,
             seqlen_q,
@@ -994,6 +1041,9 @@ def consume(
         # Whoever sees none works on the last one, whose mask leaves nothing.
         end = gl.where(end == 0, n_end, end)
         first = gl.minimum(first, end - 1)
+        if mask_lists_ptr is not None:
+            # A list is the whole thread block's: nothing is released unread.
+            first, end = n_first, n_end
         rows_m = start_m + row % ROWS
         m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         if LAZY_SUM:
@@ -1015,18 +1065,27 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
+        if mask_lists_ptr is not None:
+            first_n = listed_block(listing, n_masked * 0, words_at) * BLOCK_N
+            slot = gl.where((words_at >= 0) & (n_masked > 0), words_at + WG, -1)
+            bits_from = words_at
+        else:
+            first_n = (end - 1) * BLOCK_N
+            slot = slot_of(end - 1, bits_low, bits_high, bits_from, bits_to)
+        # Whether the words are of another content: only where there are any.
+        if mask_words_ptr is not None:
+            is_other = bits_from < 0
+        else:
+            is_other = False
         bits = mask_bits(
             rows_m,
-            (end - 1) * BLOCK_N,
+            first_n,
             seqlen_k,
             documents_ptr,
             documents_stride0,
             documents_size0,
             mask_words_ptr,
-            bits_low,
-            bits_high,
-            bits_from,
-            bits_to,
+            slot,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -1043,7 +1102,7 @@ def consume(
         qk = modify_scores(
             qk,
             rows_m,
-            (end - 1) * BLOCK_N,
+            first_n,
             seqlen_k,
             sm_scale,
             off_h,
@@ -1057,7 +1116,7 @@ def consume(
         qk = mask_scores(
             qk,
             rows_m,
-            (end - 1) * BLOCK_N,
+            first_n,
             seqlen_k,
             bits,
             BLOCK_N,
@@ -1065,102 +1124,191 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
-        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
-        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
-        for part in range(2):
-            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    n * BLOCK_N,
-                    seqlen_k,
-                    sm_scale,
-                    off_h,
-                    table_ptr,
-                    table_stride0,
-                    table_stride1,
-                    table_size1,
-                    documents_ptr,
-                    documents_stride0,
-                    documents_size0,
-                    mask_words_ptr,
-                    bits_low,
-                    bits_high,
-                    bits_from,
-                    bits_to,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    IS_MASKED=True,
-                )
-                step += 1
-            p = repacked(p)
-            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    n * BLOCK_N,
-                    seqlen_k,
-                    sm_scale,
-                    off_h,
-                    table_ptr,
-                    table_stride0,
-                    table_stride1,
-                    table_size1,
-                    documents_ptr,
-                    documents_stride0,
-                    documents_size0,
-                    mask_words_ptr,
-                    bits_low,
-                    bits_high,
-                    bits_from,
-                    bits_to,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    IS_MASKED=False,
-                )
-                step += 1
-            p = repacked(p)
+        if mask_lists_ptr is not None:
+            # -- further blocks of the list: those to be masked, then those that every row sees; the second pass finds none --
+            if mask_words_ptr is not None:
+                n_masked = gl.where(words_at < 0, 0, n_masked)
+            else:
+                n_masked = gl.where(words_at < 0, n_listed, n_masked)
+            for part in range(2):
+                for index in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+                    slot = words_at + index * NUM_WG + WG
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        listed_block(listing, index, words_at) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        mask_words_ptr,
+                        slot,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        IS_MASKED=True,
+                    )
+                    step += 1
+                p = repacked(p)
+                for index in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        listed_block(listing, index, words_at) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        mask_words_ptr,
+                        slot,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        IS_MASKED=False,
+                    )
+                    step += 1
+                p = repacked(p)
+        else:
+            # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+            full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+            full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+            for part in range(2):
+                stop = gl.where(part == 0, full_end, first)
+                for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+                    slot = slot_of(n, bits_low, bits_high, bits_from, bits_to)
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        n * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        mask_words_ptr,
+                        slot,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        IS_MASKED=True,
+                    )
+                    step += 1
+                p = repacked(p)
+                for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        n * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        mask_words_ptr,
+                        slot,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        IS_MASKED=False,
+                    )
+                    step += 1
+                p = repacked(p)
         # -- words of another content: what was made with them counts for nothing --
-        if bits_from < 0:
+        if is_other:
             m_i, l_row = statistics(
                 q,
                 o_tiles.index(WG),
@@ -1182,10 +1330,7 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 mask_words_ptr,
-                bits_low,
-                bits_high,
-                bits_from,
-                bits_to,
+                slot,
                 BLOCK_D,
                 O_LAYOUT,
                 ROW_LAYOUT,
@@ -1224,7 +1369,7 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- values that a mask hides from every row may be NaN: then once more without them --
-        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT) | (bits_from < 0):
+        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT) | is_other:
             acc = recompute(
                 q,
                 o_tiles.index(WG),
@@ -1249,10 +1394,7 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 mask_words_ptr,
-                bits_low,
-                bits_high,
-                bits_from,
-                bits_to,
+                slot,
                 BLOCK_D,
                 BLOCK_DV,
                 O_LAYOUT,
@@ -1310,6 +1452,7 @@ def attention_fwd(
     documents_ptr,
     mask_ranges_ptr,
     mask_words_ptr,
+    mask_lists_ptr,
     table_size0,
     table_size1,
     documents_size0,
@@ -1318,6 +1461,9 @@ def attention_fwd(
     documents_stride0,
     stride_ranges_b,
     stride_ranges_h,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
     stride_kb,
     stride_kn,
     stride_kh,
@@ -1402,6 +1548,7 @@ def attention_fwd(
                         documents_ptr,
                         mask_ranges_ptr,
                         mask_words_ptr,
+                        mask_lists_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1410,6 +1557,9 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1459,6 +1609,7 @@ def attention_fwd(
                         documents_ptr,
                         mask_ranges_ptr,
                         mask_words_ptr,
+                        mask_lists_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1467,6 +1618,9 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1512,6 +1666,10 @@ def attention_fwd(
                         mask_ranges_ptr,
                         stride_ranges_b,
                         stride_ranges_h,
+                        mask_lists_ptr,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         num_heads_q,
                         group,
                         seqlen_q,
@@ -1555,6 +1713,7 @@ def attention_fwd(
                         documents_ptr,
                         mask_ranges_ptr,
                         mask_words_ptr,
+                        mask_lists_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1563,6 +1722,9 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1612,6 +1774,7 @@ def attention_fwd(
                         documents_ptr,
                         mask_ranges_ptr,
                         mask_words_ptr,
+                        mask_lists_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1620,6 +1783,9 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1669,6 +1835,7 @@ def attention_fwd(
                         documents_ptr,
                         mask_ranges_ptr,
                         mask_words_ptr,
+                        mask_lists_ptr,
                         table_size0,
                         table_size1,
                         documents_size0,
@@ -1677,6 +1844,9 @@ def attention_fwd(
                         documents_stride0,
                         stride_ranges_b,
                         stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         stride_kb,
                         stride_kn,
                         stride_kh,
@@ -1722,6 +1892,10 @@ def attention_fwd(
                         mask_ranges_ptr,
                         stride_ranges_b,
                         stride_ranges_h,
+                        mask_lists_ptr,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
                         num_heads_q,
                         group,
                         seqlen_q,
@@ -1758,6 +1932,7 @@ def launch(
     captured_documents,
     mask_ranges,
     mask_words,
+    mask_lists,
     BLOCK_M,
     BLOCK_N,
     STAGES,
@@ -1817,6 +1992,7 @@ def launch(
         captured_documents,
         mask_ranges,
         mask_words,
+        mask_lists,
         captured_table.shape[0],
         captured_table.shape[1],
         captured_documents.shape[0],
@@ -1825,6 +2001,9 @@ def launch(
         captured_documents.stride(0),
         0 if mask_ranges is None else mask_ranges.stride(0),
         0 if mask_ranges is None else mask_ranges.stride(1),
+        0 if mask_lists is None else mask_lists.stride(0),
+        0 if mask_lists is None else mask_lists.stride(1),
+        0 if mask_lists is None else mask_lists.stride(2),
         k.stride(0),
         k.stride(1),
         k.stride(2),
