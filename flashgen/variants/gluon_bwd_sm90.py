@@ -58,6 +58,7 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((128, 128, 2, 1, 2, 24, False, False, True), _H100),
         ((128, 128, 2, 1, 1, 24, False, False, True), _H200),
         ((128, 128, 2, 2, 1, 24, False, False, True), _H200),
+        ((128, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
     ),
     (128, False): (
         ((64, 128, 2, 1, 2, 24, False, False, True), _H100),
