@@ -148,7 +148,7 @@ def compile_all(keys: Sequence[str]) -> int:
     """Launch every candidate of some specs once, so that their binaries lie in Triton's cache."""
     target = Target.detect()
     todo = {p.spec: p for p in problems() if p.spec.key in keys}
-    for spec, problem in todo.items():
+    for problem in todo.values():
         small = replace(problem, batch=1, seqlen_q=512, seqlen_k=512)
         tensors = inputs(small)
         for config in candidates(problem, target):

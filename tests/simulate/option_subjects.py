@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from free_backward import Free
 from free_cases import BIASES, CASES, GROUPS, LEARNED
@@ -91,9 +92,11 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
     "mask_mod": (
-        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key", "mask_mod of a band, none",
+            "mask_mod of scattered blocks, ", "mask_mod of scattered blocks, none"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
     "mask_mod that captures": (
-        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale",
+            "mask_mod of read blocks, ", "mask_mod of read blocks, stale"),
         ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
@@ -102,7 +105,7 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "block_mask as given, whole tiles", "block_mask as given, hidden values in narrow tiles"),
         ("block_mask of odd blocks", "block_mask as given, of each head"),
     ),
-    "packed sequences": (("packed",), ("packed", "packed, top-left", "packed, everything")),
+    "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
 }  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
     "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window"),
@@ -226,28 +229,31 @@ def considered(subject: Subject) -> tuple[Broken, ...]:
 
 
 @functools.cache
-def _lines(run: Run) -> set[str]:
-    """The lines that run, stripped."""
-    lines = run.text.splitlines()
-    return {lines[number - 1].strip() for number in run.lines()}
-
-
-@functools.cache
-def _work(run: Run) -> object:
+def _work(run: Run) -> Any:
     said, work = run.verdict(run.text, "eager", 0)
     if said is not None:
         raise AssertionError(f"the original itself fails: {said}")
     return work
 
 
+def _calls(run: Run, function: str) -> bool:
+    """Whether a device function runs in a case; yes where nobody counts, and of a kernel itself."""
+    if not run.ordered:
+        return True
+    _, counts = _work(run)
+    return any(name == function for name, _ in counts) or function.startswith("attention")
+
+
 def verdict(broken: Broken, schedules: tuple[Schedule, ...]) -> str | None:
-    """How a mutant is noticed: by the cases of its subject that run its line first, under the schedules in turn; None where it survives."""
+    """How a mutant is noticed: by the cases of its subject that run its function first, under the schedules in turn; None where it survives.
+
+    Cases of other subjects whose text has the line, too, run under the first schedule alone.
+    """
     own = [pair for pair in broken.texts if pair[0] in broken.subject.runs]
-    # Lines of a text that another case of the subject has are not known here: it goes by the mutant's own.
-    own.sort(key=lambda pair: broken.line not in _lines(pair[0]))
+    own.sort(key=lambda pair: not _calls(pair[0], broken.mutant.function))
     others = [pair for pair in broken.texts if pair not in own]
     for schedule in schedules:
-        for run, text in (*own, *others):
+        for run, text in (*own, *others) if schedule == schedules[0] else own:
             if schedule != schedules[0] and not run.ordered:
                 continue
             said, work = run.verdict(text, schedule, SEED)
