@@ -70,6 +70,7 @@ torture: fuzz compile-goldens ## what is too long for CI: many random problems, 
 	$(PY) tests/mutation/mutate.py
 	$(PY) tests/mutation/backends.py
 	$(PY) tests/simulate/study.py
+	$(PY) tests/simulate/option_study.py
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m pytest -q tests/simulate/test_api.py || exit 1; done
 
 clean: ## remove what make made

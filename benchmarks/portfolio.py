@@ -5,9 +5,9 @@
     python benchmarks/portfolio.py -o benchmarks/results/h200_portfolio_tune.jsonl --budget-s 150
     python benchmarks/portfolio.py --seeds benchmarks/results/h200_portfolio_tune.jsonl   # no GPU: into tuning_db/seeds
 
-Kernels: the Hopper backward, the portable backward and forward, and the Hopper forward at head dim 64, and with lse at 192/128. Problems: 16,384 tokens of a model 2048 wide
-(head dims 64, 128, 256; 192/128; S 2048 and 8192, full and causal) and every preset's plain layer that the kernel takes. Candidates: the known-good
-tiles, the portfolio, and `MORE`. A candidate's first launch must write everything and nothing else, each further one must leave the same bits (gradients that are
+Kernels: the Hopper backward and forward, the portable ones. Problems: 16,384 tokens of a model 2048 wide (head dims 64, 128, 256; 192/128; full and causal; S 2048 and 8192,
+of the Hopper forward 512 to 16384, and with lse at 2048 and 8192) and every preset's plain layer that the kernel takes. Candidates: the known-good tiles, the shipped
+winners of the spec (of whatever text), the portfolio, and `MORE`, the first `MOST`. A candidate's first launch must write everything and nothing else, each further one must leave the same bits (gradients that are
 added in any order excepted), and the fastest are held against fp64 on the problem itself and, poisoned, on 256 x 256, until one of the first three passes: it wins.
 One line a problem and candidate, in the record format of `tuning_db/README.md`; `rank` 1 won.
 """
@@ -43,7 +43,8 @@ from flashgen.variants import Variant, by_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("gluon_bwd_sm90", "triton_bwd", "triton_fwd", "gluon_fwd_sm90")
-ROUNDS, CHECKED, MOST = 12, 3, 12
+ROUNDS, CHECKED = 12, 3
+MOST = {"gluon_fwd_sm90": 6, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
 # Beside known-good tiles and portfolio, by variant and wider padded head dim: values of the knobs in their order.
 MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
     # BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED
@@ -125,8 +126,12 @@ def problems(variant: Variant, target: Target) -> Iterator[Problem]:
     found: dict[Problem, None] = {}
     backward, hopper_forward = variant.op == "attention_bwd", variant.name == "gluon_fwd_sm90"
     widths = ((64, 64), (128, 128), (256, 256), (192, 128))
-    for head_dim, head_dim_v in (widths[0], widths[3]) if hopper_forward else widths:
-        lengths = (8192, 2048, 16384, 4096, 1024, 512) if hopper_forward and head_dim == 64 else (8192, 2048)
+    for name, model in PRESETS.items():
+        for layers in model.layers:
+            one = replace(Problem.preset(name, layer=layers.kind), softmax_scale=None)
+            found[one.backward if backward else one] = None
+    for head_dim, head_dim_v in widths:
+        lengths = (8192, 2048, 16384, 4096, 1024, 512) if hopper_forward and head_dim == head_dim_v else (8192, 2048)
         for causal in (True, False):
             for seqlen in lengths:
                 heads = 2048 // head_dim_v
@@ -141,11 +146,6 @@ def problems(variant: Variant, target: Target) -> Iterator[Problem]:
                     found[replace(one, return_lse=True)] = None
                 if len(lengths) > 2:
                     found[one] = None
-    for name, model in PRESETS.items():
-        for layers in model.layers:
-            one = replace(Problem.preset(name, layer=layers.kind), softmax_scale=None)
-            if not hopper_forward or one.head_dim == 64:
-                found[one.backward if backward else one] = None
     for problem in found:
         # Plain layers: a case has no tensors for options.
         if set(problem.spec.flags) <= {"causal", "has_lse"} and variant.supports(problem.spec, target) is None:
@@ -158,6 +158,9 @@ def candidates(variant: Variant, problem: Problem, target: Target) -> list[Kerne
     width = max(64, padded_head_dim(max(spec.head_dim, spec.head_dim_v)))
     names = [knob.name for knob in variant.knobs]
     every = [known.config for known in variant.known_good(spec, target)]
+    for row in seeds.load(target.name, variant.op):
+        if (row.variant, row.spec_key) == (variant.name, spec.key) and set(row.config) == set(names):
+            every.append(variant.config(**row.config))
     dims = {
         "dtype": spec.dtype,
         "head_dim": padded_head_dim(spec.head_dim),
@@ -167,7 +170,9 @@ def candidates(variant: Variant, problem: Problem, target: Target) -> list[Kerne
         if member.variant == variant.name and all(getattr(member, name) == value for name, value in dims.items()):
             every.append(variant.config(**member.config))
     every += [variant.config(**dict(zip(names, values, strict=True))) for values in MORE.get((variant.name, width), ())]
-    return [config for config in dict.fromkeys(every) if variant.illegal(spec, target, config) is None][:MOST]
+    return [config for config in dict.fromkeys(every) if variant.illegal(spec, target, config) is None][
+        : MOST.get(variant.name, 12)
+    ]
 
 
 def case_of(variant: Variant, problem: Problem, provider: providers.Provider) -> Case:

@@ -74,7 +74,7 @@ def attention(
             `torch.are_deterministic_algorithms_enabled()`. The portable backward and the torch backend's always do.
         layout: "bshd" or "bhsd".
         backend: "auto" (the fastest that supports the call on the tensors' device), "triton" (CPU tensors: in the
-            interpreter, slow, for checking), "torch", or "gluon" (no variant yet).
+            interpreter, slow, for checking), "torch", or "gluon" (NVIDIA Hopper; CPU tensors: in the simulator, slower still).
         config: a KernelConfig of the forward, or a dict of its tunables, instead of the tuned one; the backward takes its own.
 
     Returns:

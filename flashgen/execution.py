@@ -113,9 +113,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
         with _exact_products(q), _reads_explained(operands):
             _run_torch(problem, q, k, v, operands, scalars.layout, out, wanted)
     else:
-        seen = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
+        q_, k_, v_, o = (x if problem.varlen else _bshd(x, scalars.layout) for x in (q, k, v, out))
         with _backward_beside(plan, q, k, v, out, lse, operands, scalars):
-            _run_kernel(plan, operands, wanted, *seen)
+            _run_kernel(plan, q_, k_, v_, o, wanted, operands)
     return out, lse
 
 
@@ -175,7 +175,7 @@ def _packing(problem: Problem, operands: Operands, q: Tensor, k: Tensor) -> torc
 
 
 def _run_kernel(
-    plan: Plan, operands: Operands, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, operands: Operands
 ) -> None:
     """Run a generated forward on `bshd` or packed views."""
     _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)

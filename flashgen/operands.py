@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -167,9 +166,13 @@ class Operands:
         if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
         self._try_mods(device)
-        if not torch.compiler.is_compiling():
-            with contextlib.suppress(UnsupportedProblemError):  # without a trace nothing is known of its indices
-                self._check_indices(*self._program(device), problem)
+        if torch.compiler.is_compiling():
+            return
+        try:
+            traced = self._program(device)
+        except FlashgenError:  # it runs as it is, and nothing is known of its indices
+            return
+        self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
         masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}

@@ -24,6 +24,8 @@ from flashgen.mods.ranges import KeyRanges, Rows
 
 Array = Any
 NONE, SOME, ALL = 0, 1, 2  # of a tile's pairs
+# Of tiles that are looked at: samples along each side, at once, at most, and the pairs of those whose samples are of one kind.
+_SAMPLES, _TILES, _MOST_LOOKED, _MOST_PAIRS = 8, 128, 1 << 13, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,45 @@ def arrays_of(tensors: Sequence[Tensor], read: Sequence[int] | None = None) -> l
     ]
 
 
+class Looked:
+    """Classes of tiles that several terms see or hide together, such as a chunk's end beside the diagonal: no term alone is proof.
+
+    A few pairs of a tile are evaluated, and all of them where these are of one kind.
+
+    Args:
+        mask, tables, b, h: as of `classifier`.
+        pairs: how many may be evaluated in tiles whose samples are of one kind; tiles beyond them stay as they are, which is safe.
+    """
+
+    def __init__(self, mask: Node, tables: Sequence[Array], b: int, h: int, pairs: int) -> None:
+        self._mask, self._tables, self._fixed, self._left = mask, tables, {"b": np.int32(b), "h": np.int32(h)}, pairs
+
+    def __call__(self, q0: Array, q1: Array, k0: Array, k1: Array) -> Array:
+        kinds, steps = np.full(len(q0), SOME, np.int8), np.arange(_SAMPLES)
+        for first in range(0, len(q0), _TILES):
+            part = slice(first, first + _TILES)
+            q, k = (
+                low[part, None] + (high - low)[part, None] * steps // (_SAMPLES - 1)
+                for low, high in ((q0, q1), (k0, k1))
+            )
+            seen = self._at(q[:, :, None], k[:, None, :]).reshape(len(q), -1)
+            for tile in first + np.flatnonzero(seen.all(1) | ~seen.any(1)):
+                size = int((q1[tile] - q0[tile] + 1) * (k1[tile] - k0[tile] + 1))
+                if size > self._left:
+                    return kinds
+                self._left -= size
+                rows, keys = np.arange(q0[tile], q1[tile] + 1), np.arange(k0[tile], k1[tile] + 1)
+                pairs = self._at(rows[:, None], keys[None])
+                kinds[tile] = ALL if pairs.all() else SOME if pairs.any() else NONE
+        return kinds
+
+    def _at(self, q: Array, k: Array) -> Array:
+        index = {**self._fixed, "q_idx": q.astype(np.int32), "kv_idx": k.astype(np.int32)}
+        return np.broadcast_to(
+            semantics.evaluate(self._mask, index, self._tables), np.broadcast_shapes(q.shape, k.shape)
+        )
+
+
 def key_ranges(
     mask: Node,
     tables: Sequence[Array],
@@ -165,7 +206,12 @@ def key_ranges(
     for b in batches:
         for h in heads:
             one = classifier(mask, tables, seqlen_q=seqlen_q, seqlen_k=seqlen_k, b=b, h=h)
-            found.append(_rows(one, block_m, block_n))
+            rows = _rows(one, block_m, block_n)
+            if len(one.true) > 1 or len(one.false) > 1:
+                looked = Looked(mask, tables, b, h, _MOST_PAIRS // (len(batches) * len(heads)))
+                most = _MOST_LOOKED // (len(batches) * len(heads))
+                rows = rows.refined(looked, seqlen_q, seqlen_k, block_m, block_n, most)
+            found.append(rows)
     return KeyRanges.stacked(found, (len(batches), len(heads)), block_n)
 
 

@@ -173,6 +173,10 @@ class Table(Line):
     def direction(self) -> int:
         return self._rising() * (1 if self._scale > 0 else -1)
 
+    @cached_property
+    def _samples(self) -> Array:  # type: ignore[override]  # the direction is told, so nothing has kept them on the way
+        return self.at(np.arange(self.first, self.last + 1, self._step))
+
     def hull(self, low: Array, high: Array, at_least: Array | None, at_most: Array | None, strict: bool) -> Any:
         rising = self.direction * (1 if self._scale > 0 else -1)
         if rising != 1:

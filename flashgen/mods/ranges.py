@@ -53,13 +53,21 @@ class Rows:
         row, key = np.nonzero(kinds)
         return _packed(len(kinds), row, key, key + 1, kinds[row, key] == 2)
 
-    def refined(self, classify: Callable[..., Array], seqlen_q: int, seqlen_k: int, block_m: int, block_n: int) -> Rows:
-        """Judge every tile that is not known to be full by itself: ranges may have gaps. Too many tiles stay as they are."""
+    def refined(
+        self,
+        classify: Callable[..., Array],
+        seqlen_q: int,
+        seqlen_k: int,
+        block_m: int,
+        block_n: int,
+        most: int = _MOST_TILES,
+    ) -> Rows:
+        """Judge every tile that is not known to be full by itself: ranges may have gaps. More than `most` stay as they are."""
         sizes = np.where(self.full, 0, self.stop - self.start)
         sizes = np.where(np.arange(sizes.shape[1]) < self.count[:, None], sizes, 0)
         row, segment = np.nonzero(sizes)
         length = sizes[row, segment]
-        if not len(row) or int(length.sum()) > _MOST_TILES:
+        if not len(row) or int(length.sum()) > most:
             return self
         tile_row = np.repeat(row, length)
         within = np.arange(len(tile_row)) - np.repeat(np.cumsum(length) - length, length)

@@ -80,7 +80,9 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     plain(condition, x, y)
     tensors = [operand for operand in (condition, x, y) if isinstance(operand, Tensor)]
     if not tensors:
-        return x if condition else y
+        chosen = x if condition else y
+        # A literal becomes a value of the kernel, which can be cast.
+        return chosen if hasattr(chosen, "to") or isinstance(chosen, bool) else scalar(chosen, _of_python(x, y))
     layout = functools.reduce(common, (tensor.layout for tensor in tensors))
     if len({tensor.values.ndim for tensor in tensors}) > 1:
         fail(ShapeError, f"where: operands of shapes {[tensor.shape for tensor in tensors]}")
@@ -101,7 +103,7 @@ def unary(name: str, function: Callable[[Any], Array]) -> Callable[[Any], Any]:
         plain(x)
         if not isinstance(x, Tensor):
             with np.errstate(all="ignore"):
-                return float(function(np.float32(x)))
+                return scalar(function(np.float32(x)), float32)
         dtype = x.dtype if x.dtype.is_float else float32
         result = function(x.values if x.dtype.is_float else x.values.astype(np.float32))
         return Tensor(rounded(result, dtype) if dtype.narrow else result, dtype, x.layout)
@@ -360,7 +362,7 @@ def register_asm(text: str, function: Callable[..., Any]) -> None:
 def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any) -> Any:
     """Run a registered assembly text on the elements."""
     plain(*args)
-    barrier = named.parse(str(asm))
+    barrier = named.parse(str(asm), args)
     if barrier is not None:
         named.meet(*barrier)
         return scalar(0, int32)

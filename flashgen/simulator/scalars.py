@@ -45,12 +45,36 @@ class Int64(Scalar):
 
 
 class Float(float):
-    """A run-time float, rounded to its type; arithmetic makes plain floats of it."""
+    """A run-time float, rounded to its type; what arithmetic makes of it has its type and is not rounded."""
 
     dtype: DType
+    shape: tuple[int, ...] = ()
+
+    def __neg__(self) -> Any:
+        return _float(-float(self), self.dtype)
+
+    def __abs__(self) -> Any:
+        return _float(abs(float(self)), self.dtype)
 
     def to(self, dtype: DType, bitcast: bool = False) -> Any:
         return scalar(float(self), dtype)
+
+
+def _float(value: float, dtype: DType) -> Float:
+    made = Float(value)
+    made.dtype = dtype
+    return made
+
+
+def _of_floats(op: Callable[[float, float], float], swap: bool) -> Callable[[Any, Any], Any]:
+    def method(self: Float, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        a, b = (float(other), float(self)) if swap else (float(self), float(other))
+        with np.errstate(all="ignore"):
+            return _float(float(op(np.float64(a), np.float64(b))), self.dtype)
+
+    return method
 
 
 def _made(value: int, a: Any, b: Any) -> Any:
@@ -94,6 +118,9 @@ for _name in ("add", "sub", "mul", "and", "or", "xor", "lshift", "rshift"):
     _op = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
     setattr(Scalar, f"__{_name}__", _arithmetic(_op, False))
     setattr(Scalar, f"__r{_name}__", _arithmetic(_op, True))
+for _name in ("add", "sub", "mul", "truediv"):
+    setattr(Float, f"__{_name}__", _of_floats(getattr(operator, _name), False))
+    setattr(Float, f"__r{_name}__", _of_floats(getattr(operator, _name), True))
 for _name, _op in (("floordiv", operator.floordiv), ("mod", operator.mod)):
     setattr(Scalar, f"__{_name}__", _division(_op, False))
     setattr(Scalar, f"__r{_name}__", _division(_op, True))

@@ -73,6 +73,8 @@ class Case:
         values: of q and k: `normal`, `low` (scores near -600), `large` (scores of thousands).
         block_mask: a name of `MASK_MODS`, or `given`: lists of each batch and head that say something else than its mask_mod.
         block_size: blocks of queries and of keys of the block mask.
+        words: where the Hopper forward has a mask_mod looked up: as it is made (empty), `none`, so that it is evaluated in the kernel, or
+            `stale`, as where the mask's tensors hold something else by now.
         spread: whether the operands beside q, k and v have a gap after each element.
         deterministic: whether gradients have to repeat bit for bit.
         tile: block of rows and of keys.
@@ -112,6 +114,7 @@ class Case:
     lse: bool = False
     grad: bool = False
     tile: tuple[int, int] = (16, 16)
+    words: str = ""
     spread: bool = False
 
     @property
@@ -259,6 +262,8 @@ def _with_options(case: Case, r: random.Random, longest: int = 33) -> Case:
     chosen = r.sample(sorted(draws), r.choice((1, 2, 2, 3, 5)))
     more: dict[str, Any] = {"block_size": r.choice(((16, 8), (16, 16), (32, 64), (24, 40), (128, 128)))}
     more |= {"spread": r.random() < 0.4}
+    if case.backend == "gluon" and "mask_mod" in chosen:
+        more |= {"words": r.choice(("", "none", "stale"))}
     if "lengths" in chosen:
         more |= {"layout": "bshd", "batch": 1, "block_mask": ""}
         chosen = [name for name in chosen if name != "block_mask"]

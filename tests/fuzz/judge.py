@@ -15,7 +15,7 @@ from cases import CAPTURING, MASK_MODS, SCORE_MODS, Case, Tensors, make
 from torch import Tensor
 
 import flashgen
-from flashgen import accuracy, execution, ops
+from flashgen import accuracy, block_ranges, execution, mask_words, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
 from flashgen.reference import Call, Result, exact, same_precision
@@ -198,10 +198,31 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
                 variant="triton_bwd", BLOCK_M=rows, BLOCK_N=keys, BLOCK_M_DQ=keys, BLOCK_N_DQ=rows, num_warps=4, num_stages=1
             )  # fmt: skip
             stack.enter_context(mock.patch.object(TritonBackward, "default", lambda self, spec, target: config))
+        if case.words:
+            stack.callback(block_ranges.forget)
+            block_ranges.forget()
+            stack.enter_context(mock.patch.object(mask_words, "add", _other_words(case.words)))
         if tile is not None:
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_Q", tile[0]))
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_K", tile[1]))
         yield
+
+
+def _other_words(kind: str) -> Any:
+    """What stands in the place of `mask_words.add`: no words, or wrong ones beside ranges that know nothing and say so."""
+    add = mask_words.add
+
+    def changed(*args: Any) -> tuple[Tensor, Tensor | None]:
+        table, words = add(*args)
+        if kind == "none":
+            table[..., 4:] = -1
+            return table, None
+        if words is None or not args[1].mask_reads:  # a mask that reads nothing is never stale
+            return table, words
+        blocks = -(-args[3][3] // args[3][5])
+        return torch.tensor([0, blocks, blocks, blocks, -1, -1, -1, -1]).int().expand_as(table).contiguous(), ~words
+
+    return changed
 
 
 def _offsets(case: Case, device: Any = "cpu") -> tuple[list[Tensor], Tensor | None]:

@@ -52,6 +52,21 @@ def test_the_sample_holds_every_option() -> None:
     assert sum(case.backend == "triton" for case in cases) == 60
     assert {case.score_mod for case in cases} >= set(SCORE_MODS) and {case.mask_mod for case in cases} >= set(MASK_MODS)
     assert {case.strides for case in cases} == set(STRIDES)
+    assert sum(case.backend == "gluon" for case in cases) == 30
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "gluon"])
+def test_every_backend_meets_every_option(backend: str) -> None:
+    """In a longer run, each with gradients and without; a kernel that does not cover one of its cases hands it on."""
+    cases = [case for case in map(draw, range(1600)) if case.backend == backend]
+    options = ("window", "softcap", "alibi", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths", "seqused", "spread")  # fmt: skip
+    for name in options:
+        chosen = [case for case in cases if getattr(case, name) != getattr(Case(), name)]
+        assert {case.grad for case in chosen} == {True, False}, name
+        assert any(case.head_dim != case.head_dim_v for case in chosen), name
+    assert {case.deterministic for case in cases if case.grad} == {True, False}
+    assert any(case.block_mask == "given" for case in cases)
+    assert {case.words for case in cases} == ({"", "none", "stale"} if backend == "gluon" else {""})
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -32,11 +32,16 @@ NAMED = {
     f"options: {name}"
     for name in ("the window shows one key too many on the left", "blocks that mask_mod hides in part taken for whole ones",
                  "dropout shifted by a key", "the sink missing in the denominator", "dv of what dropout dropped",
-                 "operands of the first head", "packed: always bottom-right")
+                 "operands of the first head", "packed: always bottom-right", "the bias's gradient unreduced over rows",
+                 "the bias's gradient unreduced over keys", "dk and dv see one key too many on the left",
+                 "dq sees one key too many on the left", "rows that mask_mod hides in part taken for whole ones",
+                 "dp of what dropout dropped", "the sinks' gradient with the wrong sign")
 } | {
     f"options, Hopper: {name}"
     for name in ("full blocks of the first row on the left", "blocks left of the walk not released", "values that a mask hides from all",
-                 "dropout shifted by a row", "rows of the next sequence written")
+                 "dropout shifted by a row", "rows of the next sequence written", "the window shows one key too many on the left",
+                 "blocks that mask_mod hides in part taken for whole ones", "the sink missing in the denominator",
+                 "the maximum of lse without the sink")
 }  # fmt: skip
 TRIED = [
     broken

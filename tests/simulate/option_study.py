@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import option_subjects as subjects
 import torch
 
+BAR = 0.95  # of all that is tried; what is not found is reviewed, one by one
 COLUMNS = ("kernel", "option", "digests", "mutants", "tried", "found", "kinds", "survivors")
 
 

@@ -45,7 +45,7 @@ class Subject:
 
 
 def _public(kernel: str, option: str, *cases: object) -> Subject:
-    op = "attention_bwd" if kernel == "triton_bwd" else "attention_fwd"
+    op = "attention_bwd" if kernel.endswith("bwd") or "_bwd_" in kernel else "attention_fwd"
     return Subject(kernel, option, lambda: tuple(Public(case, op) for case in cases))  # type: ignore[arg-type]
 
 
@@ -81,7 +81,7 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 # Each option -> cases of the Hopper forward, of the portable one.
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary", "window over one block of keys"),
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
@@ -90,9 +90,10 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bias": (("bias", "spread, bias"), ("bias", "bias of -inf", "softcap, then bias", "spread, bias")),
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
-    "mask_mod": (("mask_mod", "mask_mod of columns", "mask_mod of bands"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+    "mask_mod": (
+        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
     "mask_mod that captures": (
-        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale"),
         ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
@@ -144,6 +145,7 @@ SUBJECTS: tuple[Subject, ...] = (
         "a BlockMask of each head, whose keys are shared",
     ),
     _direct("head dims above 128, with a mask", Free(why="", sizes={"seqlen_q": 130, "seqlen_k": 100}, mask_mod=CASES[9].mask_mod, head_dim=136, head_dim_v=16)),
+    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window"))),
     *(
         _public("triton_fwd", option, *(_PORTABLE[name] for name in names))
         for option, (_, names) in _FORWARD_OPTIONS.items()

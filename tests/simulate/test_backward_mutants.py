@@ -22,8 +22,20 @@ ORDERED = (
     ('sem="acquire"', 'sem="relaxed"'),
     ('sem="release"', 'sem="relaxed"'),
     ("store_wait(0, read_only=False)", "store_wait(0)"),
-    ("            store_wait(0, read_only=False)\n", ""),
-    ("            partition_barrier()\n            gl.atomic_add", "            gl.atomic_add"),
+    ("\n            store_wait(0, read_only=False)\n", "\n"),
+    ("\n            partition_barrier()\n            gl.atomic_add", "\n            gl.atomic_add"),
+)
+# In any order: who stores a block of rows, and when others may add to it.
+FIRST = (
+    ("gl.atomic_cas(turn, 0, 1, ", "gl.atomic_add(turn, 0, "),
+    ('sem="release"', 'sem="relaxed"'),
+    (
+        'if state == 1:\n                while gl.atomic_add(turn, 0, sem="acquire") == 1:\n                    pass',
+        "pass",
+    ),
+    ("\n                store_wait(0, read_only=False)\n", "\n"),
+    ("\n                partition_barrier()\n", "\n"),
+    ("is_first = state == 0", "is_first = state != 2"),
 )
 
 
@@ -32,7 +44,18 @@ ORDERED = (
 def test_what_keeps_sums_of_dq_in_order_is_needed(old: str, new: str, schedule: str) -> None:
     study = backward.study_of(backward.SPECS[0])
     assert old in study.text
-    assert study.verdict(study.text.replace(old, new), schedule=schedule, seed=3) == "unordered-sum"
+    # The first of all stores: what is not ordered with it races.
+    assert study.verdict(study.text.replace(old, new), schedule=schedule, seed=3) in ("unordered-sum", "global-race")
+
+
+@pytest.mark.parametrize(("old", "new"), FIRST)
+def test_what_lets_the_first_store_is_needed(old: str, new: str) -> None:
+    """Thread blocks that come one after the other never meet: some schedule must bring two of them together."""
+    study = backward.study_of(backward.SPECS[0])
+    assert old in study.text
+    tried = ((schedule, seed) for schedule in ("random", "priority") for seed in (3, 4, 5))
+    found = (study.verdict(study.text.replace(old, new), schedule=schedule, seed=seed) for schedule, seed in tried)
+    assert next((verdict for verdict in found if verdict is not None), None) in ("global-race", "numbers")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from free_cases import (
     shuffled,
 )
 
+import flashgen
 from flashgen.simulator import SCHEDULES
 
 
@@ -149,3 +151,24 @@ def test_a_nan_that_somebody_sees_is_not_hidden() -> None:
     lse.fill_(torch.nan)  # as a forward that met it
     launch(case, buffers, values)
     assert buffers.outputs["dq"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "of", [lambda x: x.abs(), lambda x: (2.0 * x).abs(), lambda x: torch.sign(x - 0.1) * torch.sigmoid(-x)]
+)
+def test_a_value_of_a_head_goes_through_functions_and_choices(of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What depends on the head alone is a scalar of the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 33, 2, 32, generator=generator).half() for _ in range(3))
+    table = torch.randn(2, 3, generator=generator, requires_grad=True)
+
+    def slope(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s - of(table[h, 1]) * (i - j).abs()
+
+    found = []
+    for backend in ("gluon", "torch"):
+        out: Any = flashgen.attention(q, k, v, score_mod=slope, backend=backend)  # type: ignore[call-overload]
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), table)
+        found += [out, gradient]
+    torch.testing.assert_close(found[0], found[2], atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(found[1], found[3], atol=0.2, rtol=2e-3)

@@ -1,6 +1,8 @@
-"""Named barriers in inline assembly: turns are counted, misuse has a line, and nothing is ordered by them."""
+"""Named barriers in inline assembly: turns are counted and order nothing, what is handed over is ordered, misuse has a line."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +84,78 @@ def test_a_race_that_only_turns_prevent_is_reported(schedule: str) -> None:
 def test_other_assembly_stays_unknown() -> None:
     with pytest.raises(sim.UnsupportedOperationError, match="register_asm"):
         play(TEXT.replace("bar.{WHAT}", "bar.red.{WHAT}"))
+
+
+HAND_OVER = """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def come(stage, WHAT: gl.constexpr, THREADS: gl.constexpr):
+    gl.inline_asm_elementwise(
+        f"bar.{WHAT} $1, {THREADS}; mov.b32 $0, 0;", "=r,r", [8 + stage], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def give(box, ROUNDS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for i in range(ROUNDS):
+        box.index(i % 2).store(gl.full([1], 10 + i, gl.int32, layout))
+        come(i % 2, "arrive", 160)
+        come(2 + i % 2, "sync", 160)
+
+
+@gluon.jit
+def take(out_ptr, box, ROUNDS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for i in range(ROUNDS):
+        come(i % 2, "sync", 160)
+        gl.store(out_ptr + i + gl.arange(0, 1, layout), box.index(i % 2).load(layout))
+        come(2 + i % 2, "arrive", 160)
+
+
+@gluon.jit
+def game(out_ptr, ROUNDS: gl.constexpr):
+    box = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    gl.warp_specialize([(give, (box, ROUNDS)), (take, (out_ptr, box, ROUNDS))], [1], [24])
+
+
+def launch(out, ROUNDS):
+    game[(1,)](out, ROUNDS, num_warps=4)
+"""
+
+
+MISSED = (
+    sim.SharedRaceError,
+    sim.BarrierError,
+)  # what nobody waited for: a race, or more who come than the barrier counts
+
+
+def hand_over(text: str = HAND_OVER, schedule: str = "random", seed: int = 0) -> list[int]:
+    out = torch.zeros(6, dtype=torch.int32)
+    sim.simulate(text, {"out": out, "ROUNDS": 6}, schedule=schedule, seed=seed)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_number_in_a_register_hands_data_over(schedule: str) -> None:
+    for seed in range(3):
+        assert hand_over(schedule=schedule, seed=seed) == [10, 11, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("old", "new", "kinds"),
+    [
+        ('        come(i % 2, "sync", 160)\n', '        come(i % 2, "arrive", 160)\n', MISSED),
+        ('        come(2 + i % 2, "sync", 160)\n', '        come(2 + i % 2, "arrive", 160)\n', MISSED),
+        ('        come(i % 2, "arrive", 160)\n        come(2', "        come(2", sim.DeadlockError),
+        ('f"bar.{WHAT} $1, {THREADS}', 'f"bar.{WHAT} 8, {THREADS}', MISSED),
+    ],
+)
+def test_without_it_there_is_a_race(old: str, new: str, kinds: Any, schedule: str) -> None:
+    assert HAND_OVER.count(old) == 1
+    with pytest.raises(kinds):
+        hand_over(HAND_OVER.replace(old, new), schedule)

@@ -22,6 +22,7 @@ Array = Any
 DOCUMENT = torch.tensor(
     [0] * 3 + [1] * 40 + [2] + [4] * 55 + [5] * 2 + [9] * 99, dtype=torch.int32
 )  # 200 tokens, sorted
+FALLING = 190 - torch.arange(200, dtype=torch.int32) * 3 // 4
 LENGTHS = torch.tensor([120, 33], dtype=torch.int32)
 
 
@@ -106,6 +107,9 @@ EXACT: dict[str, Callable[..., Any]] = {
     "exclusive or": lambda b, h, q, k: (q >= k) ^ (k < 30),
     "a choice": lambda b, h, q, k: torch.where(h == 0, q >= k, (q - k).abs() < 9),
     "fractions": lambda b, h, q, k: k.float() <= q * 0.5,
+    "fewer keys for later queries": lambda b, h, q, k: k < FALLING[q],
+    "fewer queries for later keys": lambda b, h, q, k: (FALLING[k] > q) & (q >= k),
+    "chunks beside a diagonal": lambda b, h, q, k: (q - 25 >= k) | (q // 40 == k // 40),
 }  # fmt: skip
 # (queries, keys, block_m, block_n): square; wide and tall tiles; ragged ends on both sides; fewer keys than queries.
 SHAPES = [(200, 200, 16, 16), (200, 200, 32, 16), (130, 200, 16, 64), (200, 150, 64, 32)]
@@ -346,7 +350,6 @@ FAMILIES = (
 def test_products_and_unions_of_the_families_are_exact(
     parts: list[tuple[str, int]], union: bool, tile: tuple[int, int]
 ) -> None:
-    """A dilated window's edge may stand inside a tile at a key that its step leaves out: that tile may be unknown."""
     function = (any_of if union else all_of)(*(_family(*part) for part in parts))
     program, tensors = mods.program(None, {"mask_mod": function}, CPU)
     assert program.mask is not None

@@ -213,6 +213,36 @@ def produce(
 # -- the writer: one warp --
 
 
+# Numbers of the named barriers at which dq is handed over, one a buffer: Triton itself takes the first ones.
+FIRST_HAND_OVER = gl.constexpr(8)
+
+
+@gluon.jit
+def hand_over(dq_stage, CONSUMERS: gl.constexpr):
+    """A buffer of dq is full: each consumer says so for itself and goes on, which an mbarrier's one arrival would not let it."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_over(dq_stage, CONSUMERS: gl.constexpr):
+    """The writer waits for all consumers."""
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def write_dq(
     dq_desc,
@@ -236,26 +266,48 @@ def write_dq(
     DETERMINISTIC: gl.constexpr,
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
-    dq_full, dq_empty, rows_empty = bars
+    dq_empty, rows_empty = bars
+    CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
         dq_stage = step % DQ_STAGES
-        mbarrier.wait(dq_full.index(dq_stage), (step // DQ_STAGES) & 1)
+        if not DETERMINISTIC:
+            # 0: nobody has come to these rows; 1: the first is storing; 2: the others may add. Asked for while dq is computed.
+            turn = turn_ptr + off_bh * end + m_block
+            state = gl.atomic_add(turn, 0, sem="acquire")
+        take_over(dq_stage, CONSUMERS)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
+        is_first = False  # what the first adds need not be added to anything, and nothing is zeroed before
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
             turn = turn_ptr + off_bh * end + m_block
             while gl.atomic_add(turn, 0, sem="acquire") != n_block:
                 pass
-        tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+            is_first = n_block == 0
+        else:
+            if state == 0:
+                state = gl.atomic_cas(turn, 0, 1, sem="acquire")
+            is_first = state == 0
+            if state == 1:
+                while gl.atomic_add(turn, 0, sem="acquire") == 1:
+                    pass
+        if is_first:
+            tma_store(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        else:
+            tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         store_wait(0)
         mbarrier.arrive(dq_empty.index(dq_stage), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
+        else:
+            if is_first:
+                store_wait(0, read_only=False)
+                partition_barrier()
+                gl.atomic_xchg(turn, 2, sem="release")
 
 
 # -- the consumers: one partition of warps, 16 keys each --
@@ -317,7 +369,7 @@ def attend(
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
     q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles = tiles
-    q_full, do_full, dq_full, dq_empty = bars
+    q_full, do_full, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     SCORES: gl.constexpr = nothing.type.layout
@@ -359,6 +411,8 @@ def attend(
     dp = gl.where(kept, dp * dropout_scale, 0.0)
     ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
+    # The other warpgroup may still be reading what was here.
+    partition_barrier()
     ds_tile.store(ds)
     if not DV_FIRST:
         dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -384,7 +438,7 @@ def attend(
         dk = warpgroup_mma_wait(0, deps=(dk_product,))
     # The fence stands behind the wait: ptxas 12.8 crashes where it stands before.
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(dq_stage), count=1)
+    hand_over(dq_stage, BLOCK_N // 16)
     if SCORES_AHEAD:
         scores = warpgroup_mma_wait(0, deps=(scores_product,))
     return scores, dk, dv
@@ -430,7 +484,7 @@ def consume(
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
-    kv_full, q_full, do_full, dq_full, dq_empty = bars
+    kv_full, q_full, do_full, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     WARPS: gl.constexpr = BLOCK_N // 16
     # Warps along the rows of dq; the others take other columns.
@@ -503,7 +557,7 @@ def consume(
                 dropout_threshold,
                 dropout_scale,
                 tiles,
-                (q_full, do_full, dq_full, dq_empty),
+                (q_full, do_full, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -545,7 +599,7 @@ def consume(
                 dropout_threshold,
                 dropout_scale,
                 tiles,
-                (q_full, do_full, dq_full, dq_empty),
+                (q_full, do_full, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -663,7 +717,6 @@ def attention_bwd(
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rows_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     for stage in gl.static_range(STAGES):
@@ -671,7 +724,6 @@ def attention_bwd(
         mbarrier.init(do_full.index(stage), count=1)
         mbarrier.init(rows_empty.index(stage), count=1)
     for stage in gl.static_range(DQ_STAGES):
-        mbarrier.init(dq_full.index(stage), count=1)
         mbarrier.init(dq_empty.index(stage), count=1)
     gl.warp_specialize(
         [
@@ -681,7 +733,7 @@ def attention_bwd(
                     dk_desc,
                     dv_desc,
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles),
-                    (kv_full, q_full, do_full, dq_full, dq_empty),
+                    (kv_full, q_full, do_full, dq_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -739,7 +791,7 @@ def attention_bwd(
                     dq_desc,
                     turn_ptr,
                     dq_tiles,
-                    (dq_full, dq_empty, rows_empty),
+                    (dq_empty, rows_empty),
                     off_b,
                     off_hkv,
                     n_block,
@@ -820,11 +872,7 @@ def attention_bwd_preprocess(
     tl.store(lse2_ptr + row, lse2)
     tl.store(delta_ptr + row, delta)
 
-    # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
-    if turn_ptr is not None:
-        tl.store(turn_ptr + block, 0)
+    tl.store(turn_ptr + block, 0)
 
 
 @triton.jit(do_not_specialize=["num_heads_q", "seqlen_q"])
@@ -930,7 +978,7 @@ def launch(
     dout = addressable(dout)
     lse2, delta = lse.new_empty((2, heads, num_m_blocks * BLOCK_M))
     dq_sum = lse.new_empty((heads, num_m_blocks * (BLOCK_M * 64 // 256), 256))
-    turns = torch.empty((heads, num_m_blocks), dtype=torch.int32, device=q.device) if deterministic else None
+    turns = torch.empty((heads, num_m_blocks), dtype=torch.int32, device=q.device)
     attention_bwd_preprocess[(num_m_blocks * heads,)](
         out,
         dout,

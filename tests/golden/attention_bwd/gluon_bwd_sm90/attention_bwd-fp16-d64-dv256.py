@@ -165,6 +165,36 @@ def produce(
 # -- the writer: one warp --
 
 
+# Numbers of the named barriers at which dq is handed over, one a buffer: Triton itself takes the first ones.
+FIRST_HAND_OVER = gl.constexpr(8)
+
+
+@gluon.jit
+def hand_over(dq_stage, CONSUMERS: gl.constexpr):
+    """A buffer of dq is full: each consumer says so for itself and goes on, which an mbarrier's one arrival would not let it."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def take_over(dq_stage, CONSUMERS: gl.constexpr):
+    """The writer waits for all consumers."""
+    gl.inline_asm_elementwise(
+        f"bar.sync $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
+        "=r,r",
+        [FIRST_HAND_OVER + dq_stage],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @gluon.jit
 def write_dq(
     dq_desc,
@@ -188,20 +218,26 @@ def write_dq(
     DETERMINISTIC: gl.constexpr,
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
-    dq_full, dq_empty, rows_empty = bars
+    dq_empty, rows_empty = bars
+    CONSUMERS: gl.constexpr = 8  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
         dq_stage = step % DQ_STAGES
-        mbarrier.wait(dq_full.index(dq_stage), (step // DQ_STAGES) & 1)
+        take_over(dq_stage, CONSUMERS)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
+        is_first = False  # what the first adds need not be added to anything, and nothing is zeroed before
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
             turn = turn_ptr + off_bh * end + m_block
             while gl.atomic_add(turn, 0, sem="acquire") != n_block:
                 pass
-        tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+            is_first = n_block == 0
+        if is_first:
+            tma_store(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        else:
+            tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
         if step > 0:
@@ -247,7 +283,7 @@ def attend(
 ):
     """One block of rows: adds to dk and dv, and stages dq, panel by panel."""
     q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles = tiles
-    q_full, do_full, do_empty, dq_full, dq_empty = bars
+    q_full, do_full, do_empty, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     PANEL: gl.constexpr = no_dq.type.shape[1]
@@ -270,6 +306,8 @@ def attend(
     if IS_MASKED:
         rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
         p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
+    # The other warpgroup may still be reading what was here and in ds_tile.
+    partition_barrier()
     p_tile.store(p.to(DTYPE))
     # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
     fence_async_shared()
@@ -288,21 +326,19 @@ def attend(
     dk_1 = warpgroup_mma(ds_tile, q_1, dk_1, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_product,))
     dk_1 = warpgroup_mma_wait(0, deps=(dk_1,))
-    stage_dq(dq, step, dq_tiles, dq_full, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    stage_dq(dq, step, dq_tiles, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
     return dk_1, dv_1, dv_2
 
 
 @gluon.jit
-def stage_dq(
-    dq, number, dq_tiles, dq_full, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.constexpr, DQ_STAGES: gl.constexpr
-):
+def stage_dq(dq, number, dq_tiles, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.constexpr, DQ_STAGES: gl.constexpr):
     """Hands a panel of dq to the writer; the last one of a step says that its rows have been read, too."""
     dq_stage = number % DQ_STAGES
     mbarrier.wait(dq_empty.index(dq_stage), ((number // DQ_STAGES) & 1) ^ 1)
     dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * PANEL // 256, 256])
     dq_tile.store(in_register_order(dq, BLOCK_M, PANEL, 2))
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(dq_stage), count=1)
+    hand_over(dq_stage, 8)
 
 
 @gluon.jit
@@ -333,7 +369,7 @@ def consume(
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _, _ = tiles
-    kv_full, q_full, do_full, do_empty, dq_full, dq_empty = bars
+    kv_full, q_full, do_full, do_empty, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     SCORES_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, BLOCK_M // 2, 16]
@@ -374,7 +410,7 @@ def consume(
                 first_m,
                 qk_scale,
                 tiles,
-                (q_full, do_full, do_empty, dq_full, dq_empty),
+                (q_full, do_full, do_empty, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -397,7 +433,7 @@ def consume(
                 first_m,
                 qk_scale,
                 tiles,
-                (q_full, do_full, do_empty, dq_full, dq_empty),
+                (q_full, do_full, do_empty, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
@@ -406,7 +442,9 @@ def consume(
                 DQ_STAGES,
                 IS_MASKED=False,
             )
-    # -- store dk and dv through the memory of k and v: all warpgroups have met since they last read it --
+    # -- store dk and dv through the memory of k and v, which nobody reads any more --
+    # Each warpgroup has waited for its own products: the other may still be reading.
+    partition_barrier()
     k, v = k_tile.reshape([BLOCK_N, BLOCK_D]), v_tile.reshape([BLOCK_N, BLOCK_DV])
     v.slice(0, 128, dim=1).store(dv_1.to(DTYPE))
     v.slice(128, 128, dim=1).store(dv_2.to(DTYPE))
@@ -500,7 +538,6 @@ def attention_bwd(
     do_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     rows_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(do_full.index(0), count=1)
@@ -509,7 +546,6 @@ def attention_bwd(
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(rows_empty.index(stage), count=1)
     for stage in gl.static_range(DQ_STAGES):
-        mbarrier.init(dq_full.index(stage), count=1)
         mbarrier.init(dq_empty.index(stage), count=1)
     gl.warp_specialize(
         [
@@ -519,7 +555,7 @@ def attention_bwd(
                     dk_desc,
                     dv_desc,
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles),
-                    (kv_full, q_full, do_full, do_empty, dq_full, dq_empty),
+                    (kv_full, q_full, do_full, do_empty, dq_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -565,7 +601,7 @@ def attention_bwd(
                     dq_desc,
                     turn_ptr,
                     dq_tiles,
-                    (dq_full, dq_empty, rows_empty),
+                    (dq_empty, rows_empty),
                     off_b,
                     off_hkv,
                     n_block,
@@ -646,11 +682,12 @@ def attention_bwd_preprocess(
     tl.store(lse2_ptr + row, lse2)
     tl.store(delta_ptr + row, delta)
 
-    # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
+    # -- sums, rows that do not exist included: TMA adds to whole blocks; in order the first stores --
     if turn_ptr is not None:
         tl.store(turn_ptr + block, 0)
+    else:
+        dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
+        tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
 
 
 @triton.jit(do_not_specialize=["num_heads_q", "seqlen_q"])
