@@ -44,7 +44,8 @@ from flashgen.variants import Variant, by_name
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("gluon_bwd_sm90", "triton_bwd", "triton_fwd", "gluon_fwd_sm90")
 ROUNDS, CHECKED = 12, 3
-MOST = {"gluon_fwd_sm90": 6, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
+MOST = {"gluon_fwd_sm90": 9, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
+SECTIONS = (1, 2, 4, 8, 16)  # heads in one go, of the Hopper forward: every one with the tile that leads the list
 # Beside known-good tiles and portfolio, by variant and wider padded head dim: values of the knobs in their order.
 MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
     # BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED
@@ -169,6 +170,8 @@ def candidates(variant: Variant, problem: Problem, target: Target) -> list[Kerne
     for member in portfolios.load(target.arch, variant.op):
         if member.variant == variant.name and all(getattr(member, name) == value for name, value in dims.items()):
             every.append(variant.config(**member.config))
+    if "SECTION" in names and every:
+        every[1:1] = [variant.config(**{**every[0].to_dict(), "SECTION": section}) for section in SECTIONS]
     every += [variant.config(**dict(zip(names, values, strict=True))) for values in MORE.get((variant.name, width), ())]
     return [config for config in dict.fromkeys(every) if variant.illegal(spec, target, config) is None][
         : MOST.get(variant.name, 12)

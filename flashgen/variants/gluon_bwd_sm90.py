@@ -205,6 +205,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             "DETERMINISTIC": False,
         }
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        found |= {"ONE_SIDED": True}  # named by kernels with slopes alone
         found |= {"SUM_BIAS": 1, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
         return {**found, "MASKED": True, "PEELED": False} if spec.has_attn_mask else found
 

@@ -96,14 +96,18 @@ class GluonForwardSm90(WithMods, Variant):
     template = "gluon/attention_fwd_sm90.py.jinja"
     modelled = False  # overlap between warpgroups is no sum of instruction counts
     knobs = (
-        Knob(name="BLOCK_M", values=(128, 192), meaning="query rows of a thread block: 64 for each consumer warpgroup"),
+        Knob(
+            name="BLOCK_M",
+            values=(128, 192, 256),
+            meaning="query rows of a thread block: 64 for each consumer warpgroup",
+        ),
         Knob(name="BLOCK_N", values=(64, 128), meaning="keys of one step"),
         Knob(name="STAGES", values=(2, 3, 4), meaning="key and value blocks in flight"),
-        Knob(name="CONSUMER_REGS", values=(160, 240), meaning="registers of a consumer's thread"),
+        Knob(name="CONSUMER_REGS", values=(112, 160, 240), meaning="registers of a consumer's thread"),
         Knob(name="PRODUCER_REGS", values=(24, 32), meaning="registers of a producer's thread"),
         Knob(
             name="SECTION",
-            values=(4, 16),
+            values=(1, 2, 4, 8, 16),
             meaning="heads worked on at a time, so that their keys stay in L2",
             compiled=False,
         ),
@@ -167,6 +171,15 @@ class GluonForwardSm90(WithMods, Variant):
         """Columns of a value or output tile."""
         return max(64, padded_head_dim(spec.head_dim_v))
 
+    def settles(self, spec: AttentionSpec) -> bool:
+        """Whether a plain kernel compares maxima as integers once none is negative; the second loop spills with lse at 256 causal (Triton 3.6)."""
+        wide = max(self.block_d(spec), self.block_dv(spec)) > 128
+        return not options(spec).any and not (wide and spec.causal and spec.has_lse)
+
+    def tensor_sums(self, spec: AttentionSpec) -> bool:
+        """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
+        return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
+
     def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
 
@@ -222,10 +235,14 @@ class GluonForwardSm90(WithMods, Variant):
         for name in ("OWN_STAGING", "LAZY_SUM", "TAKE_TURNS"):
             if not isinstance(config[name], bool):
                 return f"{name}={config[name]!r} must be True or False"
-        if config.BLOCK_M not in (2 * _WG_ROWS, 3 * _WG_ROWS) or not _is_int(config.BLOCK_M):
+        if config.BLOCK_M not in (2 * _WG_ROWS, 3 * _WG_ROWS, 4 * _WG_ROWS) or not _is_int(config.BLOCK_M):
+            return f"BLOCK_M={config.BLOCK_M!r} must be 128, 192 or 256: 64 rows for each of two to four consumer warpgroups"
+        if config.BLOCK_M == 4 * _WG_ROWS and not self.tensor_sums(spec):
             return (
-                f"BLOCK_M={config.BLOCK_M!r} must be 128 or 192: 64 rows for each of two or three consumer warpgroups"
+                f"BLOCK_M={config.BLOCK_M}: four consumer warpgroups are for head dims up to 64 without lse and options"
             )
+        if config.BLOCK_M == 4 * _WG_ROWS and config.LAZY_SUM:
+            return f"LAZY_SUM={config.LAZY_SUM}: the tensor cores sum the rows of four warpgroups"
         if config.BLOCK_N not in _BLOCK_N or not _is_int(config.BLOCK_N):
             return f"BLOCK_N={config.BLOCK_N!r} must be one of {', '.join(map(str, _BLOCK_N))}"
         for name, (low, high) in (("STAGES", _STAGES), ("SECTION", _SECTION)):
@@ -287,6 +304,7 @@ class GluonForwardSm90(WithMods, Variant):
         columns = queries * self.block_d(spec) + (self.block_dv(spec) if config.OWN_STAGING else 0)
         tiles = config.BLOCK_M * columns + config.STAGES * config.BLOCK_N * (self.block_d(spec) + self.block_dv(spec))
         barriers = 2 * queries * num_wg + 4 * config.STAGES + 2
+        tiles += 8 * config.BLOCK_N if num_wg == 4 else 0  # ones
         return int(tiles * spec.itemsize + 8 * barriers + _ARGUMENT_BYTES)
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:

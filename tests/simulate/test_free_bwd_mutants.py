@@ -21,6 +21,7 @@ BLOCKS = OF["a BlockMask of each batch, causal, beside a mask"]
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}
 BANDS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260, "num_heads_q": 2}, mask_mod=bands_of_heads, knobs=SMALL)
 WINDOWS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL)
+WINDOWS_OF_GROUPS = Free(why="", sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260}, window=(70, 90), knobs=SMALL)
 HEADS = Free(
     why="",
     sizes={**GROUPS, "seqlen_q": 300, "seqlen_k": 260},
@@ -48,8 +49,8 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("dk stored where keys are loaded", BOTH_ENDS, "tma_store(dk_desc, [off_b, off_hkv, start_n, 0]", "tma_store(dk_desc, [off_b, off_hkv, start_n - first_key, 0]"),
     ("keys before the first one keep what they held", FIRST_KEYS, "gradient[:, :first_key].zero_()", "pass"),
     ("turns in the order of keys", WINDOWS, "before = gl.minimum(end_n - 1,", "before = n_block - gl.minimum(0,"),
-    ("the second side forgotten", WINDOWS, "for side in range(2):", "for side in range(1):"),
-    ("a step twice", WINDOWS, "first_step = side * (masked_steps + unmasked_steps)", "first_step = side * masked_steps"),
+    ("the second side forgotten", WINDOWS, "for part in range(2 * group):", "for part in range(group):"),
+    ("a step twice", WINDOWS, "shift = gl.where(is_before, begin, full_end) - first_step", "shift = begin - first_step"),
     ("delta of rows without a key", OUTSIDE, 'tl.where(lse == -float("inf"), 0.0, delta)', "delta"),
     ("sinks of rows without a key left out", SINKS, "-(sink_p * delta.view(batch, num_heads_q, -1))", "-(sink_p * delta.view(batch, num_heads_q, -1))[:, :, 100:]"),
     ("a sink in base e", SINKS, "sinks.float()[:, None] * 1.4426950408889634", "sinks.float()[:, None]"),
@@ -71,9 +72,12 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("a score of rows that do not exist", RAGGED, "        visible &= (rows_m < seqlen_q)[None, :]\n", ""),
     ("the ragged block of rows taken for a whole one", RAGGED, "full_end = gl.minimum(full_end, seqlen_q // BLOCK_M)", "full_end = end"),
     ("no derivative of the cap", SOFTCAP, "p *= 1.0 - squashed * squashed", "p *= 1.0"),
-    ("the cap without its factor", SOFTCAP, "capped = softcap * squashed", "capped = squashed"),
-    ("an even tanh", SOFTCAP, "grown = gl.exp2(x * ", "grown = gl.exp2(gl.abs(x) * "),
+    ("the cap without its factor", SOFTCAP, "squashed * (softcap * qk_scale)", "squashed * qk_scale"),
+    ("an even tanh", SOFTCAP, "grown = gl.exp2(x)", "grown = gl.exp2(gl.abs(x))"),
     ("ALiBi from the top left", ALIBI, "(start_m + alibi_shift - start_n)", "(start_m - start_n)"),
+    ("ALiBi with one sign on both sides", OF["ALiBi, top-left, more rows than keys"], "seqlen_k - seqlen_q >= causal_offset", "True"),
+    ("ALiBi falls with the key", ALIBI, "lift = (slope * qk_scale)", "lift = -(slope * qk_scale)"),
+    ("heads behind the first forgotten", WINDOWS_OF_GROUPS, "group * before + member * behind", "group * before"),
     ("ALiBi of the first head", ALIBI, "off_h * stride_alibi_h", "off_hkv * 0"),
     ("ALiBi a bonus in front of the diagonal", OF["ALiBi of each batch"], "gl.abs(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])", "(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])"),
     ("the caller's mask inverted", OF["attn_mask of rows and keys"], "mask=inside, other=0) != 0", "mask=inside, other=0) == 0"),

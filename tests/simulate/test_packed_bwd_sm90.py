@@ -42,6 +42,7 @@ CASES: dict[str, Case] = {
     "a window, top-left, ordered": Case(**{**_ORDERED, "causal": False, "window": (40, 10), "top_left": True}),
     "a causal window, ordered": Case(**{**_ORDERED, "window": (70, 0), "head_dim": 128, "head_dim_v": 128}),
     "sinks and ALiBi": Case(**{**_ROW, "alibi": "bh", "sinks": True}),
+    "ALiBi, top-left": Case(**{**_ROW, "alibi": "h", "top_left": True, "seqused": False}),
     "a cap and a bias of each pair": Case(**{**_ROW, "softcap": 1.0, "bias": "bhij", "group": 1}),
     "a bias of keys": Case(**{**_ROW, "bias": "1h1j"}),
     "attn_mask": Case(**{**_ROW, "attn_mask": "b1ij", "causal": False}),
@@ -201,6 +202,7 @@ MUTANTS: tuple[tuple[str, Case, str, str], ...] = (
     ("dq of the next sequence's rows", CAUSAL, "mask = (rows < seqlen_q)[:, None]", "mask = (rows < seqlen_q + 1)[:, None]"),
     ("the window's last row", CASES["a window, top-left, ordered"], "end_row = gl.minimum(seqlen_q, seqlen_k - causal_offset + window_left)", "end_row = gl.minimum(seqlen_q, seqlen_k - causal_offset + window_left - 1)"),
     ("the window's first key", WINDOW, "first_key = gl.maximum(causal_offset - window_left, 0)", "first_key = gl.maximum(causal_offset - window_left + 1, 0)"),
+    ("one sign of distances, top-left", CASES["ALiBi, top-left"], "bool(bottom_right)", "True"),
     ("wraps that do not come back", CAUSAL, "[2**34 - step, step,", "[2**34, step,"),
     ("sinks of one head", CASES["sinks and ALiBi"], "* delta).sum(1))", "* delta).sum((0, 1), keepdim=True)[0])"),
 )  # fmt: skip

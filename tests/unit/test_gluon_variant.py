@@ -61,7 +61,7 @@ def changed(**knobs: Any) -> KernelConfig:
 @pytest.mark.parametrize(
     ("knobs", "reason"),
     [
-        ({"BLOCK_M": 64}, "BLOCK_M=64 must be 128 or 192"),
+        ({"BLOCK_M": 64}, "BLOCK_M=64 must be 128, 192 or 256"),
         ({"BLOCK_M": True}, "BLOCK_M=True must be"),
         ({"BLOCK_N": 48}, "BLOCK_N=48 must be one of"),
         ({"STAGES": 0}, "STAGES=0 must be from 1"),

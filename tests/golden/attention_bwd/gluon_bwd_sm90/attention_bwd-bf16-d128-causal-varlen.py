@@ -148,16 +148,13 @@ def row_blocks(
 
 
 @gluon.jit
-def block_of(step, group, begin, full, full_end, end):
-    """(member of the group, block of rows) of a step: of all members those before `full`, then those before `full_end`, then the rest."""
-    before = group * (full - begin)
-    unmasked = group * (full_end - full)
+def block_of(step, group, begin, full_end, end):
+    """(member of the group, block of rows) of a step: of each member the blocks before `full_end`, then of each the rest."""
+    before = group * (full_end - begin)
     is_before = step < before
-    is_unmasked = step < before + unmasked
-    first = gl.where(is_before, begin, gl.where(is_unmasked, full, full_end))
-    last = gl.where(is_before, full, gl.where(is_unmasked, full_end, end))
-    rest = step - gl.where(is_before, 0, gl.where(is_unmasked, before, before + unmasked))
-    count = gl.maximum(last - first, 1)
+    first = gl.where(is_before, begin, full_end)
+    count = gl.maximum(gl.where(is_before, full_end - begin, end - full_end), 1)
+    rest = step - gl.where(is_before, 0, before)
     member = rest // count
     return member, first + rest - member * count
 
@@ -202,7 +199,7 @@ def produce(
     tma_load(v_desc, [wraps, base, off_hkv, place_n, 0], kv_full, v_tile)
     heads_before = off_hkv * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         stage = step % STAGES
         phase = (step // STAGES) & 1
         off_h = heads_before + member
@@ -287,7 +284,7 @@ def write_dq(
     CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
     bh_before = off_hkv * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         off_bh = bh_before + member
         row_block = first_block + m_block
         dq_stage = step % DQ_STAGES
@@ -495,16 +492,18 @@ def consume(
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
         product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
         scores = warpgroup_mma_wait(0, deps=(product,))
-    masked_steps = group * (full - begin)
-    unmasked_steps = group * (full_end - full)
-    for side in range(2):
-        first_step = side * (masked_steps + unmasked_steps)
-        masked_end = gl.where(side == 0, masked_steps, num_steps)
-        unmasked_end = gl.where(side == 0, masked_steps + unmasked_steps, num_steps)
-        # -- blocks that need a mask: those before the others, then those after them --
+    before, behind = full_end - begin, end - full_end
+    for part in range(2 * group):
+        # -- of each query head the blocks up to the last that needs no mask, then of each those behind --
+        is_before = part < group
+        member = gl.where(is_before, part, part - group)
+        first_step = gl.where(is_before, part * before, group * before + member * behind)
+        masked_end = first_step + gl.where(is_before, full - begin, behind)
+        unmasked_end = gl.where(is_before, first_step + before, masked_end)
+        shift = gl.where(is_before, begin, full_end) - first_step
+        # -- blocks that need a mask --
         for step in range(first_step, masked_end):
-            _, m_block = block_of(step, group, begin, full, full_end, end)
-            start_m = m_block * BLOCK_M
+            start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
                 step,
                 num_steps,

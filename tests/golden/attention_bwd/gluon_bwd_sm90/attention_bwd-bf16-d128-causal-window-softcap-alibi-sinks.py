@@ -75,8 +75,8 @@ else:
 
 @gluon.jit
 def squash(x):
-    """tanh(x), as 1 - 2 / (exp(2x) + 1)."""
-    grown = gl.exp2(x * 2.8853900817779268) + 1.0
+    """tanh(y), as 1 - 2 / (exp(2y) + 1), of x = 2 log2(e) y."""
+    grown = gl.exp2(x) + 1.0
     inverse = gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [grown], dtype=gl.float32, is_pure=True, pack=1
     )
@@ -121,16 +121,13 @@ def row_blocks(
 
 
 @gluon.jit
-def block_of(step, group, begin, full, full_end, end):
-    """(member of the group, block of rows) of a step: of all members those before `full`, then those before `full_end`, then the rest."""
-    before = group * (full - begin)
-    unmasked = group * (full_end - full)
+def block_of(step, group, begin, full_end, end):
+    """(member of the group, block of rows) of a step: of each member the blocks before `full_end`, then of each the rest."""
+    before = group * (full_end - begin)
     is_before = step < before
-    is_unmasked = step < before + unmasked
-    first = gl.where(is_before, begin, gl.where(is_unmasked, full, full_end))
-    last = gl.where(is_before, full, gl.where(is_unmasked, full_end, end))
-    rest = step - gl.where(is_before, 0, gl.where(is_unmasked, before, before + unmasked))
-    count = gl.maximum(last - first, 1)
+    first = gl.where(is_before, begin, full_end)
+    count = gl.maximum(gl.where(is_before, full_end - begin, end - full_end), 1)
+    rest = step - gl.where(is_before, 0, before)
     member = rest // count
     return member, first + rest - member * count
 
@@ -169,7 +166,7 @@ def produce(
     heads_before = off_hkv * group
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         stage = step % STAGES
         phase = (step // STAGES) & 1
         off_h = heads_before + member
@@ -254,7 +251,7 @@ def write_dq(
     CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
-        member, m_block = block_of(step, group, begin, full, full_end, end)
+        member, m_block = block_of(step, group, begin, full_end, end)
         off_bh = bh_before + member
         dq_stage = step % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
@@ -369,7 +366,7 @@ def attend(
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
-    squashed = squash(scores * (sm_scale / softcap))
+    squashed = squash(scores * (sm_scale / softcap * 2.8853900817779268))
     capped = softcap * squashed
     s = capped
     # Distances within the tile are exact in fp32, and cheaper than integers.
@@ -499,17 +496,20 @@ def consume(
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
         product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
         scores = warpgroup_mma_wait(0, deps=(product,))
-    masked_steps = group * (full - begin)
-    unmasked_steps = group * (full_end - full)
-    for side in range(2):
-        first_step = side * (masked_steps + unmasked_steps)
-        masked_end = gl.where(side == 0, masked_steps, num_steps)
-        unmasked_end = gl.where(side == 0, masked_steps + unmasked_steps, num_steps)
-        # -- blocks that need a mask: those before the others, then those after them --
+    before, behind = full_end - begin, end - full_end
+    for part in range(2 * group):
+        # -- of each query head the blocks up to the last that needs no mask, then of each those behind --
+        is_before = part < group
+        member = gl.where(is_before, part, part - group)
+        first_step = gl.where(is_before, part * before, group * before + member * behind)
+        masked_end = first_step + gl.where(is_before, full - begin, behind)
+        unmasked_end = gl.where(is_before, first_step + before, masked_end)
+        shift = gl.where(is_before, begin, full_end) - first_step
+        off_h = off_hkv * group + member
+        slope_at = gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32)
+        # -- blocks that need a mask --
         for step in range(first_step, masked_end):
-            member, m_block = block_of(step, group, begin, full, full_end, end)
-            start_m = m_block * BLOCK_M
-            off_h = off_hkv * group + member
+            start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
                 step,
                 num_steps,
@@ -526,7 +526,7 @@ def consume(
                 end_m,
                 softcap,
                 start_n,
-                gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32),
+                slope_at,
                 seqlen_k - seqlen_q,
                 tiles,
                 (q_full, do_full, dq_empty),
@@ -544,9 +544,7 @@ def consume(
             )
         # -- blocks whose rows see every key --
         for step in range(masked_end, unmasked_end):
-            member, m_block = block_of(step, group, begin, full, full_end, end)
-            start_m = m_block * BLOCK_M
-            off_h = off_hkv * group + member
+            start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
                 step,
                 num_steps,
@@ -563,7 +561,7 @@ def consume(
                 end_m,
                 softcap,
                 start_n,
-                gl.load(alibi_slopes_ptr + off_b * stride_alibi_b + off_h * stride_alibi_h).to(gl.float32),
+                slope_at,
                 seqlen_k - seqlen_q,
                 tiles,
                 (q_full, do_full, dq_empty),

@@ -42,6 +42,7 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
 FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
+SUM_COLUMNS = gl.constexpr(8)  # of the product that sums rows: the narrowest wgmma
 
 
 # -- which tile, and which keys it sees --
@@ -218,13 +219,21 @@ def online_softmax(
     DTYPE: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     IS_MASKED: gl.constexpr,
+    QUICK: gl.constexpr,
+    TENSOR_SUMS: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
 
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    m_new = gl.maximum(m_i, gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout) * qk_scale)
+    if QUICK:
+        # No running maximum is negative. Integers order numbers from 0 on as they are and put all others below: three are compared at a time.
+        as_integers = qk.to(gl.int32, bitcast=True)
+        found = gl.convert_layout(row_max(as_integers, BLOCK_N), m_i.type.layout).to(gl.float32, bitcast=True)
+    else:
+        found = gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout)
+    m_new = gl.maximum(m_i, found * qk_scale)
     m_safe = m_new
     if IS_MASKED:
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.
@@ -233,9 +242,23 @@ def online_softmax(
     alpha = gl.exp2(m_i - m_safe)
     if LAZY_SUM:
         l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + lane_sums(p, BLOCK_N)
-    else:
+    elif not TENSOR_SUMS:
         l_i = l_i * alpha + gl.sum(p, 1)
     return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
+
+
+@gluon.jit
+def start_sums(p, ones, l_i):
+    """Adds the sums of rows by the tensor cores: a product with ones, 8 columns wide. They are sums of what is multiplied with values."""
+    return warpgroup_mma(
+        gl.convert_layout(p, gl.DotOperandLayout(0, l_i.type.layout, 2)), ones.permute((1, 0)), l_i, is_async=True
+    )
+
+
+@gluon.jit
+def repacked(p):
+    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -248,6 +271,7 @@ def start_scores(q, k, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
 @gluon.jit
 def attend(
     q,
+    ones,
     k_tiles,
     v_tiles,
     k_bars,
@@ -274,8 +298,10 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
+    QUICK: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
+    TENSOR_SUMS: gl.constexpr = NUM_WG == 4
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
@@ -290,9 +316,11 @@ def attend(
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
+    if TENSOR_SUMS:
+        sums = start_sums(p, ones, l_i)
     if TAKE_TURNS:
         pass_turn(step, (WG + 1) % NUM_WG)
-    qk = warpgroup_mma_wait(1, deps=(scores,))
+    qk = warpgroup_mma_wait(2 if TENSOR_SUMS else 1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
     if IS_MASKED:
         qk = mask_scores(
@@ -304,16 +332,34 @@ def attend(
             BLOCK_N,
             QK_LAYOUT,
         )
-    p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, LAZY_SUM, IS_MASKED)
-    acc = warpgroup_mma_wait(0, deps=(product,))
+    p, alpha, m_i, l_i = online_softmax(
+        qk,
+        m_i,
+        l_i,
+        qk_scale,
+        BLOCK_N,
+        P_LAYOUT,
+        v_tiles.dtype,
+        LAZY_SUM,
+        IS_MASKED,
+        QUICK,
+        TENSOR_SUMS,
+    )
+    if TENSOR_SUMS:
+        acc, l_i = warpgroup_mma_wait(0, deps=(product, sums))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(product,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    if TENSOR_SUMS:
+        l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
     return p, acc, m_i, l_i
 
 
 @gluon.jit
 def consume(
     o_desc,
+    ones,
     q_tiles,
     k_tiles,
     v_tiles,
@@ -356,6 +402,10 @@ def consume(
     )
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, QK_LAYOUT)
+    SUM_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUM_COLUMNS, 16]
+    )
+    TENSOR_SUMS: gl.constexpr = NUM_WG == 4
     q_full, q_empty = q_bars
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
@@ -396,7 +446,9 @@ def consume(
         )
         rows_m = start_m + row % ROWS
         m_i = gl.full([WG_ROWS], -float("inf"), gl.float32, ROW_LAYOUT)
-        if LAZY_SUM:
+        if TENSOR_SUMS:
+            l_i = gl.zeros([WG_ROWS, SUM_COLUMNS], gl.float32, SUM_LAYOUT)
+        elif LAZY_SUM:
             l_i = lane_sums(gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT), BLOCK_N)
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
@@ -423,7 +475,19 @@ def consume(
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(qk, rows_m, (n_seen - 1) * BLOCK_N, seqlen_k, causal_offset, BLOCK_N, QK_LAYOUT)
-        p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM, IS_MASKED=True)
+        p, _, m_i, l_i = online_softmax(
+            qk,
+            m_i,
+            l_i,
+            qk_scale,
+            BLOCK_N,
+            P_LAYOUT,
+            DTYPE,
+            LAZY_SUM,
+            IS_MASKED=True,
+            QUICK=False,
+            TENSOR_SUMS=TENSOR_SUMS,
+        )
         n_full = n_seen - 1
         # -- further blocks that the diagonal crosses: the loop stands only where there are any, since one that never
         #    runs is not free either (p, carried through two loops, is unpacked and packed again in each) --
@@ -432,6 +496,7 @@ def consume(
             for n in range(n_seen - 2, n_full - 1, -1):
                 p, acc, m_i, l_i = attend(
                     q,
+                    ones,
                     k_tiles,
                     v_tiles,
                     k_bars,
@@ -458,53 +523,138 @@ def consume(
                     LAZY_SUM,
                     TAKE_TURNS,
                     IS_MASKED=True,
+                    QUICK=False,
                 )
                 step += 1
-        # -- blocks that every row sees --
-        for n in range(n_full - 1, -1, -1):
-            p, acc, m_i, l_i = attend(
-                q,
-                k_tiles,
-                v_tiles,
-                k_bars,
-                v_bars,
-                step,
-                p,
-                acc,
-                m_i,
-                l_i,
-                qk_scale,
-                rows_m,
-                n * BLOCK_N,
-                seqlen_k,
-                causal_offset,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                QK_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
-                WG,
-                NUM_WG,
-                LAZY_SUM,
-                TAKE_TURNS,
-                IS_MASKED=False,
-            )
-            step += 1
+        if TENSOR_SUMS:
+            # -- blocks that every row sees --
+            for i in range(n_full):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    ones,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    0,
+                    seqlen_k,
+                    causal_offset,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                    QUICK=False,
+                )
+                step += 1
+        else:
+            # -- blocks that every row sees: first while a row's running maximum is negative, which one block ends as a rule --
+            left = n_full
+            settled = gl.min(m_i, 0) >= 0.0
+            while left > 0 and not settled:
+                count = gl.minimum(left, gl.where(left == n_full, 1, 8))
+                for i in range(count):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        ones,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        0,
+                        seqlen_k,
+                        causal_offset,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        IS_MASKED=False,
+                        QUICK=False,
+                    )
+                    step += 1
+                left -= count
+                settled = gl.min(m_i, 0) >= 0.0
+            p = repacked(p)
+            for i in range(left):
+                p, acc, m_i, l_i = attend(
+                    q,
+                    ones,
+                    k_tiles,
+                    v_tiles,
+                    k_bars,
+                    v_bars,
+                    step,
+                    p,
+                    acc,
+                    m_i,
+                    l_i,
+                    qk_scale,
+                    rows_m,
+                    0,
+                    seqlen_k,
+                    causal_offset,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    QK_LAYOUT,
+                    O_LAYOUT,
+                    P_LAYOUT,
+                    WG,
+                    NUM_WG,
+                    LAZY_SUM,
+                    TAKE_TURNS,
+                    IS_MASKED=False,
+                    QUICK=True,
+                )
+                step += 1
         if OWN_STAGING:
             mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
+        if TENSOR_SUMS:
+            sums = start_sums(p, ones, l_i)
         step += 1
         if LAZY_SUM:
             l_i = gl.convert_layout(gl.sum(l_i, 1), ROW_LAYOUT)
+        if TENSOR_SUMS:
+            acc, l_i = warpgroup_mma_wait(0, deps=(product, sums))
+            l_i = gl.convert_layout(gl.max(l_i, 1), ROW_LAYOUT)  # all columns are the same
         # -- epilogue: a row that saw no key gives 0 --
         no_key = l_i == 0.0
         norm = gl.convert_layout(1.0 / gl.where(no_key, 1.0, l_i), gl.SliceLayout(1, O_LAYOUT))
-        acc = warpgroup_mma_wait(0, deps=(product,))
+        if not TENSOR_SUMS:
+            acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(stage), count=1)
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
@@ -579,6 +729,14 @@ def attention_fwd(
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
+    # -- ones, by which four warpgroups multiply for the sums of rows --
+    if NUM_WG == 4:
+        SUM_OPERAND: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        ones = gl.allocate_shared_memory(DTYPE, [SUM_COLUMNS, BLOCK_N], SUM_OPERAND)
+        ones.store(gl.full([SUM_COLUMNS, BLOCK_N], 1.0, DTYPE, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
+        fence_async_shared()
+    else:
+        ones = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
@@ -607,6 +765,7 @@ def attention_fwd(
                     consume,
                     (
                         o_desc,
+                        ones,
                         q_tiles,
                         k_tiles,
                         v_tiles,
@@ -643,6 +802,7 @@ def attention_fwd(
                     consume,
                     (
                         o_desc,
+                        ones,
                         q_tiles,
                         k_tiles,
                         v_tiles,
@@ -715,6 +875,7 @@ def attention_fwd(
                     consume,
                     (
                         o_desc,
+                        ones,
                         q_tiles,
                         k_tiles,
                         v_tiles,
@@ -751,6 +912,7 @@ def attention_fwd(
                     consume,
                     (
                         o_desc,
+                        ones,
                         q_tiles,
                         k_tiles,
                         v_tiles,
@@ -787,6 +949,7 @@ def attention_fwd(
                     consume,
                     (
                         o_desc,
+                        ones,
                         q_tiles,
                         k_tiles,
                         v_tiles,
@@ -851,6 +1014,190 @@ def attention_fwd(
             ],
             [4, 4, 1],
             [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+        )
+    elif NUM_WG == 4:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        ones,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        MASKED_LOOP,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o_desc,
+                        ones,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        1,
+                        NUM_WG,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        MASKED_LOOP,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o_desc,
+                        ones,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        2,
+                        NUM_WG,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        MASKED_LOOP,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o_desc,
+                        ones,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        3,
+                        NUM_WG,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        MASKED_LOOP,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                    ),
+                ),
+            ],
+            [4, 4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
         )
 
 
