@@ -201,26 +201,34 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
         if case.words:
             stack.callback(block_ranges.forget)
             block_ranges.forget()
-            stack.enter_context(mock.patch.object(mask_words, "add", _other_words(case.words)))
+            for name in ("of_ranges", "of_lists"):
+                stack.enter_context(mock.patch.object(mask_words, name, _other_words(case.words, name)))
         if tile is not None:
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_Q", tile[0]))
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_K", tile[1]))
         yield
 
 
-def _other_words(kind: str) -> Any:
-    """What stands in the place of `mask_words.add`: no words, or wrong ones beside ranges that know nothing and say so."""
-    add = mask_words.add
+def _other_words(kind: str, name: str) -> Any:
+    """What stands in the place of `mask_words.of_ranges` or `of_lists`: no words, or wrong ones beside tables that know nothing and say so."""
+    make = getattr(mask_words, name)
 
-    def changed(*args: Any) -> tuple[Tensor, Tensor | None]:
-        table, words = add(*args)
+    def changed(*args: Any) -> Any:
+        made = make(*args)
+        if made is None or (kind == "none" and made.listed):
+            return None
         if kind == "none":
-            table[..., 4:] = -1
-            return table, None
-        if words is None or not args[1].mask_reads:  # a mask that reads nothing is never stale
-            return table, words
-        blocks = -(-args[3][3] // args[3][5])
-        return torch.tensor([0, blocks, blocks, blocks, -1, -1, -1, -1]).int().expand_as(table).contiguous(), ~words
+            made.table[..., 4:] = -1
+            return replace(made, words=None)
+        if made.words is None or not args[1].mask_reads:  # a mask that reads nothing is never stale
+            return made
+        table = made.table.clone()
+        if made.listed:
+            table[..., 2] = -1
+        else:
+            blocks = -(-args[3][3] // args[3][5])
+            table[:] = torch.tensor([0, blocks, blocks, blocks, -1, -1, -1, -1])
+        return replace(made, table=table, words=~made.words)
 
     return changed
 

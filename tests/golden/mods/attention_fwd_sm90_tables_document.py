@@ -117,6 +117,30 @@ def key_range(
 
 
 @gluon.jit
+def by_length(
+    m_block,
+    off_b,
+    off_h,
+    mask_ranges_ptr,
+    stride_ranges_b,
+    stride_ranges_h,
+    mask_lists_ptr,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
+):
+    """The block of rows whose turn it is: the longest first, where a mask's table knows which they are."""
+    turns = m_block * 0 - 1
+    if mask_lists_ptr is not None:
+        head = mask_lists_ptr + off_b.to(gl.int64) * stride_lists_b + off_h.to(gl.int64) * stride_lists_h
+        turns = gl.load(head + m_block.to(gl.int64) * stride_lists_m + 3)
+    elif mask_ranges_ptr is not None:
+        head = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
+        turns = gl.load(head + m_block * 8 + 5)
+    return gl.where(turns < 0, m_block, turns)
+
+
+@gluon.jit
 def ranges_of_rows(first_m, seqlen_q, mask_ranges_ptr, stride_ranges_b, stride_ranges_h, off_b, off_h):
     """The line of a table that is about the 64 rows from first_m on; of the last rows where there are none."""
     ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
@@ -232,6 +256,18 @@ def produce(
     turn = 0  # tiles loaded so far
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        m_block = by_length(
+            m_block,
+            off_b,
+            off_h,
+            mask_ranges_ptr,
+            stride_ranges_b,
+            stride_ranges_h,
+            mask_lists_ptr,
+            stride_lists_b,
+            stride_lists_h,
+            stride_lists_m,
+        )
         start_m = m_block * (NUM_WG * ROWS)
         # -- what the consumers are told of the tile --
         mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
