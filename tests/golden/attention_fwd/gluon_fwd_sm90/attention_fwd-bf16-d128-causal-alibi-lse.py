@@ -273,9 +273,10 @@ def modify_scores(
 @gluon.jit
 def alibi_of_rows(rows_m, start_n, slope, alibi_shift, LATE: gl.constexpr):
     """What each row of a block of keys has of its first key's distance, in base 2."""
+    found = (rows_m * 0).to(gl.float32)
     if LATE:
-        return (-1.4426950408889634 * slope) * (rows_m + (alibi_shift - start_n)).to(gl.float32)
-    return gl.zeros([WG_ROWS], gl.float32, rows_m.type.layout)
+        found = (-1.4426950408889634 * slope) * (rows_m + (alibi_shift - start_n)).to(gl.float32)
+    return found
 
 
 @gluon.jit
