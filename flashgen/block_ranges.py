@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashgen import mask_words
 from flashgen.config import KernelConfig
+from flashgen.graph_memory import held
 from flashgen.mask_words import Tables
 from flashgen.problem import Problem
-
-_T = TypeVar("_T")
 
 _KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
 _MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
@@ -140,7 +139,7 @@ def _used(tensors: Sequence[Tensor], made_on: int) -> None:
     if not tensors or tensors[0].device.type != "cuda":
         return
     stream = torch.cuda.current_stream(tensors[0].device)
-    # A captured graph's are held for good.
+    # A captured graph's are held while it lives.
     if stream.cuda_stream != made_on and not torch.cuda.is_current_stream_capturing():
         for x in tensors:
             x.record_stream(stream)
@@ -254,16 +253,6 @@ def _version(x: Tensor) -> int | None:
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_held: dict[int, Any] = {}
-
-
-def held(value: _T, device: str) -> _T:
-    """A value whose memory a graph under capture will read at every replay: it is kept for good, whatever is forgotten."""
-    if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
-        _held[id(value)] = value
-    return value
 
 
 def _everything(precise: Tables, sizes: tuple[int, ...], turned: bool) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flashgen.errors import UnsupportedProblemError
+from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, flag_names
 from flashgen.target import Target
 from flashgen.variants import Variant, candidates
@@ -109,3 +110,49 @@ def spelled(flag: str) -> str:
 
 def _with(spec: AttentionSpec, **flags: Any) -> AttentionSpec:
     return replace(spec, **flags)
+
+
+# -- what a variant that takes an option does not take with it --
+
+
+def limits(variant: Variant, target: Target) -> dict[str, str]:
+    """Situations in which a variant refuses what `covered` says that it takes -> its reason, as it gives it in a call.
+
+    Asked of `supports` and `refuses`: other dtypes, odd head dims, head dims padded differently with each option, gradients in a fixed order and
+    of captured tensors.
+    """
+    plain = AttentionSpec(op=variant.op, dtype="bf16", head_dim=64, head_dim_v=64)
+    found: dict[str, str] = {}
+
+    def ask(what: str, reason: str | None) -> None:
+        if reason is not None:
+            found[what] = reason
+
+    ask("fp32", variant.supports(replace(plain, dtype="fp32"), target))
+    ask("a head dim of 100", variant.supports(replace(plain, head_dim=100, head_dim_v=100), target))
+    apart = replace(plain, head_dim=192, head_dim_v=128)
+    if variant.supports(apart, target) is None:
+        for flag in options_of_a_call():
+            reason = variant.supports(_with(apart, **{flag: True}), target)
+            ask(f"{spelled(flag)} with head dims 192/128", reason)
+    for what, problem in _gradients().items() if variant.op == "attention_bwd" else ():
+        ask(what, variant.supports(problem.spec, target) or variant.refuses(problem))
+    return found
+
+
+def _gradients() -> dict[str, Problem]:
+    """Backwards that some kernels leave to another."""
+    import torch  # the mods are traced
+
+    base = Problem(
+        dtype="bf16", batch=1, seqlen_q=128, seqlen_k=128, num_heads_q=2, num_heads_kv=2, head_dim=64, head_dim_v=64, requires_grad=True,
+    )  # fmt: skip
+    table = torch.zeros(2, requires_grad=True)
+    bias = replace(base, has_bias=True, bias_grad=True)
+    return {
+        "the gradient of bias": bias.backward,
+        "the gradient of bias in a fixed order": replace(bias, deterministic=True).backward,
+        "gradients of tensors that score_mod reads": base.modified(
+            score_mod=lambda s, b, h, i, j: s + table[h]
+        ).backward,
+    }

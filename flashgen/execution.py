@@ -72,11 +72,15 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Sca
         },
     }
     if operands.cu_seqlens_q is not None:
-        return Problem.from_packed(
+        problem = Problem.from_packed(
             q, k, v, operands.cu_seqlens_q, operands.cu_seqlens_k, scalars.max_seqlen_q, scalars.max_seqlen_k,
             seqused_k=operands.seqused_k, **options,
         )  # fmt: skip
-    return Problem.from_tensors(q, k, v, block_mask=operands.block_mask, layout=scalars.layout, **options)  # type: ignore[arg-type]
+    else:
+        problem = Problem.from_tensors(q, k, v, block_mask=operands.block_mask, layout=scalars.layout, **options)  # type: ignore[arg-type]
+    # Autograd's own function runs without grad mode, which says of a bias that nobody wants its gradient.
+    bias_grad = scalars.training and operands.bias is not None and operands.bias.requires_grad
+    return replace(problem, bias_grad=True) if bias_grad else problem
 
 
 # -- forward --

@@ -23,6 +23,9 @@ _MOST_WORDS = 1 << 23  # 32 MB of one mask
 _MASKED = 0.3  # what a masked block costs beyond an unmasked one
 _SAVES = 0.9  # of the time of ranges: what lists must be below to be worth it
 _AT_ONCE = 1 << 21  # scores that are evaluated at a time
+# Scores up to which integers are evaluated on the host, since a GPU first loads each operation, some milliseconds each; and how many of them
+# at a time, so that they stay in the cache.
+_HERE, _AT_ONCE_HERE = 1 << 22, 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +160,10 @@ def _tiles(line: Tensor, shape: torch.Size, key: Tensor) -> Tensor:
 def _words(
     program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, zeros: int, sizes: tuple[int, ...], device: str
 ) -> Tensor:
-    """The words of tiles, behind `zeros` that hide everything."""
+    """The words of tiles, behind `zeros` that hide everything: evaluated on their device, or on the host where that is little work."""
     total = tiles.shape[1]
+    if total * ROWS * sizes[5] <= _HERE and _of_integers(program.mask):
+        return _evaluated_here(program, tensors, tiles, zeros, sizes).to(device)
     words = torch.zeros((total + zeros, ROWS, LANES), dtype=torch.int32, device=device)
     step = max(1, _AT_ONCE // (ROWS * sizes[5]))
     for start in range(0, total, step):
@@ -189,3 +194,38 @@ def _packed(seen: Tensor) -> Tensor:
     bits = torch.tensor([1 << bit for bit in range(block // 4)], dtype=torch.int64, device=seen.device)
     found = (lanes * bits).sum(-1)
     return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+
+
+# -- on the host --
+
+
+def _of_integers(mask: Any) -> bool:
+    """Whether a mask has no numbers that round: those are left to what rounds them like the kernel."""
+    from flashgen.mods.graph import ordered
+
+    return not any(node.dtype.startswith(("float", "bfloat")) for node in ordered(mask))
+
+
+def _evaluated_here(
+    program: Any, tensors: tuple[Tensor, ...], tiles: Tensor, zeros: int, sizes: tuple[int, ...]
+) -> Tensor:
+    """The words, evaluated by NumPy."""
+    from flashgen.mods import arrays_of, semantics
+
+    _, _, seqlen_q, seqlen_k, _, block = sizes
+    tables = arrays_of(tensors, program.mask_reads)
+    numbers = tiles.numpy().astype(np.int32)
+    words = np.zeros((numbers.shape[1] + zeros, ROWS, LANES), np.int32)
+    rows, columns = np.arange(ROWS, dtype=np.int32)[None, :, None], np.arange(block, dtype=np.int32)[None, None, :]
+    step = max(1, _AT_ONCE_HERE // (ROWS * block))
+    for start in range(0, numbers.shape[1], step):
+        b, h, row, key = (x[:, None, None] for x in numbers[:, start : start + step])
+        q_idx, kv_idx = row * np.int32(ROWS) + rows, key * np.int32(block) + columns
+        inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
+        seen = semantics.evaluate(program.mask, inputs, tables) & (q_idx < seqlen_q) & (kv_idx < seqlen_k)
+        lanes = np.broadcast_to(seen, (len(b), ROWS, block)).reshape(len(b), ROWS, block // 8, LANES, 2)
+        bits = np.packbits(lanes.transpose(0, 1, 3, 2, 4).reshape(len(b), ROWS, LANES, block // 4), -1, "little")
+        padded = np.zeros((len(b), ROWS, LANES, 4), np.uint8)
+        padded[..., : bits.shape[-1]] = bits
+        words[zeros + start : zeros + start + len(b)] = padded.view("<i4")[..., 0]
+    return torch.from_numpy(words)

@@ -125,13 +125,18 @@ def launch_values(problem: Problem, given: Operands, config: KernelConfig) -> di
 
 
 def strides(problem: Problem) -> dict[str, int]:
-    """The strides of what `operands` draws as the rendered launch passes them, by the kernel's names."""
+    """The strides of what `operands` draws as the rendered launch passes them, by the kernel's names.
+
+    Of a portable backward with a bias also what it does with the bias's gradient: constants of the kernel, and 0 for a pointer that is None.
+    """
     p, pairs = problem, problem.seqlen_q * problem.seqlen_k
     several = p.num_heads_q * pairs * p.spec.itemsize <= _MOST_BYTES
     found = {"stride_alibi_b": 0, "stride_alibi_h": 1, "stride_sinks": 1, "stride_ranges_b": 0, "stride_ranges_h": 0}
     for name, heads in (("bias", pairs if several and p.num_heads_q > 1 else 0), ("attn_mask", 0)):
         letters = dict(zip("bhmn", (0, heads, p.seqlen_k, 1), strict=True))
         found |= {f"stride_{name}_{letter}": step for letter, step in letters.items()}
+        if name == "bias" and p.has_bias and p.op == "attention_bwd":
+            found |= _of_bias_gradient(p, letters)
     if p.mods is not None:
         for row, sample in zip(p.mods.program.captures, p.mods.samples, strict=True):
             found |= {f"{row.name}_stride{dim}": step for dim, step in enumerate(sample.contiguous().stride())}
@@ -141,6 +146,25 @@ def strides(problem: Problem) -> dict[str, int]:
             found["stride_ranges_h"] = rows if heads > 1 else 0
             found["stride_ranges_b"] = heads * rows if "b" in depends and p.batch > 1 else 0
     return found
+
+
+def _of_bias_gradient(p: Problem, bias: dict[str, int]) -> dict[str, int]:
+    if not p.bias_grad:
+        absent = dict.fromkeys(("dbias_ptr", "SUM_BIAS", "BIAS_ROWS", "BIAS_KEYS"), 0)
+        return absent | {f"stride_dbias_{letter}": 0 for letter in bias}
+    steps = {
+        letter: step if size > 1 else 0
+        for (letter, step), size in zip(bias.items(), (1, bias["h"], p.seqlen_q, p.seqlen_k), strict=True)
+    }
+    whole = p.batch == 1 and (
+        bias["h"] > 0 or p.num_heads_q == 1
+    )  # each element belongs to one score: stored, not summed
+    return {
+        **{f"stride_dbias_{letter}": step for letter, step in steps.items()},
+        "SUM_BIAS": 4 if whole else 2 if p.deterministic else 1,
+        "BIAS_ROWS": int(steps["m"] != 0),
+        "BIAS_KEYS": int(steps["n"] != 0),
+    }
 
 
 def sums(problem: Problem, given: Operands) -> dict[str, Tensor | None]:

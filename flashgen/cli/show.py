@@ -13,7 +13,7 @@ import click
 
 from flashgen.cli.output import Group, json_option, print_json, print_table
 from flashgen.cli.problems import named, problem_of, problem_options, problems_of, take, target_of
-from flashgen.coverage import covered, options_of_a_call, spelled, uncovered
+from flashgen.coverage import covered, limits, options_of_a_call, spelled, uncovered
 from flashgen.presets import PRESETS, Layers, find
 from flashgen.problem import Problem
 from flashgen.spec import OPS
@@ -40,6 +40,7 @@ def variants(as_json: bool) -> None:
             "template": v.template,
             "knobs": [k.name for k in v.knobs],
             "options": covered(v, h100),
+            "limits": limits(v, h100),
         }
         for v in REGISTRY
     ]
@@ -54,6 +55,11 @@ def variants(as_json: bool) -> None:
         options = map(spelled, options_of_a_call())
         names = [r["name"] for r in rows]
         print_table(["option", *names], [[o, *("yes" if o in r["options"] else "-" for r in rows)] for o in options])
+        for row in rows:
+            if row["limits"]:
+                click.echo(f"\n{row['name']} leaves to another:")
+            for what, reason in row["limits"].items():
+                click.echo(f"  {what}: {reason}")
 
 
 @show.command()

@@ -67,7 +67,7 @@ def file_of(digest: str, kernel: str, values: Constants, arch: str, strides: Str
     """The file of one kernel compiled with these values; the name of all together is empty."""
     parts = [FORMAT, digest, kernel, values, arch, triton_version()]
     # Equal forms are equal binaries; the usual one (multiples of 16) is the one that no strides mean.
-    forms = {name: form for name, value in (strides or {}).items() if (form := specialised(value)) != "i32:16"}
+    forms = {name: form for name, value in (strides or {}).items() if (form := _form(name, value)) != "i32:16"}
     key = json.dumps([*parts, forms] if forms else parts, sort_keys=True)
     return settings.read().cache_dir / "facts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
@@ -82,3 +82,8 @@ def write(path: Path, data: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError:
         return
+
+
+def _form(name: str, value: int) -> str:
+    """What a stride is compiled as; of a constant and of a pointer the value itself."""
+    return f"={value}" if name.isupper() or name.endswith("_ptr") else specialised(value)

@@ -133,7 +133,11 @@ def _of_amd(text: str) -> dict[str, Any]:
 def signature_of(
     kernel: Any, spec: AttentionSpec, values: Constants, strides: Strides | None = None
 ) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`)."""
+    """What a call specialises on: 16-byte aligned pointers, and the strides by Triton's rule (`specialised`).
+
+    `strides` may also give a kernel's constant, and 0 for a pointer that is None.
+    """
+    given = strides or {}
     elements = features.elements(spec)
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
@@ -141,9 +145,13 @@ def signature_of(
     aligned = [["tt.divisibility", 16]]
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr or values.get(name, ...) is None:  # a pointer that is None is a constant, too
+        absent = name.endswith("_ptr") and (values.get(name, ...) is None or given.get(name) == 0)
+        if parameter.is_constexpr or absent:  # a pointer that is None is a constant, too
             signature[name] = "constexpr"
-            constants[(index,)] = values[name]
+            value = None if absent else values[name]
+            if name in given and not absent:
+                value = bool(given[name]) if isinstance(value, bool) else given[name]
+            constants[(index,)] = value
         elif name.endswith("_ptr"):
             signature[name] = f"*{elements.get(name, 'fp32' if name in _FP32_POINTERS else spec.dtype)}"
             attributes[(index,)] = aligned
@@ -152,7 +160,7 @@ def signature_of(
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised((strides or {}).get(name, 1 if name in _unit_strides(spec) else 16))
+            form = specialised(given.get(name, 1 if name in _unit_strides(spec) else 16))
             signature[name] = form.removesuffix(DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1

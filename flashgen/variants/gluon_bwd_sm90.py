@@ -40,6 +40,9 @@ _ARGUMENT_BYTES = 512
 _H200 = "measured on one H200, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h200_backward_tiles.csv)"
 _H100 = "measured on one H100, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h100_backward.csv)"
 _IDEAS = "measured on one H200, interleaved, bf16, S 2048 to 16384 (benchmarks/results/h200_backward_ideas.csv)"
+_H200_MASKS = (
+    "timed on one H200, interleaved, bf16, S 8192, eight kinds of masks and scores, beside 64 rows or two buffers of dq"
+)
 _FITS = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
 
 # (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
@@ -83,9 +86,14 @@ _PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
     (128, False): ((64, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
     (128, True): ((64, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
 }
-# Go first where options keep values beside each score: at head dim 64 a step of 128 rows spills in its loop then.
+# Go first where options keep values beside each score, or a mask reads tensors of rows: at head dim 64 a step of 128 rows spills in its
+# loop then.
 _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
-    64: (((64, 128, 2, 1, 2, 24, False, False, True), _FITS),),
+    64: (((64, 128, 2, 1, 2, 24, False, False, True), _H200_MASKS),),
+}
+# Go first where a mask_mod compares what it computes of rows and keys, at head dim 64.
+_MASKED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (((128, 128, 2, 1, 1, 24, False, False, True), _H200_MASKS),),
 }
 # Beyond head dim 128 one tile fits, and p and ds leave no choice of order.
 _WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
@@ -309,8 +317,10 @@ class GluonBackwardSm90(BackwardText, Variant):
         if not self.is_free(spec) and not self.keeps_values(spec) and (width, spec.causal) in _PLAIN:
             first = _PLAIN[width, spec.causal]
             rows = (first, *(row for row in rows if row[0] != first[0]))
-        if self.keeps_values(spec):
+        if self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
+        elif spec.has_mask_mod:
+            rows = (*_MASKED.get(width, ()), *rows)
         if spec.varlen:
             rows = tuple((values, source) for values, source in rows if not values[6])  # SCORES_AHEAD: illegal there
         return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)

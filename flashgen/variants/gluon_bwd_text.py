@@ -118,6 +118,11 @@ class BackwardText:
         """Whether rows and heads matter where nothing is masked, too."""
         return spec.has_alibi or spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout
 
+    def reads_rows(self, spec: AttentionSpec) -> bool:
+        """Whether a step reads tensors for its mask."""
+        parts = self.mask_parts(spec)
+        return parts is not None and any(".load(" in line for line in (*parts.early, *parts.late))
+
     def keeps_values(self, spec: AttentionSpec) -> bool:
         """Whether a step holds more than scores and their gradient for each pair."""
         return spec.has_bias or spec.has_attn_mask or spec.has_score_mod or spec.dropout

@@ -63,18 +63,21 @@ _COMPILED = "never timed: the tile whose loops do not spill when compiled with T
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
 # registers beside it, a window's edges waste less of a narrow block.
 _NARROW_64: _Knobs = (192, 64, 3, 160, 32, 16, True, True, False)
+_DEEP_64: _Knobs = (192, 64, 6, 160, 32, 16, True, True, False)
+_WIDE_64: _Knobs = (128, 128, 3, 240, 24, 16, True, True, False)
 _NARROW_128: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _ROOMY_64: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _NARROW_256: _Knobs = (128, 32, 2, 240, 24, 4, True, True, False)
 _HEAVY = ("has_bias", "has_attn_mask", "has_score_mod", "dropout")  # two of them do not fit into 160 registers
 _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
     64: {
-        "window": (_NARROW_64, _H200_OPTIONS),
-        "has_alibi": (_NARROW_64, _H200_OPTIONS),
+        "window": (_DEEP_64, _H200_OPTIONS),
+        "has_alibi": (_WIDE_64, _H200_OPTIONS),
+        "softcap": (_DEEP_64, _H200_OPTIONS),
         "has_bias": (_NARROW_64, _H200_OPTIONS),
         "has_attn_mask": (_NARROW_64, _H200_OPTIONS),
         "has_score_mod": (_NARROW_64, _H200_OPTIONS),
-        "has_mask_mod": (_NARROW_64, _H200_OPTIONS),
+        "has_mask_mod": (_PORTFOLIO[64][0][0], _H200_OPTIONS),
         "has_block_mask": (_NARROW_64, _COMPILED),
         "varlen": (_NARROW_64, _COMPILED),
         "dropout": (_NARROW_64, _COMPILED),
@@ -172,9 +175,8 @@ class GluonForwardSm90(WithMods, Variant):
         return max(64, padded_head_dim(spec.head_dim_v))
 
     def settles(self, spec: AttentionSpec) -> bool:
-        """Whether a plain kernel compares maxima as integers once none is negative; the second loop spills with lse at 256 causal (Triton 3.6)."""
-        wide = max(self.block_d(spec), self.block_dv(spec)) > 128
-        return not options(spec).any and not (wide and spec.causal and spec.has_lse)
+        """Whether a plain kernel compares maxima as integers once no row's is negative. A causal one starts with rows of few keys: it lost."""
+        return not (options(spec).any or spec.causal)
 
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""

@@ -37,10 +37,12 @@ MASK_MODS: dict[str, Callable[..., Tensor]] = {
     "rows": lambda b, h, i, j: (i + h) % 5 != 2,
     "bands": lambda b, h, i, j: (i - j < 20 * (h + 1)) & (j - i < 25 + 10 * b),
     "wide bands": lambda b, h, i, j: (i - j < 60 * (h + 1)) & (j - i < 70 + 20 * b),
+    "scattered": lambda b, h, i, j: ((i // 128 + j // 32 + b + h) % 3 == 0) | (i == j),
+    "read blocks": lambda b, h, i, j, ids, order: ((ids[b, i // 64] + j // 32 + h) % 3 == 0) | (i == j),
     "sequences": lambda b, h, i, j, ids, order: ids[b, i] == ids[b, j],
     "pages": lambda b, h, i, j, ids, order: order[j] <= i,
 }
-CAPTURING = ("sequences", "pages")
+CAPTURING = ("sequences", "pages", "read blocks")
 HOPPER_HEAD_DIMS = (8, 16, 40, 64, 64, 64, 72, 96, 128, 128, 192, 256)
 HOPPER_LENGTHS = (1, 17, 63, 64, 65, 97, 128, 130, 190, 193)
 BROADCASTS = (

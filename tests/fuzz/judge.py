@@ -15,7 +15,7 @@ from cases import CAPTURING, MASK_MODS, SCORE_MODS, Case, Tensors, make
 from torch import Tensor
 
 import flashgen
-from flashgen import accuracy, block_ranges, execution, mask_words, ops
+from flashgen import accuracy, block_ranges, execution, ops
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, UnsupportedProblemError
 from flashgen.reference import Call, Result, exact, same_precision
@@ -201,34 +201,31 @@ def _settings(t: Tensors, tile: tuple[int, int] | None, case: Case) -> Iterator[
         if case.words:
             stack.callback(block_ranges.forget)
             block_ranges.forget()
-            for name in ("of_ranges", "of_lists"):
-                stack.enter_context(mock.patch.object(mask_words, name, _other_words(case.words, name)))
+            stack.enter_context(mock.patch.object(block_ranges, "_analysed", _other_tables(case.words)))
         if tile is not None:
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_Q", tile[0]))
             stack.enter_context(mock.patch.object(blocked, "_BLOCK_K", tile[1]))
         yield
 
 
-def _other_words(kind: str, name: str) -> Any:
-    """What stands in the place of `mask_words.of_ranges` or `of_lists`: no words, or wrong ones beside tables that know nothing and say so."""
-    make = getattr(mask_words, name)
+def _other_tables(kind: str) -> Any:
+    """What stands in the place of `block_ranges._analysed`: no words, or tables of another content that say so."""
+    analysed = block_ranges._analysed
 
-    def changed(*args: Any) -> Any:
-        made = make(*args)
-        if made is None or (kind == "none" and made.listed):
-            return None
+    def changed(
+        program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str, walk: int
+    ) -> block_ranges.Tables:
+        found = analysed(program, tensors, sizes, device, walk)
+        if walk in (block_ranges._RANGES, block_ranges._TURNED):
+            return found
         if kind == "none":
-            made.table[..., 4:] = -1
-            return replace(made, words=None)
-        if made.words is None or not args[1].mask_reads:  # a mask that reads nothing is never stale
-            return made
-        table = made.table.clone()
-        if made.listed:
-            table[..., 2] = -1
-        else:
-            blocks = -(-args[3][3] // args[3][5])
-            table[:] = torch.tensor([0, blocks, blocks, blocks, -1, -1, -1, -1])
-        return replace(made, table=table, words=~made.words)
+            table = found.table.clone()
+            table[..., 2 if found.listed else 4] = -1
+            return replace(found, table=table, words=None)
+        if not program.mask_reads:  # never stale
+            return found
+        other = analysed(program, tuple(x.flip(-1).contiguous() for x in tensors), sizes, device, walk)
+        return replace(other, table=block_ranges._everything(other, sizes, False))
 
     return changed
 

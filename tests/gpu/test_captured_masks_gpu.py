@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 import warnings
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashgen
-from flashgen import block_ranges, dispatch
+from flashgen import block_ranges, dispatch, graph_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,3 +144,43 @@ def test_other_streams_find_what_one_stream_made() -> None:
         torch.cuda.synchronize()
         for out in outs:
             torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)  # type: ignore[union-attr]
+
+
+def captured(q: Tensor, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of one masked call, after a warm one, and what it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            flashgen.attention(q, q, q, mask_mod=masked(ids))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashgen.attention(q, q, q, mask_mod=masked(ids))
+    assert isinstance(out, Tensor)
+    return graph, out
+
+
+def test_what_graphs_read_is_held_as_long_as_they_live() -> None:
+    """Ten graphs, one after another, of ten contents: what the dead ones read is let go, what the living one reads is not."""
+    held = graph_memory._held
+    before = len(held)
+    q, sizes = draw(0), []
+    graph = None
+    for length in range(50, 60):
+        ids = documents(length)
+        graph, out = captured(q, ids)
+        assert all(one.semaphore for one in held.values()), "the driver took a user object"
+        sizes.append(len(held) - before)
+        block_ranges.forget()
+        torch.empty(1 << 22, device="cuda").fill_(-1)  # what was given back is written over
+        graph.replay()
+        want = flashgen.attention(q, q, q, mask_mod=masked(ids), backend="torch")
+        torch.testing.assert_close(out.float(), want.float(), atol=2e-2, rtol=2e-2)  # type: ignore[union-attr]
+    assert max(sizes[2:]) <= 2 * sizes[0], sizes  # this graph's and the last one's, which lived when it was captured
+    del graph
+    gc.collect()
+    torch.cuda.synchronize()
+    time.sleep(0.5)  # the driver's thread
+    graph_memory.sweep()
+    assert len(held) <= before

@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
     "window at the other boundary": Case(**{**_LONG, "window": (80, 1)}),
     "causal sinks at the other boundary": Case(**{**_LONG, "sinks": True, "causal": True, "seqlen_q": 193, "seqlen_k": 224}),
     "block_mask as given, whole tiles": Case(**{**_LONG, "block_mask": "given", "block_size": (64, 64), "seqlen_q": 192, "heads_kv": 2, "batch": 2}),
+    "block_mask as given, wide blocks": Case(**{**_LONG, "block_mask": "given", "block_size": (128, 64), "seqlen_q": 256, "heads_kv": 2, "batch": 2}),
     "block_mask as given, hidden values in narrow tiles": Case(**{**_LONG, "block_mask": "given", "block_size": (128, 24), "seqlen_q": 100, "heads_kv": 2}),
     "window over one block of keys": Case(**{**_LONG, "window": (400, 30), "seqlen_q": 300, "seqlen_k": 30, "group": 5}),
     "window at a boundary": Case(**{**_LONG, "window": (80, 3)}),
@@ -52,11 +53,17 @@ CASES: dict[str, Case] = {
             ("mask_mod of wide bands", "wide bands", "none", {"batch": 2}),
             ("mask_mod of columns", "columns", "none", {"batch": 2}),
             ("mask_mod of sequences", "sequences", "none", {"batch": 2}),
+            ("mask_mod of a band", "band", "none", {"seqlen_q": 300, "seqlen_k": 130}),
             ("mask_mod of sequences", "sequences", "stale", {"alibi": "h"}),
             ("mask_mod of pages", "pages", "stale", {"sinks": True}),
+            ("mask_mod of scattered blocks", "scattered", "", {"batch": 2}),
+            ("mask_mod of scattered blocks", "scattered", "none", {"batch": 2, "seqlen_q": 300}),
+            ("mask_mod of read blocks", "read blocks", "", {"batch": 2, "spread": True}),
+            ("mask_mod of read blocks", "read blocks", "stale", {"batch": 2}),
         )
     },
     "mask_mod, rows without a key": Case(**{**_LONG, "mask_mod": "band", "seqlen_q": 300, "seqlen_k": 130}),
+    "packed, mask_mod that reads": Case(**{**_PACKED, "mask_mod": "sequences"}),
     "sinks above low scores": Case(**{**_SMALL, "sinks": True, "values": "low", "batch": 1}),
     "causal sinks, top-left": Case(**{**_LONG, "sinks": True, "causal": True, "top_left": True, "seqlen_q": 193, "seqlen_k": 130}),
     "block_mask as given": Case(**{**_LONG, "block_mask": "given", "block_size": (64, 32), "heads_kv": 2, "batch": 2}),
@@ -80,6 +87,7 @@ CASES: dict[str, Case] = {
     "dropout": Case(**{**_SMALL, "dropout_p": 0.3, "group": 2, "batch": 1}),
     "packed": Case(**_PACKED),
     "gradients, packed": Case(**{**_PACKED, "grad": True, "group": 2, "tile": (64, 64)}),
+    "gradients, packed to the left": Case(**{**_PACKED, "grad": True, "causal": False, "window": (9, 70), "lengths": ((30, 200, 190), (140, 33, 33), (70, 150, 150)), "tile": (64, 64)}),
     "gradients, packed window": Case(**{**_PACKED, "grad": True, "causal": False, "window": (40, 9), "sinks": True, "top_left": True, "tile": (64, 64)}),
 }  # fmt: skip
 

@@ -63,6 +63,8 @@ CASES: dict[str, Case] = {
     "window, more queries": Case(**{**_WIDE, "window": (20, 9), "seqlen_q": 71, "seqlen_k": 37}),
     "mask_mod of bands": Case(**{**_WIDE, "mask_mod": "bands", "seqlen_q": 75, "seqlen_k": 96}),
     "block_mask as given, of each head": Case(**{**_WIDE, "grad": True, "block_mask": "given", "block_size": (32, 16), "seqlen_q": 80, "group": 1}),
+    "block_mask as given, odd blocks": Case(**{**_WIDE, "grad": True, "block_mask": "given", "block_size": (24, 40), "seqlen_q": 50, "seqlen_k": 90, "group": 1}),
+    "window, odd head dims": Case(**{**_WIDE, "window": (20, 9), "head_dim": 17, "head_dim_v": 20, "grad": True, "seqlen_k": 50, "group": 1}),
     "spread, bias": Case(**{**_WIDE, "bias": "bhij", "spread": True}),
     "spread, attn_mask": Case(**{**_WIDE, "attn_mask": "bhij", "spread": True}),
     "spread, alibi": Case(**{**_WIDE, "alibi": "bh", "spread": True, "sinks": True}),

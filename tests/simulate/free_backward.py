@@ -45,6 +45,7 @@ class Free:
         known: whether the launch is told where a mask_mod hides whole blocks.
         learned: a score_mod that takes `table` as its last argument, which wants a gradient.
         knobs: of the configuration that differ from the default.
+        spread: whether operands and captured tables have a gap after each element.
     """
 
     why: str
@@ -71,6 +72,7 @@ class Free:
     known: bool = True
     values: Values = "normal"
     knobs: dict[str, Any] = field(default_factory=dict)
+    spread: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -163,7 +165,12 @@ def drawn(case: Free, seed: int) -> dict[str, Tensor]:
             if case.bias_inf:
                 value = torch.where(torch.rand(value.shape, generator=generator) < 0.1, -torch.inf, value)
             found[name] = value
-    return found
+    return {name: spread(x) for name, x in found.items()} if case.spread else found
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same, each element followed by one that nobody may read."""
+    return torch.stack((x, torch.full_like(x, torch.nan if x.is_floating_point() else True)), -1)[..., 0]
 
 
 def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffers, dict[str, Any]]:

@@ -45,6 +45,10 @@ def prefix(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return (kv_idx < 140) | (kv_idx <= q_idx)
 
 
+def later_keys(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return (kv_idx >= q_idx) & (kv_idx - q_idx < 90 + 20 * h)
+
+
 def nothing(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return kv_idx < 0
 
@@ -105,9 +109,12 @@ CASES = (
     Free(why="a strong softcap, causal, with sinks", sizes=TALL, softcap=0.1, causal=BR, sinks=True, head_dim=128),
     Free(why="ALiBi of each batch", sizes=GROUPS, alibi="bh"),
     Free(why="ALiBi, causal, rows without a key", sizes=TALL, alibi="h", causal=BR, sinks=True, head_dim=128),
-    Free(why="ALiBi, top-left, more rows than keys", sizes=TALL, alibi="h", causal=TL),
+    Free(why="ALiBi, top-left, more rows than keys", sizes={**TALL, "batch": 2}, alibi="bh", causal=TL, spread=True),
     Free(why="ALiBi in a causal window of a mask", sizes=GROUPS, alibi="bh", causal=BR, window=(90, 0), mask_mod=columns),
     Free(why="softcap and ALiBi", sizes=GROUPS, alibi="h", causal=BR, softcap=0.7),
+    Free(why="ALiBi, causal from the top left, more rows than keys: distances of both signs", sizes={**TALL, "batch": 2}, alibi="bh", causal=TL, spread=True),
+    Free(why="operands with gaps", sizes=GROUPS, alibi="bh", bias="bhij", attn_mask="bhij", sinks=True, spread=True),
+    Free(why="a mask of later keys, grouped", sizes=GROUPS, mask_mod=later_keys),
     Free(why="sinks alone", sizes=GROUPS, sinks=True),
     Free(why="dropout", sizes=GROUPS, dropout_p=0.3),
     Free(why="dropout, causal, tall tiles of 128 rows", sizes=TALL, dropout_p=0.1, causal=BR, sinks=True, dtype="fp16"),
@@ -153,6 +160,7 @@ def of_heads(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, tab
 # Gradients of captured tensors, in fast mode alone.
 LEARNED = (
     Free(why="a table of distances", sizes=GROUPS, learned=of_pairs, table=PAIRS, causal=BR),
+    Free(why="a table of as many keys as there are", sizes={**GROUPS, "seqlen_k": 300}, learned=of_keys, table=KEYS),
     Free(why="a table of rows, beside a mask", sizes=TALL, learned=of_rows, table=ROWS, mask_mod=shuffled, softcap=2.0),
     Free(why="a table of keys", sizes=GROUPS, learned=of_keys, table=KEYS, head_dim=128, window=(60, 40)),
     Free(why="a number of each head, read twice, under a bias", sizes=GROUPS, learned=of_heads, table=HEADS, bias="1hij", dbias=True),
@@ -166,6 +174,7 @@ BIASES = (
     Free(why="a bias that heads share", sizes=GROUPS, bias="b1ij", dbias=True, head_dim=128, causal=BR),
     Free(why="a bias of keys", sizes=GROUPS, bias="1h1j", dbias=True, attn_mask="b11j"),
     Free(why="a bias of rows", sizes=WIDE, bias="11i1", dbias=True, window=(60, 30)),
+    Free(why="a bias with gaps", sizes=GROUPS, bias="bhij", dbias=True, spread=True),
     Free(why="one number", sizes=TALL, bias="1111", dbias=True, dropout_p=0.2),
     Free(why="wide: a bias of every pair", sizes=GROUPS, bias="bhij", dbias=True, head_dim=192, head_dim_v=128, softcap=0.8),
 )  # fmt: skip

@@ -7,12 +7,10 @@ import contextlib
 import json
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -96,9 +94,6 @@ class Run(Protocol):
 
     def verdict(self, text: str | None, schedule: Schedule, seed: int) -> tuple[str | None, Any]:
         """How it is noticed, None where it is not; and what was done."""
-
-    def lines(self) -> set[int]:
-        """Lines of the original that run in it; empty where nobody can tell."""
 
 
 class Public:
@@ -192,9 +187,6 @@ class Public:
         with mock.patch.object(interpret, "_run", run), mock.patch.object(interpret, "simulate", simulated_so):
             yield
 
-    def lines(self) -> set[int]:
-        return traced(lambda: self.verdict(None, "eager", 0)) if self.ordered else set()
-
 
 def _kind(message: str) -> str:
     """A word for how the interpreter's worker noticed."""
@@ -243,26 +235,3 @@ class Direct:
         except SimulationError as error:
             return error.kind, None
         return (None if buffers.check(references).ok else "numbers"), (work_of(report), counts)
-
-    def lines(self) -> set[int]:
-        return traced(lambda: self.verdict(None, "eager", 0))
-
-
-def traced(run: Any) -> set[int]:
-    """The lines of simulated texts that run."""
-    found: set[int] = set()
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith("<flashgen simulation"):
-            return None
-        if event == "line":
-            found.add(frame.f_lineno)
-        return trace
-
-    before = threading.gettrace()
-    threading.settrace(trace)
-    try:
-        run()
-    finally:
-        threading.settrace(before)  # type: ignore[arg-type]
-    return found

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from free_backward import Free
 from free_cases import BIASES, CASES, GROUPS, LEARNED
@@ -56,9 +57,7 @@ _SMALL = {"BLOCK_M": 64, "BLOCK_N": 64}
 
 def small(case: Free) -> Free:
     """The same in a quarter of the scores, or less: groups of heads in one block or two of 64, of 16 columns where tiles may be chosen."""
-    sizes = {**case.sizes, "seqlen_q": 100, "seqlen_k": 130} if case.sizes == GROUPS else case.sizes
-    if case.sizes == GROUPS:
-        sizes |= {"num_heads_q": 2, "num_heads_kv": 1}
+    sizes = {**case.sizes, "seqlen_q": 70, "seqlen_k": 90} if case.sizes == GROUPS else case.sizes
     if max(case.head_dim, case.head_dim_v) > 128:
         return replace(case, sizes=sizes)
     return replace(case, sizes=sizes, head_dim=16, head_dim_v=0, knobs={**_SMALL, **case.knobs})
@@ -82,7 +81,7 @@ def _direct(option: str, *cases: Free | str) -> Subject:
 _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "window on both sides": (
         ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window at a boundary", "window at the other boundary", "window over one block of keys"),
-        ("window", "narrow window", "causal window", "one-sided window", "window, more queries"),
+        ("window", "narrow window", "causal window", "one-sided window", "window, more queries", "window, odd head dims"),
     ),
     "softcap": (("softcap",), ("softcap", "softcap, fp32", "strong softcap, fp32")),
     "alibi": (("alibi", "spread, alibi"), ("alibi", "spread, alibi")),
@@ -91,21 +90,23 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attn_mask": (("attn_mask", "attn_mask of columns", "spread, attn_mask"), ("attn_mask", "attn_mask of columns", "spread, attn_mask")),
     "dropout": (("dropout", "dropout of batches"), ("dropout",)),
     "mask_mod": (
-        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
+        ("mask_mod", "mask_mod of columns", "mask_mod of bands", "mask_mod of wide bands, none", "mask_mod of columns, none", "mask_mod, rows without a key", "mask_mod of a band, none",
+            "mask_mod of scattered blocks, ", "mask_mod of scattered blocks, none"), ("mask_mod", "mask_mod of columns", "mask_mod of bands")),
     "mask_mod that captures": (
-        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale"),
+        ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages", "mask_mod of sequences, none", "mask_mod of sequences, stale", "mask_mod of pages, stale",
+            "mask_mod of read blocks, ", "mask_mod of read blocks, stale"),
         ("mask_mod of sequences", "mask_mod of pages", "spread, sequences", "spread, pages"),
     ),
     "score_mod that captures": (("score_mod", "relative", "spread, captured"), ("score_mod", "relative", "spread, captured")),
     "block_mask": (
         ("block_mask", "block_mask of large blocks", "block_mask as given", "block_mask as given, odd blocks", "block_mask as given, hidden values",
-            "block_mask as given, whole tiles", "block_mask as given, hidden values in narrow tiles"),
-        ("block_mask of odd blocks", "block_mask as given, of each head"),
+            "block_mask as given, whole tiles", "block_mask as given, wide blocks", "block_mask as given, hidden values in narrow tiles"),
+        ("block_mask as given, odd blocks", "block_mask as given, of each head"),
     ),
-    "packed sequences": (("packed",), ("packed", "packed, top-left", "packed, everything")),
+    "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
 }  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
-    "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window"),
+    "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window", "window, odd head dims"),
     "attn_mask": ("gradients, attn_mask", "gradients, rows of a mask", "gradients, spread operands"),
     "dropout, sinks and dsinks": ("gradients, dropout",),
     "mask_mod": ("gradients, mask_mod", "gradients, mask_mod of a band", "gradients, mask_mod of bands"),
@@ -115,7 +116,7 @@ _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
     "bias and its gradient": (
         "gradients, bias of keys", "gradients, bias of rows", "gradients, bias of heads", "gradients, bias and softcap", "gradients, spread bias",
     ),
-    "block_mask": ("block_mask as given, of each head", "block_mask of odd blocks"),
+    "block_mask": ("block_mask as given, of each head", "block_mask as given, odd blocks"),
     "packed sequences": ("gradients, packed",),
 }  # fmt: skip
 _BIASED = "a bias of every pair, under a score"
@@ -131,21 +132,21 @@ SUBJECTS: tuple[Subject, ...] = (
         "rows beyond the last key, keys before the first row", "a causal window", "nobody sees the first keys, in whole blocks",
     ),
     _direct("softcap, sinks and dsinks", "a strong softcap, causal, with sinks", "softcap"),
-    _direct("alibi", "ALiBi, causal, rows without a key", "ALiBi of each batch"),
+    _direct("alibi", "ALiBi, causal, rows without a key", "ALiBi of each batch", "ALiBi, causal from the top left, more rows than keys: distances of both signs"),
     _direct("dropout", "dropout", "wide: dropout"),
-    _direct("attn_mask", "attn_mask of rows and keys", small(Free(why="", sizes=GROUPS, attn_mask="1h1j"))),
-    _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf"),
-    _direct("mask_mod", "chunks, with ranges by keys", "a mask of heads alone, of all batches", "keys hidden everywhere in a block hold NaN"),
+    _direct("attn_mask", "attn_mask of rows and keys", "operands with gaps", small(Free(why="", sizes=GROUPS, attn_mask="1h1j"))),
+    _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf", "a bias with gaps", "one number"),
+    _direct("mask_mod", "chunks, with ranges by keys", "a mask of heads alone, of all batches", "a mask of later keys, grouped", "keys hidden everywhere in a block hold NaN"),
     _direct("mask_mod that captures", "documents of a captured tensor"),
-    _direct("score_mod", "a score with a derivative, of heads and batches", "a score of positions", "a score that reads a tensor"),
-    _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of keys"),
+    _direct("score_mod", "a score with a derivative, of heads and batches", "a score of positions", "a score that reads a tensor", "a score that is infinite where no row is"),
+    _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of as many keys as there are"),
     _direct(
         "block_mask",
         Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, block_mask="11", block_size=(64, 64), knobs=_SMALL, head_dim=16),
-        "a BlockMask of each head, whose keys are shared",
+        "a BlockMask of each head, whose keys are shared", "a BlockMask of each batch, causal, beside a mask",
     ),
     _direct("head dims above 128, with a mask", Free(why="", sizes={"seqlen_q": 130, "seqlen_k": 100}, mask_mod=CASES[9].mask_mod, head_dim=136, head_dim_v=16)),
-    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window"))),
+    _public("gluon_bwd_sm90", "packed sequences", *(_HOPPER[name] for name in ("gradients, packed", "gradients, packed window", "gradients, packed to the left"))),
     *(
         _public("triton_fwd", option, *(_PORTABLE[name] for name in names))
         for option, (_, names) in _FORWARD_OPTIONS.items()
@@ -226,28 +227,31 @@ def considered(subject: Subject) -> tuple[Broken, ...]:
 
 
 @functools.cache
-def _lines(run: Run) -> set[str]:
-    """The lines that run, stripped."""
-    lines = run.text.splitlines()
-    return {lines[number - 1].strip() for number in run.lines()}
-
-
-@functools.cache
-def _work(run: Run) -> object:
+def _work(run: Run) -> Any:
     said, work = run.verdict(run.text, "eager", 0)
     if said is not None:
         raise AssertionError(f"the original itself fails: {said}")
     return work
 
 
+def _calls(run: Run, function: str) -> bool:
+    """Whether a device function runs in a case; yes where nobody counts, and of a kernel itself."""
+    if not run.ordered:
+        return True
+    _, counts = _work(run)
+    return any(name == function for name, _ in counts) or function.startswith("attention")
+
+
 def verdict(broken: Broken, schedules: tuple[Schedule, ...]) -> str | None:
-    """How a mutant is noticed: by the cases of its subject that run its line first, under the schedules in turn; None where it survives."""
+    """How a mutant is noticed: by the cases of its subject that run its function first, under the schedules in turn; None where it survives.
+
+    Cases of other subjects whose text has the line, too, run under the first schedule alone.
+    """
     own = [pair for pair in broken.texts if pair[0] in broken.subject.runs]
-    # Lines of a text that another case of the subject has are not known here: it goes by the mutant's own.
-    own.sort(key=lambda pair: broken.line not in _lines(pair[0]))
+    own.sort(key=lambda pair: not _calls(pair[0], broken.mutant.function))
     others = [pair for pair in broken.texts if pair not in own]
     for schedule in schedules:
-        for run, text in (*own, *others):
+        for run, text in (*own, *others) if schedule == schedules[0] else own:
             if schedule != schedules[0] and not run.ordered:
                 continue
             said, work = run.verdict(text, schedule, SEED)

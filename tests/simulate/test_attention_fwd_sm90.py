@@ -138,3 +138,65 @@ def test_what_nobody_sees_is_not_read() -> None:
     case = row("", "bf16", 64, 20, 75, causal=TL)
     problem: Problem = replace(case.problem, seqlen_k=200)
     run(replace(case, problem=problem)).require("unseen keys")
+
+
+def rising(case: Row, config: KernelConfig, old: str = "", new: str = "") -> float:
+    """The largest error where all logits are negative and rise by more than an exponential holds, from the last block of keys to the first."""
+    problem, spec = case.problem, case.problem.spec
+    buffers = make_buffers(problem, seed=1)
+    q, k, v, out = torch.ones_like(buffers.q), torch.empty_like(buffers.k), buffers.v, torch.empty_like(buffers.o)
+    k.copy_(-0.5 * torch.arange(1, problem.seqlen_k + 1)[None, :, None, None] / (problem.scale * spec.head_dim))
+    k[:, ::16] -= 1000 / (problem.scale * spec.head_dim)  # the least of every block is below all others
+    source = render(spec, VARIANT)
+    assert not old or source.text.count(old) >= 1
+    source = replace(source, text=source.text.replace(old, new)) if old else source
+    tensors = {"q": q, "k": k, "v": v, "o": out, "lse": None}
+    simulate(source, {**tensors, **buffers.scalars, **config}, schedule="random", seed=0)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * problem.scale
+    if spec.causal:
+        seen = torch.ones_like(scores[0, 0]).tril(problem.causal_offset).bool()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+    return float((out.double() - wanted).abs().nan_to_num(torch.inf).max())
+
+
+@pytest.mark.parametrize("causal", [BR, None])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_maxima_of_negative_logits_are_no_integers(dim: int, causal: Any) -> None:
+    """Rows whose maximum is negative are compared as numbers: as integers the least of them would win."""
+    case = row("negative logits that rise", "bf16", dim, 130, 600, causal=causal, heads=(1, 1), lse=False)
+    config = VARIANT.default(case.problem.spec, H100)
+    assert rising(case, config) < 0.02
+    assert rising(case, config, "settled = gl.min(m_i, 0) >= 0.0", "settled = gl.min(m_i, 0) < 0.0") > 0.5
+
+
+def test_four_warpgroups_sum_rows_by_products() -> None:
+    """The tile of 256 rows, which no default is: ragged rows and keys, rows without a key, negative logits, several tiles a block."""
+    for seed, case in enumerate(
+        (
+            row("ragged", "bf16", 64, 300, 333, causal=BR, heads=(2, 2), batch=2, lse=False),
+            row("full", "fp16", 64, 520, 200, heads=(3, 1), lse=False),
+            row("rows without a key", "bf16", 64, 500, 90, causal=BR, lse=False),
+            row("keys in half a swizzled row", "bf16", 32, 100, 100, causal=TL, lse=False),
+            row("logits near -600", "bf16", 64, 150, 400, causal=BR, values="low", lse=False),
+        )
+    ):
+        known = {"BLOCK_M": 256, "BLOCK_N": 64, "CONSUMER_REGS": 112, "PRODUCER_REGS": 32, "LAZY_SUM": False}
+        for stages, turns in ((2, True), (4, False)):
+            config = replace_knobs(VARIANT.default(case.problem.spec, H100), **known, STAGES=stages, TAKE_TURNS=turns)
+            assert VARIANT.illegal(case.problem.spec, H100, config) is None
+            run(case, SCHEDULES[seed % 4], seed, config).require(f"{case.why}: {config.label}")
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("bf16-d128", "head dims up to 64"),
+        ("bf16-d64-lse", "without lse"),
+        ("bf16-d64-window", "without lse and options"),
+    ],
+)
+def test_four_warpgroups_are_for_narrow_plain_kernels(word: str, why: str) -> None:
+    spec = AttentionSpec.from_key(f"attention_fwd-{word}")
+    config = replace_knobs(VARIANT.default(spec, H100), BLOCK_M=256, BLOCK_N=64, CONSUMER_REGS=112, PRODUCER_REGS=32)
+    assert why in (VARIANT.illegal(spec, H100, config) or "")

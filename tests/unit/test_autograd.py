@@ -225,6 +225,16 @@ def test_transforms_that_functions_would_get_wrong_are_refused_by_name(backend: 
 # -- deterministic= --
 
 
+def test_a_gradient_that_a_named_backend_lacks_is_refused_by_the_forward() -> None:
+    q, k, v = (torch.randn(1, 64, 2, 64, dtype=torch.float16) for _ in range(3))
+    bias = torch.randn(64, 64, requires_grad=True)
+    options: dict[str, Any] = {"bias": bias, "backend": "gluon", "deterministic": True}
+    with pytest.raises(UnsupportedProblemError, match="the gradient of bias in a fixed order"):
+        flashgen.attention(q, k, v, **options)
+    with torch.no_grad():
+        assert flashgen.explain(q, k, v, **options).variant == "gluon_fwd_sm90"
+
+
 @pytest.mark.parametrize(
     ("given", "switch", "wanted"), [(None, False, False), (None, True, True), (True, False, True), (False, True, False)]
 )

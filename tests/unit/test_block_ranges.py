@@ -134,16 +134,6 @@ def test_under_capture_nothing_is_copied_to_the_host() -> None:
             assert found(program, tensors)[0, 0].tolist() == [EVERYTHING] * 8
 
 
-def test_what_a_captured_graph_reads_is_held() -> None:
-    program, tensors = documents(ids_of(50))
-    found(program, tensors)
-    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-        thing: list[int] = []
-        assert block_ranges.held(thing, "cuda:0") is thing
-        assert block_ranges._held.pop(id(thing)) is thing
-        assert block_ranges.held(thing, "cpu") is thing and id(thing) not in block_ranges._held
-
-
 def test_a_table_counts_for_all_batches_and_heads_even_where_nothing_is_left_out() -> None:
     program, tensors = documents(torch.zeros(SIZE, dtype=torch.int32))
     for turned in (False, True):

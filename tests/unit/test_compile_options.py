@@ -25,7 +25,12 @@ BACKWARD = KernelConfig(
 IDS, TABLE = torch.arange(96, dtype=torch.int32) // 7, torch.randn(4, 200)
 FLAGS, WIDE = torch.zeros(96, dtype=torch.bool), torch.zeros(3, 96, dtype=torch.int64)
 
+BIAS = replace(BASE, has_bias=True, bias_grad=True)
 PROBLEMS = {
+    "a bias that learns": BIAS,
+    "of one sequence": replace(BIAS, batch=1),
+    "of one head": replace(BIAS, num_heads_q=1, num_heads_kv=1),
+    "in a fixed order": replace(BIAS, deterministic=True),
     "closed": replace(
         BASE,
         causal=True,
@@ -53,8 +58,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(
 ) -> None:
     problem, config = PROBLEMS[name], TILE
     if backward:
-        # Whether a bias gets a gradient, and what its sum folds, is the call's: such a kernel may be compiled once more at its launch.
-        problem, config = replace(problem, has_bias=False).backward, BACKWARD
+        problem, config = problem.backward, BACKWARD
     spec, variant = problem.spec, by_name(config.variant)
     module = load_module(write_source(render(spec, variant)))
     given = samples.operands(problem)

@@ -46,7 +46,7 @@ ROWS = (
     ("dispatch",),
     ("memory",),
     ("probe", "scalars"),
-    ("mask_words",),
+    ("mask_words", "graph_memory"),
     ("block_ranges", "block_lists"),
     ("operands",),
     ("samples",),

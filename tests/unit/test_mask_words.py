@@ -212,3 +212,28 @@ def test_longer_tiles_come_first() -> None:
             lengths = [int(pair[:, 3].max() - pair[:, 0].min()) for pair in pairs]
         assert sorted(turns) == list(range(8)) and [lengths[m] for m in turns] == sorted(lengths)
         assert turns != sorted(turns)
+
+
+# -- on the host --
+
+
+@pytest.mark.parametrize("tile", [(128, 32), (128, 64), (192, 64), (128, 128)])
+@pytest.mark.parametrize("name", [*MASKS, *SCATTERED, "floats"])
+def test_the_host_and_the_device_give_the_same_bits(
+    name: str, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = {**MASKS, **SCATTERED}.get(name, lambda b, h, i, j: (i - j) * 0.5 < 9.25)
+    program, tensors = mods.program(None, {"mask_mod": mask}, CPU)
+    here: list[int] = []
+    evaluate = mask_words._evaluated_here
+    monkeypatch.setattr(mask_words, "_AT_ONCE_HERE", 3 * 64 * tile[1])  # several steps
+    monkeypatch.setattr(mask_words, "_evaluated_here", lambda *a: here.append(1) or evaluate(*a))
+    one = block_ranges.looked_up(program, tensors, LONG if name in SCATTERED else PROBLEM, tile)
+    assert len(here) == (name != "floats"), "numbers that round are left to what rounds them like the kernel"
+    block_ranges.forget()
+    monkeypatch.setattr(mask_words, "_HERE", -1)
+    other = block_ranges.looked_up(program, tensors, LONG if name in SCATTERED else PROBLEM, tile)
+    assert len(here) == (name != "floats")
+    for key, value in one.items():
+        assert (value is None) == (other[key] is None), key
+        assert value is None or (torch.equal(value, other[key]) and value.dtype == torch.int32), key  # type: ignore[arg-type]

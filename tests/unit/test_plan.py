@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from store_support import make
-from test_tuner_run import GOOD, Compiler
+from tuner_support import GOOD, Compiler
 
 from flashgen import KernelConfig, Problem, Target
 from flashgen.cli.main import run

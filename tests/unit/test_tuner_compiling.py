@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cpu_kernel import CPU, TILES, use
 from cpu_kernel import PROBLEM as CPU_PROBLEM
-from test_tuner_run import FACTS, H100, PROBLEM, Bench, Compiler, timed
+from tuner_support import FACTS, H100, PROBLEM, Bench, Compiler, timed
 
 import flashgen
 from flashgen import BuildError, KernelConfig, Problem, TuningError, costmodel

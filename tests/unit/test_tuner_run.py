@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuner_support import A100, FACTS, GOOD, H100, KNOWN, LEGAL, PROBLEM, VARIANT, Compiler, isolate, stand_in
 
 import flashgen
 from flashgen import (
@@ -25,77 +25,14 @@ from flashgen import (
 from flashgen.accuracy import AccuracyReport
 from flashgen.facts import CompiledFacts
 from flashgen.store import open_store
-from flashgen.tuner import measured, policy, predicted, shootout, strategies, tune
+from flashgen.tuner import policy, predicted, strategies, tune
 from flashgen.tuner.context import Context, choose_variant, legal_list
-from flashgen.tuner.run import _context
 from flashgen.tuner.search import new_study, proposals
 
 _FAIL = optuna.trial.TrialState.FAIL
-H100, A100 = Target.named("h100"), Target.named("a100")
-# Head dim 124, no multiple of 8: the portable kernel's on every GPU.
-PROBLEM = Problem.preset("llama3-8b", seqlen=1024, head_dim=124, head_dim_v=124)
-VARIANT = choose_variant(PROBLEM, H100)
-LEGAL, KNOWN = legal_list(VARIANT, PROBLEM, H100)
-FACTS = CompiledFacts(
-    arch="sm_90",
-    triton_version="0",
-    n_regs=128,
-    spill_store_bytes=0,
-    spill_load_bytes=0,
-    stack_bytes=0,
-    smem_bytes=100_000,
-    num_warps=8,
-    serialised=False,
-    undefined_registers=0,
-    loop={"total": 400, "hgmma": 12, "mufu": 34, "fp32": 136},
-    compile_s=0.1,
-)
-GOOD = AccuracyReport(
-    ok=True, max_error=1e-3, mean_error=0.0, max_ratio=0.5, mean_ratio=0.5, lse_error=0.0, lse_ratio=0.0, message="fine"
-)
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("FLASHGEN_DB", raising=False)
-    monkeypatch.setattr("flashgen.store.seeds.load", lambda gpu, op: ())
-    flashgen.dispatch.forget()
-
-
-class Compiler:
-    """Stands in for the pool: facts by config, as the test says."""
-
-    def __init__(self, facts: Any = None) -> None:
-        self.facts = facts or (lambda config: FACTS)
-        self.asked: list[KernelConfig] = []
-
-    def __call__(self, workers: int | None = None, **options: Any) -> Compiler:
-        return self
-
-    def __enter__(self) -> Compiler:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def map(
-        self, source: Any, target: Target, configs: Sequence[KernelConfig], strides: Any = None
-    ) -> Iterator[tuple[KernelConfig, Any]]:
-        for config in configs:
-            self.asked.append(config)
-            yield config, self.facts(config)
-
-
-STAND_IN = Compiler()
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    stand_in = Compiler()
-    monkeypatch.setattr(predicted, "CompilePool", stand_in)
-    monkeypatch.setattr(predicted, "_check", lambda context, config: GOOD)
-    return stand_in
+own_cache = pytest.fixture(autouse=True)(isolate)
+compiler = pytest.fixture(stand_in)
 
 
 # -- search --
@@ -320,158 +257,6 @@ def test_a_kernel_that_the_model_cannot_rank_takes_the_first_of_its_own_list(com
     compiler.facts = lambda config: replace(FACTS, loop={**FACTS.loop, "spill": 500}) if config == first else FACTS
     (row,) = tune(problem, target=H100, progress=False, database=None).problems
     assert row.winner is not None and row.winner.config == known[1].config.to_dict()
-
-
-# -- measured, with a bench that is told what to answer --
-
-
-class Bench:
-    """Answers trials by config; records what was asked."""
-
-    def __init__(self, answer: Any) -> None:
-        self.answer, self.asked, self.hello = answer, [], {"driver": "1.2"}
-        self.quality, self.winner = "high", -1  # the last finalist
-
-    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        self.asked.append(request)
-        if request["do"] == "final":
-            count = len(request["configs"])
-            return {
-                "status": "ok", "protocol": shootout.PROTOCOL, "winner": self.winner % count, "floor": 0.01, "quality": self.quality, "rounds": 3,
-                "dropped": 0, "states": [], "twin": [1.0] * 3, "samples": [[1.0 + 0.001 * i] * 3 for i in range(count)],
-                "intervals": [None] + [{"middle": 0.0, "low": 0.0, "high": 0.0}] * (count - 1),
-            }  # fmt: skip
-        return self.answer(request)
-
-
-def context_for(trials: int, earlier: bool = False) -> tuple[Context, Any]:
-    store = open_store(write=True)
-    result = flashgen.tuner.TuneResult(problems=[], session="s", mode="measured", target="h100", database="")
-    context = _context(
-        PROBLEM, H100, "measured", store, lambda event: None, result, max_trials=trials, workers=1, strategy="auto", resume=earlier,
-        expired=lambda: False,
-    )  # fmt: skip
-    return context, store
-
-
-def timed(request: dict[str, Any]) -> dict[str, Any]:
-    ms = request["config"]["BLOCK_M"] / 64 + request["config"]["BLOCK_N"] / 1000
-    return {
-        "status": "ok",
-        "latency_ms": ms,
-        "latency_p10_ms": ms,
-        "latency_p90_ms": ms,
-        "error_ratio": 0.5,
-        "max_abs_error": 1e-3,
-    }
-
-
-@pytest.mark.usefixtures("compiler")
-def test_measured_trials_and_the_final_word() -> None:
-    context, store = context_for(8)
-    bench = Bench(timed)
-    measured.run(context, bench, STAND_IN)
-    assert [r["do"] for r in bench.asked] == ["trial"] * 8 + ["final"]
-    finalists = bench.asked[-1]["configs"]
-    assert 3 <= len(finalists) <= 4 and finalists[0] in [config.to_dict() for config in context.favourites]
-    winner = context.result.winner
-    assert winner is not None and winner.config == finalists[-1] and winner.protocol == shootout.PROTOCOL
-    assert winner.versions["driver"] == "1.2" and winner.facts is not None and winner.facts["shootout"]["rounds"] == 3
-    assert len(store.trials()) == 8 + len(finalists)
-    assert {row.quality for row in store.trials() if row.protocol != shootout.PROTOCOL} == {"low"}
-    flashgen.dispatch.forget()
-    plan = flashgen.dispatch.resolve(PROBLEM, H100)
-    assert (plan.config_source, plan.config.to_dict()) == (
-        "database",
-        finalists[-1],
-    )  # though it has the largest median: it won
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(
-    "status", ["crashed", "timeout", "wrong_result", "out_of_resources", "compile_error", "censored"]
-)
-def test_a_bad_candidate_is_a_trial_and_the_run_goes_on(status: str) -> None:
-    context, store = context_for(6)
-    first = context.order[0].to_dict()
-    bench = Bench(lambda r: {"status": status, "message": "so it was"} if r["config"] == first else timed(r))
-    measured.run(context, bench, STAND_IN)
-    row = next(row for row in store.trials() if row.config == first)
-    assert (row.status, row.message, row.latency_ms) == (status, "so it was", None)
-    assert context.result.winner is not None and context.result.winner.config != first
-
-
-@pytest.mark.usefixtures("compiler")
-def test_a_measured_run_resumes() -> None:
-    context, _ = context_for(6)
-    measured.run(context, Bench(timed), STAND_IN)
-    again, _ = context_for(9, earlier=True)
-    bench = Bench(timed)
-    measured.run(again, bench, STAND_IN)
-    tried = [r["config"] for r in bench.asked if r["do"] == "trial"]
-    assert len(tried) == 3 and not any(config in [row.config for row in context.result.trials] for config in tried)
-
-
-@pytest.mark.usefixtures("compiler")
-def test_when_nothing_can_be_measured_the_causes_are_told() -> None:
-    context, _ = context_for(4)
-    measured.run(context, Bench(lambda r: {"status": "crashed", "message": "fell over"}), STAND_IN)
-    assert context.result.winner is None and "fell over" in context.result.message
-
-
-@pytest.mark.usefixtures("compiler")
-def test_a_tie_keeps_the_incumbent_and_noise_never_replaces_a_trusted_row() -> None:
-    context, store = context_for(5)
-    bench = Bench(timed)
-    measured.run(context, bench, STAND_IN)
-    trusted = context.result.winner
-    assert trusted is not None and trusted.quality == "high"
-    again, _ = context_for(5)
-    assert again.trusted == trusted and again.favourites[0].to_dict() == trusted.config
-    noisy = Bench(timed)
-    noisy.quality = "low"
-    measured.run(again, noisy, STAND_IN)
-    assert noisy.asked[-1]["configs"][0] == trusted.config  # the incumbent
-    assert again.result.winner is not None and again.result.winner.quality == "low"
-    assert again.result.winner.config != trusted.config and "too noisy to trust" in again.result.message
-    key = (trusted.spec_key, trusted.variant, trusted.digest, trusted.gpu, trusted.shape)
-    assert store.best(*key, predicted=False) == trusted
-    tie, _ = context_for(5)
-    bench = Bench(timed)
-    bench.winner = 0
-    measured.run(tie, bench, STAND_IN)
-    assert tie.result.winner is not None and tie.result.winner.config == trusted.config
-
-
-@pytest.mark.usefixtures("compiler")
-def test_a_finalist_that_turns_out_wrong_is_stored_so_and_the_others_begin_again() -> None:
-    context, store = context_for(6)
-    bench = Bench(timed)
-    finals: list[Any] = []
-
-    def ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        if request["do"] == "final":
-            finals.append(request["configs"])
-            if len(finals) == 1:
-                return {"status": "wrong_result", "message": "strayed", "index": 1}
-        return Bench.ask(bench, request, timeout_s)
-
-    bench.ask = ask  # type: ignore[method-assign]
-    measured.run(context, bench, STAND_IN)
-    assert finals[1] == [finals[0][0], *finals[0][2:]]
-    assert [row.config for row in store.trials(status="wrong_result")] == [finals[0][1]]
-    assert context.result.winner is not None and context.result.winner.config == finals[1][-1]
-    lost, _ = context_for(6)
-    bench.ask = lambda r, t: timed(r) if r["do"] == "trial" else {"status": "crashed", "message": "died"}  # type: ignore[method-assign]
-    measured.run(lost, bench, STAND_IN)
-    assert lost.result.winner is not None and lost.result.winner.quality == "low" and "died" in lost.result.message
-
-
-@pytest.mark.usefixtures("compiler")
-def test_what_was_predicted_is_still_measured_when_a_run_resumes() -> None:
-    tune(PROBLEM, target=H100, progress=False)
-    context, _ = context_for(3, earlier=True)
-    assert context.earlier == {}
 
 
 # -- what cannot be tuned --

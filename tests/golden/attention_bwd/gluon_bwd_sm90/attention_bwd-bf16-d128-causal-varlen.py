@@ -77,23 +77,6 @@ else:
 
 
 @gluon.jit
-def find_keys(block, cu_seqlens_ptr, batch, BLOCK_N: gl.constexpr):
-    """The sequence that a block of keys belongs to, and the block's first key in it.
-
-    Sequence b owns the blocks from cu_seqlens[b] // BLOCK_N + b on: at least as many as its keys need, and at most one more,
-    so that neither lengths nor their sums have to be known on the host.
-    """
-    low = block * 0
-    high = batch
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_before = gl.load(cu_seqlens_ptr + middle) // BLOCK_N + middle <= block
-        low = gl.where(is_before, middle, low)
-        high = gl.where(is_before, high, middle)
-    return low, (block - gl.load(cu_seqlens_ptr + low) // BLOCK_N - low) * BLOCK_N
-
-
-@gluon.jit
 def bounds(cu_seqlens_ptr, off_b):
     """Where a sequence starts, and its length."""
     first = gl.load(cu_seqlens_ptr + off_b)
@@ -576,7 +559,6 @@ def consume(
         "bottom_right",
         "num_heads_kv",
         "group",
-        "batch",
         "all_m_blocks",
         "num_n_blocks",
     ]
@@ -592,6 +574,7 @@ def attention_bwd(
     lse_desc,
     delta_desc,
     turn_ptr,
+    key_blocks_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     seqused_k_ptr,
@@ -600,7 +583,6 @@ def attention_bwd(
     bottom_right,
     num_heads_kv,
     group,
-    batch,
     all_m_blocks,
     num_n_blocks,
     BLOCK_M: gl.constexpr,
@@ -621,18 +603,19 @@ def attention_bwd(
     # -- which keys: blocks of one head are neighbours, so that they share its rows in L2 --
     off_bh = gl.program_id(0) // num_n_blocks
     n_block = gl.program_id(0) - off_bh * num_n_blocks
-    # Earlier keys are seen by more rows: the longest start first, but in order the last keys must.
-    if DETERMINISTIC:
-        n_block = num_n_blocks - 1 - n_block
     off_hkv = off_bh
-    off_b, start_n = find_keys(n_block, cu_seqlens_k_ptr, batch, BLOCK_N)
-    n_block = start_n // BLOCK_N
+    off_b = gl.load(key_blocks_ptr + n_block)
+    n_block = gl.load(key_blocks_ptr + num_n_blocks + n_block)
     first_q, seqlen_q = bounds(cu_seqlens_q_ptr, off_b)
     first_k, stored_k = bounds(cu_seqlens_k_ptr, off_b)
+    if DETERMINISTIC:
+        # The last keys of a sequence start first: they reach their rows first. What nobody needs stays behind them.
+        n_block = gl.where(n_block * BLOCK_N < stored_k, gl.cdiv(stored_k, BLOCK_N) - 1 - n_block, n_block)
+    start_n = n_block * BLOCK_N
     seqlen_k = stored_k
     if seqused_k_ptr is not None:
         seqlen_k = gl.minimum(seqlen_k, gl.load(seqused_k_ptr + off_b))
-    # Its first block of rows among those of all sequences, counted as blocks of keys are (find_keys).
+    # Its first block of rows among those of all sequences, see find_block.
     first_block = first_q // BLOCK_M + off_b
     causal_offset = (seqlen_k - seqlen_q) * bottom_right
     # -- rows that see no key and keys that no row sees are not loaded, whatever they hold --
@@ -807,7 +790,40 @@ def sequence(cu_seqlens_ptr, off_b):
     return first.to(tl.int64), tl.load(cu_seqlens_ptr + off_b + 1) - first
 
 
-@triton.jit(do_not_specialize=["total_q", "all_m_blocks", "batch"])
+@triton.jit
+def list_keys(key_blocks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, off_b, batch, num_n_blocks, BLOCK_N: tl.constexpr):
+    """Write down a sequence's blocks of keys behind those of sequences with more rows: (sequence, number of the block) of each place.
+
+    Places beyond the last block get a block that lies behind all keys.
+    """
+    _, rows = sequence(cu_seqlens_q_ptr, off_b)
+    _, keys = sequence(cu_seqlens_k_ptr, off_b)
+    first = 0
+    total = 0
+    for start in range(0, batch, 128):
+        others = start + tl.arange(0, 128)
+        there = others < batch
+        other_rows = tl.load(cu_seqlens_q_ptr + others + 1, mask=there, other=0)
+        other_rows -= tl.load(cu_seqlens_q_ptr + others, mask=there, other=0)
+        other_keys = tl.load(cu_seqlens_k_ptr + others + 1, mask=there, other=0)
+        other_keys -= tl.load(cu_seqlens_k_ptr + others, mask=there, other=0)
+        blocks = tl.cdiv(other_keys, BLOCK_N)
+        goes_before = (other_rows > rows) | ((other_rows == rows) & (others < off_b))
+        first += tl.sum(tl.where(goes_before, blocks, 0), 0)
+        total += tl.sum(blocks, 0)
+    count = tl.cdiv(keys, BLOCK_N)
+    for start in range(0, count, 128):
+        block = start + tl.arange(0, 128)
+        tl.store(key_blocks_ptr + first + block, off_b + block * 0, mask=block < count)
+        tl.store(key_blocks_ptr + num_n_blocks + first + block, block, mask=block < count)
+    if off_b == 0:
+        for start in range(total, num_n_blocks, 128):
+            place = start + tl.arange(0, 128)
+            tl.store(key_blocks_ptr + place, place * 0, mask=place < num_n_blocks)
+            tl.store(key_blocks_ptr + num_n_blocks + place, place * 0 + (1 << 28) // BLOCK_N, mask=place < num_n_blocks)
+
+
+@triton.jit(do_not_specialize=["total_q", "all_m_blocks", "num_n_blocks", "batch"])
 def attention_bwd_preprocess(
     o_ptr,
     do_ptr,
@@ -817,19 +833,27 @@ def attention_bwd_preprocess(
     delta_ptr,
     dq_sum_ptr,
     turn_ptr,
+    key_blocks_ptr,
     cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     stride_om,
     stride_oh,
     stride_dom,
     stride_doh,
     total_q,
     all_m_blocks,
+    num_n_blocks,
     batch,
     HEAD_DIM_V: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
+    # -- the order of thread blocks: sequences with more rows take longer, and start first --
+    if tl.program_id(0) < batch:
+        list_keys(key_blocks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.program_id(0), batch, num_n_blocks, BLOCK_N)
+
     # One program per (block of rows of all sequences, head).
     off_h = (tl.program_id(0) // all_m_blocks).to(tl.int64)
     off_b, start_m = find_block(tl.program_id(0) % all_m_blocks, cu_seqlens_q_ptr, batch, BLOCK_M)
@@ -950,13 +974,14 @@ def launch(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    # Blocks of each sequence, see find_keys.
+    # Blocks of each sequence, see find_block: at least as many as it needs, so that nobody here knows lengths.
     num_m_blocks, num_n_blocks = total_q // BLOCK_M + batch, total_k // BLOCK_N + batch
     heads = num_heads_q
     dout = addressable(dout)
     lse2, delta = lse.new_empty((2, heads, num_m_blocks * BLOCK_M))
     dq_sum = lse.new_empty((heads, num_m_blocks * (BLOCK_M * 128 // 256), 256))
     turns = torch.empty((heads, num_m_blocks), dtype=torch.int32, device=q.device) if deterministic else None
+    key_blocks = torch.empty((2, num_n_blocks), dtype=torch.int32, device=q.device)
     attention_bwd_preprocess[(num_m_blocks * heads,)](
         out,
         dout,
@@ -966,16 +991,20 @@ def launch(
         delta,
         dq_sum,
         turns,
+        key_blocks,
         cu_seqlens_q,
+        cu_seqlens_k,
         *out.stride()[:2],
         *dout.stride()[:2],
         total_q,
         num_m_blocks,
+        num_n_blocks,
         batch,
         HEAD_DIM_V=128,
         PANEL=128,
         BLOCK_DV=128,
         BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
         num_warps=8,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
@@ -990,6 +1019,7 @@ def launch(
         TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
         TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
         turns,
+        key_blocks,
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_k,
@@ -998,7 +1028,6 @@ def launch(
         int(bottom_right),
         num_heads_kv,
         num_heads_q // num_heads_kv,
-        batch,
         num_m_blocks,
         num_n_blocks,
         BLOCK_M,
