@@ -63,6 +63,8 @@ CASES: dict[str, Case] = {
         )
     },
     "mask_mod, rows without a key": Case(**{**_LONG, "mask_mod": "band", "seqlen_q": 300, "seqlen_k": 130}),
+    "packed, top-left, heads": Case(**{**_PACKED, "top_left": True, "heads_kv": 2, "group": 2, "attn_mask": "b1ij", "sinks": False}),
+    "packed, heads": Case(**{**_PACKED, "causal": False, "window": (60, 20), "heads_kv": 2, "group": 2}),
     "packed, mask_mod that reads": Case(**{**_PACKED, "mask_mod": "sequences"}),
     "sinks above low scores": Case(**{**_SMALL, "sinks": True, "values": "low", "batch": 1}),
     "causal sinks, top-left": Case(**{**_LONG, "sinks": True, "causal": True, "top_left": True, "seqlen_q": 193, "seqlen_k": 130}),
