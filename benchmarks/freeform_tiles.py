@@ -4,7 +4,8 @@
 
 Kinds of `freeform.py`; a tile is BLOCK_M, BLOCK_N, STAGES, CONSUMER_REGS, PRODUCER_REGS, SECTION, OWN_STAGING, LAZY_SUM, TAKE_TURNS. One JSON line a
 kind, tile and length: milliseconds (median), and the speed per visible pair and per touched tile over plain causal's. Nothing is judged
-here: `hopper_freeform.py` does that. `results/h200_freeform_tiles.csv` holds its rows of one H200, of today's text and earlier ones.
+here: `hopper_freeform.py` does that. `results/h200_freeform_tiles.csv` holds rows of one H200 taken this way by an earlier script, by text of the kernel:
+its column `text` says which; this file has not run on a GPU yet.
 """
 
 from __future__ import annotations
