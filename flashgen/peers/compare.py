@@ -158,7 +158,10 @@ def compare(
     """
     beyond = beyond_plain(problem)
     if beyond:
-        raise UnsupportedProblemError(f"bench with {beyond} is not supported: it compares full and causal attention.")
+        raise UnsupportedProblemError(
+            f"bench with {beyond} is not supported: peers compute different options, or none of them, and it compares the same work, full "
+            "and causal attention. Options are timed beside FlexAttention by benchmarks/freeform.py and benchmarks/hopper_freeform.py."
+        )
     problem = replace(problem, return_lse=False, requires_grad=False, layout="bshd", copies=())
     result = Comparison(problem=problem, op=op, cuda_graph=cuda_graph)
     result.contestants = [_enter(peer, problem, op) for peer in contestants]

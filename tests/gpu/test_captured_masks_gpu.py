@@ -164,8 +164,11 @@ def captured(q: Tensor, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 def test_what_graphs_read_is_held_as_long_as_they_live() -> None:
     """Ten graphs, one after another, of ten contents: what the dead ones read is let go, what the living one reads is not."""
     held = graph_memory._held
-    before = len(held)
-    q, sizes = draw(0), []
+    gc.collect()
+    torch.cuda.synchronize()
+    time.sleep(0.5)  # the driver's thread
+    graph_memory.sweep()  # what earlier graphs read
+    before, q, sizes = len(held), draw(0), list[int]()
     graph = None
     for length in range(50, 60):
         ids = documents(length)
@@ -177,10 +180,11 @@ def test_what_graphs_read_is_held_as_long_as_they_live() -> None:
         graph.replay()
         want = flashgen.attention(q, q, q, mask_mod=masked(ids), backend="torch")
         torch.testing.assert_close(out.float(), want.float(), atol=2e-2, rtol=2e-2)  # type: ignore[union-attr]
-    assert max(sizes[2:]) <= 2 * sizes[0], sizes  # this graph's and the last one's, which lived when it was captured
+    # This graph's, the last one's, which lived when it was captured, and one that the driver may not have told of yet.
+    assert sizes[0] == 1 and max(sizes) <= 3, sizes
     del graph
     gc.collect()
     torch.cuda.synchronize()
-    time.sleep(0.5)  # the driver's thread
+    time.sleep(0.5)
     graph_memory.sweep()
     assert len(held) <= before
