@@ -85,16 +85,12 @@ def test_what_must_never_survive_is_always_tried() -> None:
     assert max(named.values()) == 1
 
 
-# One cheap subject of each Hopper kernel and of the portable ones; `make torture` studies all.
-SAMPLED = ("gluon_fwd_sm90: sinks", "gluon_bwd_sm90: score_mod", "triton_fwd: alibi")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_mutants_are_found(name: str) -> None:
-    (subject,) = (one for one in SUBJECTS if one.name == name)
-    sample = considered(subject)[2::6]
-    assert sample
+def test_sampled_mutants_are_found() -> None:
+    """Of one cheap subject; `make torture` studies all."""
+    (subject,) = (one for one in SUBJECTS if one.name == "gluon_bwd_sm90: softcap, sinks and dsinks")
+    sample = considered(subject)[::4]
+    assert len(sample) > 4
     for number, broken in enumerate(sample):
-        found = verdict(broken, all_schedules(number)[:2])
+        found = verdict(broken, all_schedules(number)[:1])
         assert found or broken.mutant.key in REVIEWED[subject.kernel], broken.mutant
