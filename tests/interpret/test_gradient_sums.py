@@ -161,3 +161,19 @@ def test_a_bias_of_each_score_in_fp64_is_stored_in_its_own_type() -> None:
     (got,), (want,) = (gradients(backend, (bias,), bias=bias) for backend in ("triton", "torch"))
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_ordered_sums_are_of_the_largest_row() -> None:
+    """One row's gradient is 2^40 of the others': the units of all have to leave room for it."""
+    tensors = drawn(1, 21, 1, 16).requires_grad_(), drawn(1, 37, 1, 16, seed=1), drawn(1, 37, 1, 16, seed=2)
+    table = drawn(5, seed=4).requires_grad_()
+    weights = torch.ones(1, 21, 1, 16).cumsum(-1).sin()
+    weights[:, 3] *= 2.0**40
+    found = []
+    for backend in ("torch", "triton"):
+        with mock.patch.object(TritonBackward, "default", lambda self, spec, target: CONFIG):
+            out: Any = flashgen.attention(
+                *tensors, score_mod=lambda s, b, h, i, j: s + table[(i - j) % 5], backend=backend, deterministic=True
+            )  # type: ignore[call-overload]
+            found += torch.autograd.grad((out * weights).sum(), table)
+    torch.testing.assert_close(found[1] / found[0], torch.ones(5), rtol=1e-4, atol=0.0)

@@ -19,7 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED, OPTIONS = "torch_blocked/blocked.py", "torch_blocked/options.py"
-PACKED, PHILOX, OPS, OPERANDS = "torch_blocked/packed.py", "torch_blocked/philox.py", "ops.py", "operands.py"
+PACKED, PHILOX, EXECUTION, OPERANDS = (
+    "torch_blocked/packed.py",
+    "torch_blocked/philox.py",
+    "execution.py",
+    "operands.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("the first sequence's bias", PACKED, "((-4, index, 1)", "((-4, 0, 1)"),
     Mutant("dbias of the last sequence alone", PACKED, "part += sums.bias", "part.copy_(sums.bias)"),
     Mutant("captured gradients of packed sequences dropped", PACKED, "            total += grad\n", "            pass\n"),
-    Mutant("heads first taken for another order", OPS, "if layout == \"bshd\" else x.transpose(1, 2)", "if layout != \"bhsd\" else x.transpose(1, 2).flip(1)"),
+    Mutant("heads first taken for another order", EXECUTION, "if layout == \"bshd\" else x.transpose(1, 2)", "if layout != \"bhsd\" else x.transpose(1, 2).flip(1)"),
     Mutant("dropout forgotten", OPERANDS, "philox=self.philox if problem.dropout_p else None", "philox=None"),
     Mutant("the scale forgotten", OPERANDS, "sm_scale=problem.scale", "sm_scale=1.0"),
 )  # fmt: skip

@@ -93,17 +93,18 @@ CASES: dict[str, Case] = {
     "gradients, packed window": Case(**{**_PACKED, "grad": True, "causal": False, "window": (40, 9), "sinks": True, "top_left": True, "tile": (64, 64)}),
 }  # fmt: skip
 
-FULL = "gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1)"
+FULL_END = ' - 1, full_first - 1, -1):\n{{ attend_with_options("n * BLOCK_N", "False") | indent(16'
+FULL = f"gl.where(part == 0, full_end, full_first){FULL_END}"
 MASKED = "gl.where(part == 0, full_end, first) - 1, -1)"
-FIRST = "qk = hide_outside(qk, offs_n, rows_m + causal_offset - window_left, last_n)"
-LAST = "last_n = gl.minimum(rows_m + causal_offset + window_right, seqlen_k - 1)"
+FIRST = "rows_m + (causal_offset - window_left - 1 - start_n)"
+LAST = "last_n = gl.minimum(rows_m + (causal_offset + window_right), seqlen_k - 1)"
 KEEP = "c1 = quarter(zero + (start_m // 2 + i // 16 * 8 + i % 8)[:, None], BLOCK_N)"
 
 MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
-    ("the window shows one key too many on the left", FIRST, FIRST.replace("window_left", "window_left - 1"), SCORES, "window"),
-    ("the window hides its first key", FIRST, FIRST.replace("window_left", "window_left + 1"), SCORES, "narrow window"),
+    ("the window shows one key too many on the left", FIRST, FIRST.replace("window_left - 1", "window_left - 2"), SCORES, "window"),
+    ("the window hides its first key", FIRST, FIRST.replace("window_left - 1", "window_left"), SCORES, "narrow window"),
     ("the window shows one key too many on the right", LAST, LAST.replace("window_right", "window_right + 1"), SCORES, "window"),
-    ("the ragged tail of a window", LAST, "last_n = rows_m + causal_offset + window_right", SCORES, "one-sided window"),
+    ("the ragged tail of a window", LAST, "last_n = rows_m + (causal_offset + window_right)", SCORES, "one-sided window"),
     ("a causal window looks ahead", "    window_right = 0\n", "    window_right = max(window_right, 0)\n", LAUNCH, "causal window"),
     ("no limit taken for 0", "window_left = widest if window_left < 0 else", "window_left = 0 if window_left < 0 else", LAUNCH, "one-sided window"),
     ("the first block of a window too late", "first = kv_start // BLOCK_N\n", "first = kv_start // BLOCK_N + 1\n", RANGE, "window"),
@@ -111,20 +112,20 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("full blocks of the first row on the left", "full_first = gl.cdiv(gl.maximum(last_m +", "full_first = gl.cdiv(gl.maximum(first_m +", RANGE, "window"),
     ("full blocks of the last row on the right", "full_end = gl.minimum(kv_end, gl.maximum(first_m + causal_offset + window_right", "full_end = gl.minimum(kv_end, gl.maximum(last_m + causal_offset + window_right", RANGE, "window"),
     ("full blocks rounded up", "gl.maximum(last_m + causal_offset - window_left, 0), BLOCK_N)", "gl.maximum(last_m + causal_offset - window_left, 0) - BLOCK_N + 1, BLOCK_N)", RANGE, "window"),
-    ("the blocks of the first warpgroup for all", "first = gl.minimum(first, other)\n        end = gl.maximum(end, other_end)", "first = gl.minimum(first, first + 0 * other)\n        end = gl.maximum(end, 0 * other_end)", RANGE, "window"),
-    ("ranges of the first rows", "ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 4", "ranges += 0", RANGE, "mask_mod"),
+    ("the blocks of the first warpgroup for all", "n_end = gl.maximum(n_end, end)", "n_end = gl.where(n_end > 0, n_end, end)", "gluon/parts/fwd_produce.py.jinja", "window"),
+    ("ranges of the first rows", "ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 8", "ranges += 0", RANGE, "mask_mod"),
     ("mask_mod's last block forgotten", "end = gl.minimum(end, gl.load(ranges + 3))", "end = gl.minimum(end, gl.load(ranges + 3) - 1)", RANGE, "mask_mod"),
     ("blocks that mask_mod hides in part taken for whole ones", "full_first = gl.maximum(full_first, gl.load(ranges + 1))\n        full_end = gl.minimum(full_end, gl.load(ranges + 2))", "full_first = gl.maximum(full_first, gl.load(ranges))\n        full_end = gl.minimum(full_end, gl.load(ranges + 3))", RANGE, "mask_mod of columns"),
     ("the first masked block before the whole ones left out", MASKED, "gl.where(part == 0, full_end, first), -1)", WALK, "window"),
-    ("whole blocks walked twice", FULL, "full_end - 1, full_first - 1, -1)", WALK, "window"),
-    ("a listed block left out", "gl.where(part == 0, n_masked, n_listed)):", "gl.where(part == 0, n_masked - 1, n_listed)):", WALK, "block_mask"),
-    ("the first listed block met twice", "range(gl.where(part == 0, 1, n_listed),", "range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
+    ("whole blocks walked twice", FULL, f"full_end{FULL_END}", WALK, "window"),
+    ("a listed block left out", "for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):", "for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked - 1, n_listed)):", WALK, "block_mask"),
+    ("the first listed block met twice", "for place in range(gl.where(part == 0, 1, n_listed),", "for place in range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
     ("kinds of the first rows", "block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q", "block_row = gl.minimum(start_m, 0)", SCORES, "block_mask of large blocks"),
     ("blocks left of the walk not released", "        for _ in range(first - n_first):\n", "        for _ in range(0 * (first - n_first)):\n", FORWARD, "window"),
-    ("softcap without its factor", "return softcap - (2.0 * softcap) * inverse", "return 1.0 - 2.0 * inverse", SCORES, "softcap"),
-    ("scores not scaled before options", "    qk *= sm_scale\n", "", SCORES, "softcap"),
+    ("softcap without its factor", "2.8853900817779268 * rate, 1.0 / rate]", "2.8853900817779268 * rate, 1.0]", SCORES, "softcap"),
+    ("scores not scaled before options", "    qk *= sm_scale\n", "", SCORES, "bias"),
     ("ALiBi in front of the diagonal is a bonus", "qk -= slope * gl.abs(less_columns(", "qk -= slope * (less_columns(", SCORES, "alibi"),
-    ("ALiBi from the top left", "rows_m + (alibi_shift - start_n)", "rows_m + (0 * alibi_shift - start_n)", SCORES, "alibi"),
+    ("ALiBi from the top left", "    qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n)", "    qk -= slope * gl.abs(less_columns(rows_m + (0 * alibi_shift - start_n)", SCORES, "alibi"),
     ("ALiBi of the first sequence", "alibi_slopes_ptr + off_b.to(gl.int64) * stride_alibi_b", "alibi_slopes_ptr", FORWARD, "alibi"),
     ("the sink missing in the denominator", "l_i = l_i * alpha + gl.exp2(sink - m_last)", "l_i = l_i * alpha", FORWARD, "sinks"),
     ("the sink in base e", "sink = gl.load(sink_ptrs).to(gl.float32) * 1.4426950408889634", "sink = gl.load(sink_ptrs).to(gl.float32)", FORWARD, "sinks"),
@@ -135,10 +136,10 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("operands of the first head", "        {{ name }}_head += off_h.to(gl.int64) * stride_{{ name }}_h\n", "", FORWARD, "attn_mask"),
     ("the bias of the first keys", "bias_ptrs += (start_n + offs_n).to(gl.int64)", "bias_ptrs += offs_n.to(gl.int64)", SCORES, "bias"),
     ("attn_mask inverted", "mask=inside, other=0) != 0, qk", "mask=inside, other=0) == 0, qk", SCORES, "attn_mask"),
-    ("values that a mask hides from all", "        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):\n", "        if is_spoiled(acc * 0.0 + 1.0, rows_m * 0 + seqlen_q, seqlen_q, O_LAYOUT):\n", FORWARD, "attn_mask of columns"),
+    ("values that a mask hides from all", "if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT)", "if is_spoiled(acc * 0.0 + 1.0, rows_m * 0 + seqlen_q, seqlen_q, O_LAYOUT)", FORWARD, "attn_mask of columns"),
     ("values read that only others see", "v_mask = (seen & (keys < end))[:, None]", "v_mask = (keys < end)[:, None]", RECOMPUTE, "attn_mask of columns"),
-    ("computed anew with another maximum", "p = gl.exp2(qk * qk_scale - m_s[:, None])", "p = gl.exp2(qk * qk_scale - m_s[:, None] * 0.5)", RECOMPUTE, "attn_mask of columns"),
-    ("mask_mod not evaluated", '    qk = gl.where({{ mask.result }}, qk, -float("inf"))\n', "", SCORES, "mask_mod of columns"),
+    ("computed anew with another maximum", 'else "m_s" }}[:, None])', 'else "m_s" }}[:, None] * 0.5)', RECOMPUTE, "attn_mask of columns"),
+    ("mask_mod not evaluated", "seen = gl.where({{ mask.result }}, qk, 0).reshape(", "seen = qk.reshape(", "gluon/parts/fwd_bits.py.jinja", "mask_mod of columns, none"),
     ("a distance that counts columns once too often", "- eights[None, :][:, :, None]", "- 2.0 * eights[None, :][:, :, None]", SCORES, "relative"),
     ("score_mod not evaluated", "    qk = {{ score.result }}\n", "", SCORES, "score_mod"),
     ("dropout without its factor", "        norm *= dropout_scale\n", "", FORWARD, "dropout"),

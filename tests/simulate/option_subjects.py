@@ -11,7 +11,7 @@ from typing import Any
 
 from free_backward import Free
 from free_cases import BIASES, CASES, GROUPS, LEARNED
-from option_reviewed import REVIEWED
+from option_reviewed import OPEN, REVIEWED
 from option_runs import Direct, Public, Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mutation"))
@@ -269,5 +269,5 @@ def all_schedules(number: int) -> tuple[Schedule, ...]:
 
 
 def reviewed(kernel: str, key: str) -> str | None:
-    """Why a survivor is no defect."""
-    return REVIEWED[kernel].get(key)
+    """Why a survivor is no defect, or that it is known to be open."""
+    return REVIEWED[kernel].get(key) or OPEN[kernel].get(key)

@@ -103,6 +103,24 @@ def test_option(name: str) -> None:
     assert said is None, said
 
 
+def test_more_sequences_than_one_look_holds() -> None:
+    """The list of blocks of keys is made 128 sequences at a time."""
+    lengths = tuple((1 + n % 3, 1 + n % 2, 1) for n in range(131))
+    case = Case(
+        **{
+            **_PACKED,
+            "lengths": lengths,
+            "seqused": False,
+            "grad": True,
+            "head_dim": 16,
+            "head_dim_v": 16,
+            "tile": (64, 64),
+        }
+    )
+    said = judge(case)
+    assert said is None, said
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that other warpgroups see on either side, in every interleaving."""
