@@ -11,23 +11,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+
+import hopper_ideas_backward
+from hopper_edits import Edit, once
 
 from flashgen.spec import AttentionSpec
 from flashgen.variants import by_name
-
-Edit = Callable[[str, AttentionSpec], str]
-
-
-def once(text: str, old: str, new: str) -> str:
-    """Replace what stands exactly once.
-
-    Raises:
-        ValueError: it does not: the template has changed under the idea.
-    """
-    if text.count(old) != 1:
-        raise ValueError(f"stands {text.count(old)} times in the rendered text: {old!r}")
-    return text.replace(old, new)
 
 
 def hexadecimal(value: float) -> str:
@@ -209,7 +198,12 @@ def late_dk(text: str, spec: AttentionSpec) -> str:
 
 def no_reduce(text: str, spec: AttentionSpec) -> str:
     """Staged dq is never added: what its way through L2 costs."""
-    return re.sub(r"        tma_reduce_add\(dq_desc, [^\n]*\n", "", text)
+    return re.sub(r"tma_(store|reduce_add)\(dq_desc, [^\n]*", "pass", text)
 
 
-BACKWARD: dict[str, Edit] = {"late-dp-wait": late_dp_wait, "late-dk": late_dk, "no-reduce": no_reduce}
+BACKWARD: dict[str, Edit] = {
+    "late-dp-wait": late_dp_wait,
+    "late-dk": late_dk,
+    "no-reduce": no_reduce,
+    **hopper_ideas_backward.IDEAS,
+}

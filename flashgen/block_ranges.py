@@ -77,15 +77,15 @@ def looked_up(
     """
     # What a diagonal hides is not in a list.
     may_list = not problem.causal and problem.window_size == (-1, -1)
-    found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), tile[0] if may_list else _WORDS)
+    found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), tile[0] if may_list else -tile[0])
     names: dict[str, Tensor | None] = {"mask_ranges": None, "mask_lists": None, "mask_words": None}
     if found is not None:
         names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
     return names
 
 
-# What is made of a mask; with words also lists, of tiles of so many queries.
-_RANGES, _TURNED, _WORDS = range(3)
+# What is made of a mask; other numbers are queries of a tile: words, with lists where blocks are scattered, of a negative one without.
+_RANGES, _TURNED = range(2)
 
 
 def _tables(
@@ -223,7 +223,7 @@ def _remember(
         frozen = tuple(kept.get(id(x), x) for x in tensors)
         precise = _analysed(program, frozen, sizes, device, kind)
         masked = _everything(precise, sizes, kind == _TURNED)
-        indifferent = precise.words is None and torch.equal(precise.table, masked)
+        indifferent = precise.words is None and torch.equal(precise.table[..., :4], masked[..., :4])
         known = _Known(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
@@ -284,9 +284,9 @@ def _analysed(program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...],
         return Tables(torch.stack(rows, -1).int().contiguous(), None, False)
     with torch.no_grad():
         made = None
-        if kind != _WORDS and not found.is_contiguous:
+        if kind > 0 and not found.is_contiguous:
             made = mask_words.of_lists(found, program, tensors, sizes, kind, device)
-        return made or mask_words.of_ranges(found, program, tensors, sizes, device)
+        return made or mask_words.of_ranges(found, program, tensors, sizes, abs(kind), device)
 
 
 def broadcast(table: Tensor) -> Tensor:

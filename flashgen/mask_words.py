@@ -33,10 +33,10 @@ class Tables:
     """What a kernel walks over, and what it looks up.
 
     Attributes:
-        table: int32 (batch or 1, num_heads or 1, ...), a size of 1 standing for all. Of ranges (..., blocks of 64 queries, 8): the first block of
-            keys, the first and the end of those where nothing is hidden, the end, where the words start; of lists (..., tiles of queries,
-            4 and more): how many blocks have to be masked and how many need no mask, where the words start, 0, and the blocks in this
-            order. No words: -1.
+        table: int32 (batch or 1, num_heads or 1, ...), a size of 1 standing for all. Of ranges (..., blocks of 64 queries, 8): the first block
+            of keys, the first and the end of those where nothing is hidden, the end, where the words start, and of as many lines as there are
+            tiles of queries the tile whose turn it is; of lists (..., tiles of queries, 4 and more): how many blocks have to be masked
+            and how many need no mask, where the words start, the tile whose turn it is, and the blocks in this order. No words: -1.
         words: int32 (tiles, 64, 4). Bit 2 k + e of a row's word l is column 8 k + 2 l + e of a block. Of ranges each masked block has a tile, in
             order; of lists one for each 64 queries of the tile. The first hide everything. None where they would be too many.
         listed: whether the table holds lists.
@@ -47,7 +47,9 @@ class Tables:
     listed: bool
 
 
-def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], device: str) -> Tables:
+def of_ranges(
+    found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], tile: int, device: str
+) -> Tables:
     """Tables of a mask whose blocks lie in a row, or are to be treated so.
 
     Args:
@@ -55,6 +57,7 @@ def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tupl
         program: the traced mods.
         tensors: what they capture.
         sizes: batch, num_heads, seqlen_q, seqlen_k, 64, and the keys of a block, 128 at most.
+        tile: queries of a thread block.
         device: of the words; the table is made on the CPU.
     """
     first, full_first, full_end, end = (
@@ -62,6 +65,7 @@ def of_ranges(found: Any, program: Any, tensors: tuple[Tensor, ...], sizes: tupl
     )
     table = torch.full((*first.shape, WIDTH), -1, dtype=torch.int32)
     table[..., :4] = torch.stack([first, full_first, full_end, end], -1)
+    table[..., : -(-first.shape[2] // (tile // ROWS)), 5] = _turns(found.first, found.last, tile // ROWS)
     before, after = (full_first - first).flatten(), (end - full_end).flatten()
     counts = before + after
     total = int(counts.sum())
@@ -82,8 +86,7 @@ def of_lists(
     """Tables of a mask whose blocks are scattered; None where lists would save little, or would need too many words.
 
     Args:
-        found, program, tensors, sizes, device: as in `of_ranges`.
-        tile: queries of a thread block, which walks over one list.
+        found, program, tensors, sizes, tile, device: as in `of_ranges`; a thread block walks over one list.
     """
     groups = tile // ROWS
     batch, heads, rows = found.first.shape
@@ -121,6 +124,7 @@ def of_lists(
     table[:, 0], table[:, 1] = np.where(empty, 1, masked), all_of - masked
     table[:, 2] = np.where(empty, 0, groups * (1 + np.cumsum(masked) - masked))
     table[owner, 4 + np.arange(len(owner)) - np.repeat(np.cumsum(all_of) - all_of, all_of)] = key
+    table[:, 3] = _by_turn(all_of.reshape(batch, heads, tiles)).reshape(-1)
     # A tile of words for each 64 queries of a masked block.
     line = (owner[is_masked] // tiles * tiles * groups + owner[is_masked] % tiles * groups).repeat(groups)
     line += np.tile(np.arange(groups), int(is_masked.sum()))
@@ -128,6 +132,23 @@ def of_lists(
     at = _tiles(torch.from_numpy(line), shape, torch.from_numpy(key[is_masked].repeat(groups)))
     made = torch.from_numpy(table).view(batch, heads, tiles, -1)
     return Tables(made, _words(program, tensors, at, groups, sizes, device), True)
+
+
+def _turns(first: Any, last: Any, groups: int) -> Tensor:
+    """Which tile of queries each ticket takes: (batch or 1, num_heads or 1, tiles)."""
+    missing = -first.shape[2] % groups
+
+    def grouped(x: Any, other: int) -> Any:
+        padded = np.pad(np.where(last > first, x, other), ((0, 0), (0, 0), (0, missing)), constant_values=other)
+        return padded.reshape(*first.shape[:2], -1, groups)
+
+    start, stop = grouped(first, int(last.max(initial=0))).min(-1), grouped(last, 0).max(-1)
+    return torch.from_numpy(_by_turn(stop - np.minimum(start, stop)))
+
+
+def _by_turn(lengths: Any) -> Any:
+    """The tiles in the order of their lengths; the longest last, since tickets count down. What is equal stays in order."""
+    return np.argsort(lengths, axis=-1, kind="stable").astype(np.int32)
 
 
 def _tiles(line: Tensor, shape: torch.Size, key: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((128, 128, 2, 1, 2, 24, False, False, True), _H100),
         ((128, 128, 2, 1, 1, 24, False, False, True), _H200),
         ((128, 128, 2, 2, 1, 24, False, False, True), _H200),
+        ((128, 128, 2, 2, 2, 24, True, False, True), _IDEAS),
     ),
     (128, False): (
         ((64, 128, 2, 1, 2, 24, False, False, True), _H100),
@@ -314,7 +315,8 @@ class GluonBackwardSm90(BackwardText, Variant):
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
         rows = _PORTFOLIO[width, spec.causal or self.is_free(spec)]
-        if not self.is_free(spec) and not self.keeps_values(spec) and (width, spec.causal) in _PLAIN:
+        beside = self.is_free(spec) or self.keeps_values(spec) or spec.softcap
+        if not beside and (width, spec.causal) in _PLAIN:
             first = _PLAIN[width, spec.causal]
             rows = (first, *(row for row in rows if row[0] != first[0]))
         if self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):

@@ -63,18 +63,21 @@ _COMPILED = "never timed: the tile whose loops do not spill when compiled with T
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
 # registers beside it, a window's edges waste less of a narrow block.
 _NARROW_64: _Knobs = (192, 64, 3, 160, 32, 16, True, True, False)
+_DEEP_64: _Knobs = (192, 64, 6, 160, 32, 16, True, True, False)
+_WIDE_64: _Knobs = (128, 128, 3, 240, 24, 16, True, True, False)
 _NARROW_128: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _ROOMY_64: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _NARROW_256: _Knobs = (128, 32, 2, 240, 24, 4, True, True, False)
 _HEAVY = ("has_bias", "has_attn_mask", "has_score_mod", "dropout")  # two of them do not fit into 160 registers
 _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
     64: {
-        "window": (_NARROW_64, _H200_OPTIONS),
-        "has_alibi": (_NARROW_64, _H200_OPTIONS),
+        "window": (_DEEP_64, _H200_OPTIONS),
+        "has_alibi": (_WIDE_64, _H200_OPTIONS),
+        "softcap": (_DEEP_64, _H200_OPTIONS),
         "has_bias": (_NARROW_64, _H200_OPTIONS),
         "has_attn_mask": (_NARROW_64, _H200_OPTIONS),
         "has_score_mod": (_NARROW_64, _H200_OPTIONS),
-        "has_mask_mod": (_NARROW_64, _H200_OPTIONS),
+        "has_mask_mod": (_PORTFOLIO[64][0][0], _H200_OPTIONS),
         "has_block_mask": (_NARROW_64, _COMPILED),
         "varlen": (_NARROW_64, _COMPILED),
         "dropout": (_NARROW_64, _COMPILED),
@@ -224,7 +227,7 @@ class GluonForwardSm90(WithMods, Variant):
         own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
         own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
-        own |= {"LINEAR": True} if found.linear else {}
+        own |= {"LATE": True} if found.late else {}
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
 

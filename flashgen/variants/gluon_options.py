@@ -64,6 +64,7 @@ class Options:
     masked_when: str
     by_bits: bool
     linear: bool
+    capped: bool
     evaluated: tuple[str, ...]
     tabled: bool
     reads: bool
@@ -72,6 +73,11 @@ class Options:
     def first_masked_when(self) -> str:
         """The same of the last block of keys, which a tile begins with: it may be ragged, too."""
         return "True" if self.masked_when else "not EVEN_K"
+
+    @property
+    def late(self) -> bool:
+        """Whether scores may be changed before they are scaled, so that the scale still folds into the exponentials."""
+        return self.linear or self.capped
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -154,6 +160,7 @@ def options(spec: AttentionSpec) -> Options:
         pack=not any(getattr(spec, flag) for flag in _PER_HEAD),
         hides=spec.varlen or spec.window or spec.has_free_mask,
         linear=spec.has_alibi and spec.causal and not (spec.softcap or spec.has_score_mod or spec.has_bias),
+        capped=spec.softcap and not (spec.has_alibi or spec.has_score_mod or spec.has_bias),
         by_bits=spec.has_mask_mod and not spec.has_block_mask,
         evaluated=tuple(_evaluated(spec)),
         tabled=has_words(spec),

@@ -44,6 +44,10 @@ KEYS = (
 )
 # What one variant alone has branches for.
 OWN_KEYS = {
+    "gluon_fwd_sm90": (
+        "attention_fwd-bf16-d64-causal-softcap-lse",  # scores that are changed before they are scaled
+        "attention_fwd-bf16-d128-causal-alibi-lse",
+    ),
     "gluon_bwd_sm90": (
         "attention_bwd-bf16-d128",  # the loops that must not spill, with the three above that are narrow
         "attention_bwd-bf16-d64-causal",

@@ -49,6 +49,10 @@ def later_keys(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return (kv_idx >= q_idx) & (kv_idx - q_idx < 90 + 20 * h)
 
 
+def anti_diagonal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx + kv_idx < 280
+
+
 def nothing(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     return kv_idx < 0
 
@@ -114,6 +118,7 @@ CASES = (
     Free(why="softcap and ALiBi", sizes=GROUPS, alibi="h", causal=BR, softcap=0.7),
     Free(why="ALiBi, causal from the top left, more rows than keys: distances of both signs", sizes={**TALL, "batch": 2}, alibi="bh", causal=TL, spread=True),
     Free(why="operands with gaps", sizes=GROUPS, alibi="bh", bias="bhij", attn_mask="bhij", sinks=True, spread=True),
+    Free(why="later keys are seen by fewer rows", sizes={"seqlen_q": 300, "seqlen_k": 260}, mask_mod=anti_diagonal, head_dim=16, knobs={"BLOCK_M": 64, "BLOCK_N": 64}),
     Free(why="a mask of later keys, grouped", sizes=GROUPS, mask_mod=later_keys),
     Free(why="sinks alone", sizes=GROUPS, sinks=True),
     Free(why="dropout", sizes=GROUPS, dropout_p=0.3),

@@ -103,7 +103,7 @@ _FORWARD_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "block_mask as given, whole tiles", "block_mask as given, wide blocks", "block_mask as given, hidden values in narrow tiles"),
         ("block_mask as given, odd blocks", "block_mask as given, of each head"),
     ),
-    "packed sequences": (("packed", "packed, mask_mod that reads"), ("packed", "packed, top-left", "packed, everything")),
+    "packed sequences": (("packed", "packed, mask_mod that reads", "packed, top-left, heads", "packed, heads"), ("packed", "packed, top-left", "packed, everything")),
 }  # fmt: skip
 _PORTABLE_BACKWARD: dict[str, tuple[str, ...]] = {
     "window on both sides": ("gradients, narrow window", "gradients, window, more queries", "gradients, window", "window, odd head dims"),
@@ -136,7 +136,7 @@ SUBJECTS: tuple[Subject, ...] = (
     _direct("dropout", "dropout", "wide: dropout"),
     _direct("attn_mask", "attn_mask of rows and keys", "operands with gaps", small(Free(why="", sizes=GROUPS, attn_mask="1h1j"))),
     _direct("bias and its gradient", "a bias of keys", _BIASED, "a bias of rows", "a bias that heads share", "a bias with -inf", "a bias with gaps", "one number"),
-    _direct("mask_mod", "chunks, with ranges by keys", "a mask of heads alone, of all batches", "a mask of later keys, grouped", "keys hidden everywhere in a block hold NaN"),
+    _direct("mask_mod", "later keys are seen by fewer rows", "a mask of heads alone, of all batches", "chunks, with ranges by keys", "a mask of later keys, grouped", "keys hidden everywhere in a block hold NaN"),
     _direct("mask_mod that captures", "documents of a captured tensor"),
     _direct("score_mod", "a score with a derivative, of heads and batches", "a score of positions", "a score that reads a tensor", "a score that is infinite where no row is"),
     _direct("gradients of what score_mod captures", "a table of distances", "a table of rows, beside a mask", "a table of as many keys as there are"),

@@ -167,7 +167,8 @@ def test_maxima_of_negative_logits_are_no_integers(dim: int, causal: Any) -> Non
     case = row("negative logits that rise", "bf16", dim, 130, 600, causal=causal, heads=(1, 1), lse=False)
     config = VARIANT.default(case.problem.spec, H100)
     assert rising(case, config) < 0.02
-    assert rising(case, config, "settled = gl.min(m_i, 0) >= 0.0", "settled = gl.min(m_i, 0) < 0.0") > 0.5
+    if causal is None:  # a causal kernel compares numbers alone
+        assert rising(case, config, "settled = gl.min(m_i, 0) >= 0.0", "settled = gl.min(m_i, 0) < 0.0") > 0.5
 
 
 def test_four_warpgroups_sum_rows_by_products() -> None:

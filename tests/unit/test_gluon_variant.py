@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashgen.config import KernelConfig
@@ -78,6 +79,19 @@ def changed(**knobs: Any) -> KernelConfig:
 )
 def test_illegal_names_the_knob(knobs: dict[str, Any], reason: str) -> None:
     assert reason in (VARIANT.illegal(spec_of("bf16-d128"), H100, changed(**knobs)) or "legal")
+
+
+def test_the_caps_polynomial_is_tanh() -> None:
+    """`late_cap` in fp32, over all that it takes for near: to 1e-6 of tanh."""
+    text = render(spec_of("bf16-d64-causal-softcap"), VARIANT).text
+    line = next(line for line in text.splitlines() if line.strip().startswith("near = "))
+    rate = np.float32(0.004)
+    score = np.linspace(-0.25, 0.25, 20001).astype(np.float32) / rate
+    space: dict[str, Any] = {"qk": score, "squares": score * score, "rate": rate}
+    exec(line.strip(), space)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(space["near"] * np.float64(rate) / np.tanh(score.astype(np.float64) * rate) - 1)
+    assert np.nanmax(error) < 1e-6 and "0.25 / rate" in text
 
 
 def test_masks_need_q_until_the_end() -> None:

@@ -195,6 +195,25 @@ def test_a_list_of_another_content_says_so() -> None:
     assert first[..., 2].min() >= 0 and second[..., 2].max() == -1
 
 
+def test_longer_tiles_come_first() -> None:
+    """Tickets count down: the last line names the tile with the most blocks; every tile has a turn."""
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([300, 40, 500, 20, 140]))
+    documents = mods.program(None, {"mask_mod": lambda b, h, i, j: (ids[i] == ids[j]) & (j <= i)}, CPU)
+    stripes = mods.program(None, {"mask_mod": lambda b, h, i, j: ((i // 64 - j // 64) % 4 == 0) & (j <= i)}, CPU)
+    for (program, tensors), name in ((documents, "mask_ranges"), (stripes, "mask_lists")):
+        table = block_ranges.looked_up(program, tensors, LONG, (128, 64))[name]
+        assert table is not None
+        lines = table[0, 0]
+        if name == "mask_lists":
+            turns, lengths = lines[:, 3].tolist(), (lines[:, 0] + lines[:, 1]).tolist()
+        else:
+            turns = lines[:8, 5].tolist()
+            pairs = [lines[2 * m : 2 * m + 2] for m in range(8)]
+            lengths = [int(pair[:, 3].max() - pair[:, 0].min()) for pair in pairs]
+        assert sorted(turns) == list(range(8)) and [lengths[m] for m in turns] == sorted(lengths)
+        assert turns != sorted(turns)
+
+
 # -- on the host --
 
 

@@ -68,6 +68,18 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
 
 
 @gluon.jit
+def put(box, place: gl.constexpr, value):
+    """Leaves a number for the consumers."""
+    box.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def take(box, place: gl.constexpr):
+    """A number that the producer left."""
+    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def listed_blocks(
     off_b,
     off_h,
@@ -141,13 +153,13 @@ def produce(
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
         start_m = m_block * (NUM_WG * ROWS)
-        # -- query --
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        blocks, _, n_listed = listed_blocks(
+        # -- what the consumers are told of the tile --
+        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+        put(ticket_box, 0, ticket)
+        put(ticket_box, 2, off_h)
+        put(ticket_box, 1, off_b)
+        put(ticket_box, 3, m_block)
+        blocks, n_masked, n_listed = listed_blocks(
             off_b,
             off_h,
             m_block,
@@ -161,6 +173,15 @@ def produce(
             stride_key_counts_m,
         )
         n_blocks = gl.maximum(n_listed, 1)  # a tile without keys loads the first block, whose mask leaves nothing
+        put(ticket_box, 4, n_masked)
+        put(ticket_box, 5, n_listed)
+        mbarrier.arrive(ticket_full, count=1)
+        # -- query --
+        for w in gl.static_range(NUM_WG):
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -179,10 +200,11 @@ def produce(
         if drawn == num_tiles - 1:
             gl.store(counter_ptr, 0)
         ticket = drawn + gl.num_programs(0)
-        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
-        ticket_box.store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-        mbarrier.arrive(ticket_full, count=1)
         turn += 1
+    # -- there are no more --
+    mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+    put(ticket_box, 0, ticket)
+    mbarrier.arrive(ticket_full, count=1)
 
 
 # -- the consumers: one warpgroup each --
@@ -764,17 +786,20 @@ def consume(
     ticket_full, ticket_empty = ticket_bars
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
-    ticket = gl.program_id(0)
     step = 0  # key blocks consumed so far
     turn = 0  # tiles done so far
     if TAKE_TURNS:
         # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
         if WG == NUM_WG - 1:
             pass_turn(step, 0)
+    mbarrier.wait(ticket_full, 0)
+    ticket = take(ticket_box, 0)
     while ticket < num_tiles:
-        off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        off_h = take(ticket_box, 2)
+        off_b = take(ticket_box, 1)
+        m_block = take(ticket_box, 3)
         # -- key blocks: the first n_masked of the list have to be masked --
-        blocks, n_masked, n_listed = listed_blocks(
+        blocks, _, _ = listed_blocks(
             off_b,
             off_h,
             m_block,
@@ -787,6 +812,9 @@ def consume(
             stride_key_counts_h,
             stride_key_counts_m,
         )
+        n_masked = take(ticket_box, 4)
+        n_listed = take(ticket_box, 5)
+        mbarrier.arrive(ticket_empty, count=1)
         start_m = m_block * (NUM_WG * ROWS) + WG * ROWS
         first_n = gl.where(n_listed > 0, gl.load(blocks), 0) * BLOCK_N
         rows_m = start_m + row % ROWS
@@ -964,8 +992,8 @@ def consume(
             acc = recompute(
                 q,
                 o_tiles.index(WG),
-                k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
-                v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
+                k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh,
+                v_ptr + off_b.to(gl.int64) * stride_vb + (off_h // group).to(gl.int64) * stride_vh,
                 stride_kn,
                 stride_vn,
                 m_i,
@@ -1011,10 +1039,9 @@ def consume(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the next tile --
-        mbarrier.wait(ticket_full, turn & 1)
-        ticket = gl.max(ticket_box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(ticket_empty, count=1)
         turn += 1
+        mbarrier.wait(ticket_full, turn & 1)
+        ticket = take(ticket_box, 0)
     tma.store_wait(0)
 
 
@@ -1107,7 +1134,7 @@ def attention_fwd(
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
-    ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())

@@ -67,6 +67,18 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
 
 
 @gluon.jit
+def put(box, place: gl.constexpr, value):
+    """Leaves a number for the consumers."""
+    box.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def take(box, place: gl.constexpr):
+    """A number that the producer left."""
+    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def key_range(
     first_m,
     rows,
@@ -105,68 +117,51 @@ def key_range(
 
 
 @gluon.jit
-def tile_range(
-    first_m,
-    seqlen_q,
-    seqlen_k,
+def by_length(
+    m_block,
+    off_b,
+    off_h,
     mask_ranges_ptr,
     stride_ranges_b,
     stride_ranges_h,
-    off_b,
-    off_h,
-    BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr,
-    NUM_WG: gl.constexpr,
+    mask_lists_ptr,
+    stride_lists_b,
+    stride_lists_h,
+    stride_lists_m,
 ):
-    """Blocks of keys that a thread block loads, [first, end): at least one, so that a tile without keys needs no branch."""
-    first, _, _, end = key_range(
-        first_m,
-        ROWS,
-        seqlen_q,
-        seqlen_k,
-        mask_ranges_ptr,
-        stride_ranges_b,
-        stride_ranges_h,
-        off_b,
-        off_h,
-        BLOCK_N,
-    )
-    for w in gl.static_range(1, NUM_WG):
-        other, _, _, other_end = key_range(
-            first_m + w * ROWS,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            mask_ranges_ptr,
-            stride_ranges_b,
-            stride_ranges_h,
-            off_b,
-            off_h,
-            BLOCK_N,
-        )
-        first = gl.minimum(first, other)
-        end = gl.maximum(end, other_end)
-    first = gl.where(end == 0, 0, first)
-    return first, gl.maximum(end, 1)
+    """The block of rows whose turn it is: the longest first, where a mask's table knows which they are."""
+    turns = m_block * 0 - 1
+    if mask_lists_ptr is not None:
+        head = mask_lists_ptr + off_b.to(gl.int64) * stride_lists_b + off_h.to(gl.int64) * stride_lists_h
+        turns = gl.load(head + m_block.to(gl.int64) * stride_lists_m + 3)
+    elif mask_ranges_ptr is not None:
+        head = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
+        turns = gl.load(head + m_block * 8 + 5)
+    return gl.where(turns < 0, m_block, turns)
 
 
 @gluon.jit
-def words_of(first_m, seqlen_q, n_end, end, mask_ranges_ptr, stride_ranges_b, stride_ranges_h, off_b, off_h):
+def ranges_of_rows(first_m, seqlen_q, mask_ranges_ptr, stride_ranges_b, stride_ranges_h, off_b, off_h):
+    """The line of a table that is about the 64 rows from first_m on; of the last rows where there are none."""
+    ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
+    return ranges + gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 8
+
+
+@gluon.jit
+def words_of(box, n_end, end, mask_ranges_ptr, WG: gl.constexpr):
     """Where the words of masked blocks of keys lie: of block n at n + low, or at n + high from the end of the unmasked ones on.
 
     Returns low, high, and the first and the end of the unmasked blocks; a negative first where the words are of another content.
     """
-    low = first_m * 0
+    low = n_end * 0
     full_first = low
     full_end = low
     high = low
     if mask_ranges_ptr is not None:
-        ranges = mask_ranges_ptr + off_b.to(gl.int64) * stride_ranges_b + off_h.to(gl.int64) * stride_ranges_h
-        ranges += gl.minimum(first_m, seqlen_q - 1) // WG_ROWS * 8
-        place = gl.load(ranges + 4)
-        full_first = gl.load(ranges + 1)
-        full_end = gl.load(ranges + 2)
-        low = place - gl.load(ranges)
+        full_first = take(box, 21 + WG * 8)
+        full_end = take(box, 22 + WG * 8)
+        place = take(box, 23 + WG * 8)
+        low = place - take(box, 20 + WG * 8)
         high = low - (full_end - full_first)
         # Who sees no key meets the first words, which hide all of the block that it works on.
         low = gl.where(end == 0, 1 - n_end, low)
@@ -261,15 +256,27 @@ def produce(
     turn = 0  # tiles loaded so far
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        m_block = by_length(
+            m_block,
+            off_b,
+            off_h,
+            mask_ranges_ptr,
+            stride_ranges_b,
+            stride_ranges_h,
+            mask_lists_ptr,
+            stride_lists_b,
+            stride_lists_h,
+            stride_lists_m,
+        )
         start_m = m_block * (NUM_WG * ROWS)
-        # -- query --
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
+        # -- what the consumers are told of the tile --
+        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+        put(ticket_box, 0, ticket)
+        put(ticket_box, 2, off_h)
+        put(ticket_box, 1, off_b)
+        put(ticket_box, 3, m_block)
         if mask_lists_ptr is not None:
-            listing, _, n_blocks, words_at = listed_tile(
+            listing, n_masked, n_blocks, words_at = listed_tile(
                 off_b,
                 off_h,
                 m_block,
@@ -280,21 +287,58 @@ def produce(
                 stride_lists_m,
                 BLOCK_N,
             )
+            put(ticket_box, 6, n_masked)
+            put(ticket_box, 7, n_blocks)
+            put(ticket_box, 8, words_at)
+            put(ticket_box, 9, listed_block(listing, 0, words_at))
+            n_end = gl.cdiv(seqlen_k, BLOCK_N)
         else:
-            n_first, n_end = tile_range(
-                start_m,
-                seqlen_q,
-                seqlen_k,
-                mask_ranges_ptr,
-                stride_ranges_b,
-                stride_ranges_h,
-                off_b,
-                off_h,
-                BLOCK_N,
-                ROWS,
-                NUM_WG,
-            )
+            n_first = m_block * 0 + (1 << 30)
+            n_end = m_block * 0
+            for w in gl.static_range(NUM_WG):
+                first, full_first, full_end, end = key_range(
+                    start_m + w * ROWS,
+                    ROWS,
+                    seqlen_q,
+                    seqlen_k,
+                    mask_ranges_ptr,
+                    stride_ranges_b,
+                    stride_ranges_h,
+                    off_b,
+                    off_h,
+                    BLOCK_N,
+                )
+                n_first = gl.minimum(n_first, first)
+                n_end = gl.maximum(n_end, end)
+                put(ticket_box, 16 + w * 8, first)
+                put(ticket_box, 17 + w * 8, end)
+                put(ticket_box, 18 + w * 8, full_first)
+                put(ticket_box, 19 + w * 8, full_end)
+                if mask_ranges_ptr is not None:
+                    ranges = ranges_of_rows(
+                        start_m + w * ROWS,
+                        seqlen_q,
+                        mask_ranges_ptr,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        off_b,
+                        off_h,
+                    )
+                    for x in gl.static_range(4):
+                        put(ticket_box, 20 + w * 8 + x, gl.load(ranges + ((0, 1, 2, 4))[x]))
+            # At least one, so that a tile without keys needs no branch.
+            n_first = gl.where(n_end == 0, 0, n_first)
+            n_end = gl.maximum(n_end, 1)
             n_blocks = n_end - n_first
+            put(ticket_box, 4, n_first)
+            put(ticket_box, 5, n_end)
+        mbarrier.arrive(ticket_full, count=1)
+        # -- query --
+        for w in gl.static_range(NUM_WG):
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -316,10 +360,11 @@ def produce(
         if drawn == num_tiles - 1:
             gl.store(counter_ptr, 0)
         ticket = drawn + gl.num_programs(0)
-        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
-        ticket_box.store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-        mbarrier.arrive(ticket_full, count=1)
         turn += 1
+    # -- there are no more --
+    mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+    put(ticket_box, 0, ticket)
+    mbarrier.arrive(ticket_full, count=1)
 
 
 # -- the consumers: one warpgroup each --
@@ -977,20 +1022,23 @@ def consume(
     ticket_full, ticket_empty = ticket_bars
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
-    ticket = gl.program_id(0)
     step = 0  # key blocks consumed so far
     turn = 0  # tiles done so far
     if TAKE_TURNS:
         # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
         if WG == NUM_WG - 1:
             pass_turn(step, 0)
+    mbarrier.wait(ticket_full, 0)
+    ticket = take(ticket_box, 0)
     while ticket < num_tiles:
-        off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        off_h = take(ticket_box, 2)
+        off_b = take(ticket_box, 1)
+        m_block = take(ticket_box, 3)
         # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end), and all of [full_first, full_end) --
         start_cta = m_block * (NUM_WG * ROWS)
         start_m = start_cta + WG * ROWS
         if mask_lists_ptr is not None:
-            listing, n_masked, n_listed, words_at = listed_tile(
+            listing, _, _, _ = listed_tile(
                 off_b,
                 off_h,
                 m_block,
@@ -1001,49 +1049,28 @@ def consume(
                 stride_lists_m,
                 BLOCK_N,
             )
-        n_first, n_end = tile_range(
-            start_cta,
-            seqlen_q,
-            seqlen_k,
-            mask_ranges_ptr,
-            stride_ranges_b,
-            stride_ranges_h,
-            off_b,
-            off_h,
-            BLOCK_N,
-            ROWS,
-            NUM_WG,
-        )
-        first, full_first, full_end, end = key_range(
-            start_m,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            mask_ranges_ptr,
-            stride_ranges_b,
-            stride_ranges_h,
-            off_b,
-            off_h,
-            BLOCK_N,
-        )
-        # -- where the words of its masked blocks lie: those before bits_from and from bits_to on --
-        bits_low, bits_high, bits_from, bits_to = words_of(
-            start_m,
-            seqlen_q,
-            n_end,
-            end,
-            mask_ranges_ptr,
-            stride_ranges_b,
-            stride_ranges_h,
-            off_b,
-            off_h,
-        )
-        # Whoever sees none works on the last one, whose mask leaves nothing.
-        end = gl.where(end == 0, n_end, end)
-        first = gl.minimum(first, end - 1)
-        if mask_lists_ptr is not None:
+            n_masked = take(ticket_box, 6)
+            n_listed = take(ticket_box, 7)
+            words_at = take(ticket_box, 8)
+            first_n = take(ticket_box, 9) * BLOCK_N
+            mbarrier.arrive(ticket_empty, count=1)
             # A list is the whole thread block's: nothing is released unread.
-            first, end = n_first, n_end
+            n_first = n_listed * 0
+            first = n_first
+            end = gl.cdiv(seqlen_k, BLOCK_N)
+            n_end = end
+        else:
+            n_first = take(ticket_box, 4)
+            n_end = take(ticket_box, 5)
+            first = take(ticket_box, 16 + WG * 8)
+            end = take(ticket_box, 17 + WG * 8)
+            full_first = take(ticket_box, 18 + WG * 8)
+            full_end = take(ticket_box, 19 + WG * 8)
+            bits_low, bits_high, bits_from, bits_to = words_of(ticket_box, n_end, end, mask_ranges_ptr, WG)
+            mbarrier.arrive(ticket_empty, count=1)
+            # Whoever sees none works on the last one, whose mask leaves nothing.
+            end = gl.where(end == 0, n_end, end)
+            first = gl.minimum(first, end - 1)
         rows_m = start_m + row % ROWS
         m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         if LAZY_SUM:
@@ -1066,7 +1093,6 @@ def consume(
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
         if mask_lists_ptr is not None:
-            first_n = listed_block(listing, n_masked * 0, words_at) * BLOCK_N
             slot = gl.where((words_at >= 0) & (n_masked > 0), words_at + WG, -1)
             bits_from = words_at
         else:
@@ -1312,7 +1338,7 @@ def consume(
             m_i, l_row = statistics(
                 q,
                 o_tiles.index(WG),
-                k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
+                k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh,
                 stride_kn,
                 qk_scale,
                 rows_m,
@@ -1373,8 +1399,8 @@ def consume(
             acc = recompute(
                 q,
                 o_tiles.index(WG),
-                k_ptr + off_b.to(gl.int64) * stride_kb + off_hkv.to(gl.int64) * stride_kh,
-                v_ptr + off_b.to(gl.int64) * stride_vb + off_hkv.to(gl.int64) * stride_vh,
+                k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh,
+                v_ptr + off_b.to(gl.int64) * stride_vb + (off_h // group).to(gl.int64) * stride_vh,
                 stride_kn,
                 stride_vn,
                 m_i,
@@ -1415,10 +1441,9 @@ def consume(
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the next tile --
-        mbarrier.wait(ticket_full, turn & 1)
-        ticket = gl.max(ticket_box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(ticket_empty, count=1)
         turn += 1
+        mbarrier.wait(ticket_full, turn & 1)
+        ticket = take(ticket_box, 0)
     tma.store_wait(0)
 
 
@@ -1502,7 +1527,7 @@ def attention_fwd(
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
-    ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())

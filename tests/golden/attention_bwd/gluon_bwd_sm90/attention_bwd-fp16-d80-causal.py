@@ -216,12 +216,16 @@ def write_dq(
     STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
+    FIRST: gl.constexpr,
+    WRITERS: gl.constexpr,
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
     dq_empty, rows_empty = bars
     CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
-    for step in range(group * (end - begin)):
+    # Writers take the steps in turn: one waits for its turn, or until all is written, while the other adds.
+    num_steps = group * (end - begin) if FIRST < WRITERS else 0
+    for step in range(FIRST, num_steps, WRITERS):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
         dq_stage = step % DQ_STAGES
@@ -595,6 +599,8 @@ def attention_bwd(
     PANEL: gl.constexpr = BLOCK_D
     ds_tiles = gl.allocate_shared_memory(DTYPE, [DS_STAGES, BLOCK_N, BLOCK_M], DS_LAYOUT)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 1, BLOCK_M * PANEL // 256, 256], dq_desc.layout)
+    # Two writers where one would hold the other up: in order, and where all thread blocks add to the same rows at a time. Each has buffers of its own.
+    WRITERS: gl.constexpr = 2 if DETERMINISTIC and DQ_STAGES % 2 == 0 else 1
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
     # -- barriers: full is completed by what fills a buffer, empty by who has read it --
@@ -684,11 +690,40 @@ def attention_bwd(
                     STAGES,
                     DQ_STAGES,
                     DETERMINISTIC,
+                    0,
+                    WRITERS,
+                ),
+            ),
+            (
+                write_dq,
+                (
+                    dq_desc,
+                    turn_ptr,
+                    dq_tiles,
+                    (dq_empty, rows_empty),
+                    off_b,
+                    off_hkv,
+                    n_block,
+                    num_heads_kv,
+                    group,
+                    begin,
+                    full,
+                    end,
+                    num_n_blocks,
+                    causal_offset,
+                    BLOCK_M,
+                    BLOCK_N,
+                    PANEL,
+                    STAGES,
+                    DQ_STAGES,
+                    DETERMINISTIC,
+                    1,
+                    WRITERS,
                 ),
             ),
         ],
-        [1, 1],
-        [PRODUCER_REGS, PRODUCER_REGS],
+        [1, 1, 1],
+        [PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
     )
 
 

@@ -212,20 +212,13 @@ def online_softmax(
     DTYPE: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     IS_MASKED: gl.constexpr,
-    QUICK: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
 
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    if QUICK:
-        # No running maximum is negative. Integers order numbers from 0 on as they are and put all others below: three are compared at a time.
-        as_integers = qk.to(gl.int32, bitcast=True)
-        found = gl.max(as_integers, 1).to(gl.float32, bitcast=True)
-    else:
-        found = gl.max(qk, 1)
-    m_new = gl.maximum(m_i, found * qk_scale)
+    m_new = gl.maximum(m_i, gl.max(qk, 1) * qk_scale)
     m_safe = m_new
     if IS_MASKED:
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.
@@ -237,12 +230,6 @@ def online_softmax(
     else:
         l_i = l_i * alpha + gl.sum(p, 1)
     return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
-
-
-@gluon.jit
-def repacked(p):
-    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -281,7 +268,6 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
-    QUICK: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -312,18 +298,7 @@ def attend(
             BLOCK_N,
             QK_LAYOUT,
         )
-    p, alpha, m_i, l_i = online_softmax(
-        qk,
-        m_i,
-        l_i,
-        qk_scale,
-        BLOCK_N,
-        P_LAYOUT,
-        v_tiles.dtype,
-        LAZY_SUM,
-        IS_MASKED,
-        QUICK,
-    )
+    p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, LAZY_SUM, IS_MASKED)
     acc = warpgroup_mma_wait(0, deps=(product,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -443,18 +418,7 @@ def consume(
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(qk, rows_m, (n_seen - 1) * BLOCK_N, seqlen_k, causal_offset, BLOCK_N, QK_LAYOUT)
-        p, _, m_i, l_i = online_softmax(
-            qk,
-            m_i,
-            l_i,
-            qk_scale,
-            BLOCK_N,
-            P_LAYOUT,
-            DTYPE,
-            LAZY_SUM,
-            IS_MASKED=True,
-            QUICK=False,
-        )
+        p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM, IS_MASKED=True)
         n_full = n_seen - 1
         # -- further blocks that the diagonal crosses: the loop stands only where there are any, since one that never
         #    runs is not free either (p, carried through two loops, is unpacked and packed again in each) --
@@ -489,50 +453,10 @@ def consume(
                     LAZY_SUM,
                     TAKE_TURNS,
                     IS_MASKED=True,
-                    QUICK=False,
                 )
                 step += 1
-        # -- blocks that every row sees: first while a row's running maximum is negative, which one block ends as a rule --
-        left = n_full
-        settled = gl.min(m_i, 0) >= 0.0
-        while left > 0 and not settled:
-            count = gl.minimum(left, gl.where(left == n_full, 1, 8))
-            for i in range(count):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    0,
-                    seqlen_k,
-                    causal_offset,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    IS_MASKED=False,
-                    QUICK=False,
-                )
-                step += 1
-            left -= count
-            settled = gl.min(m_i, 0) >= 0.0
-        p = repacked(p)
-        for i in range(left):
+        # -- blocks that every row sees --
+        for n in range(n_full - 1, -1, -1):
             p, acc, m_i, l_i = attend(
                 q,
                 k_tiles,
@@ -546,7 +470,7 @@ def consume(
                 l_i,
                 qk_scale,
                 rows_m,
-                0,
+                n * BLOCK_N,
                 seqlen_k,
                 causal_offset,
                 BLOCK_N,
@@ -561,7 +485,6 @@ def consume(
                 LAZY_SUM,
                 TAKE_TURNS,
                 IS_MASKED=False,
-                QUICK=True,
             )
             step += 1
         if OWN_STAGING:

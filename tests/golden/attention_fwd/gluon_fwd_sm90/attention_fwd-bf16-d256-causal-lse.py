@@ -418,17 +418,7 @@ def consume(
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(qk, rows_m, (n_seen - 1) * BLOCK_N, seqlen_k, causal_offset, BLOCK_N, QK_LAYOUT)
-        p, _, m_i, l_i = online_softmax(
-            qk,
-            m_i,
-            l_i,
-            qk_scale,
-            BLOCK_N,
-            P_LAYOUT,
-            DTYPE,
-            LAZY_SUM,
-            IS_MASKED=True,
-        )
+        p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM, IS_MASKED=True)
         n_full = n_seen - 1
         # -- further blocks that the diagonal crosses: the loop stands only where there are any, since one that never
         #    runs is not free either (p, carried through two loops, is unpacked and packed again in each) --

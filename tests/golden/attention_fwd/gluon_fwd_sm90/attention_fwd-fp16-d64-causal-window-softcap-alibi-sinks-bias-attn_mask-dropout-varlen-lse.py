@@ -108,6 +108,18 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
 
 
 @gluon.jit
+def put(box, place: gl.constexpr, value):
+    """Leaves a number for the consumers."""
+    box.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def take(box, place: gl.constexpr):
+    """A number that the producer left."""
+    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def key_range(
     first_m,
     rows,
@@ -133,46 +145,6 @@ def key_range(
     first = gl.where(is_empty, 1 << 30, first)
     end = gl.where(is_empty, 0, end)
     return first, full_first, full_end, end
-
-
-@gluon.jit
-def tile_range(
-    first_m,
-    seqlen_q,
-    seqlen_k,
-    causal_offset,
-    window_left,
-    window_right,
-    BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr,
-    NUM_WG: gl.constexpr,
-):
-    """Blocks of keys that a thread block loads, [first, end): at least one, so that a tile without keys needs no branch."""
-    first, _, _, end = key_range(
-        first_m,
-        ROWS,
-        seqlen_q,
-        seqlen_k,
-        causal_offset,
-        window_left,
-        window_right,
-        BLOCK_N,
-    )
-    for w in gl.static_range(1, NUM_WG):
-        other, _, _, other_end = key_range(
-            first_m + w * ROWS,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            window_left,
-            window_right,
-            BLOCK_N,
-        )
-        first = gl.minimum(first, other)
-        end = gl.maximum(end, other_end)
-    first = gl.where(end == 0, 0, first)
-    return first, gl.maximum(end, 1)
 
 
 # -- the producer: one warp --
@@ -223,7 +195,7 @@ def produce(
     turn = 0  # tiles loaded so far
     while ticket < num_tiles:
         _, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
-        _, start_m, first_q, seqlen_q, first_k, seqlen_k = packed_tile(
+        off_b, start_m, first_q, seqlen_q, first_k, seqlen_k = packed_tile(
             m_block,
             cu_seqlens_q_ptr,
             cu_seqlens_k_ptr,
@@ -232,24 +204,46 @@ def produce(
             NUM_WG * ROWS,
         )
         causal_offset = (seqlen_k - seqlen_q) * bottom_right
+        # -- what the consumers are told of the tile --
+        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+        put(ticket_box, 0, ticket)
+        put(ticket_box, 2, off_h)
+        put(ticket_box, 1, off_b)
+        put(ticket_box, 6, start_m)
+        put(ticket_box, 7, first_q)
+        put(ticket_box, 8, seqlen_q)
+        put(ticket_box, 9, first_k)
+        put(ticket_box, 10, seqlen_k)
+        n_first = m_block * 0 + (1 << 30)
+        n_end = m_block * 0
+        for w in gl.static_range(NUM_WG):
+            first, _, _, end = key_range(
+                start_m + w * ROWS,
+                ROWS,
+                seqlen_q,
+                seqlen_k,
+                causal_offset,
+                window_left,
+                window_right,
+                BLOCK_N,
+            )
+            n_first = gl.minimum(n_first, first)
+            n_end = gl.maximum(n_end, end)
+            put(ticket_box, 16 + w * 8, first)
+            put(ticket_box, 17 + w * 8, end)
+        # At least one, so that a tile without keys needs no branch.
+        n_first = gl.where(n_end == 0, 0, n_first)
+        n_end = gl.maximum(n_end, 1)
+        n_blocks = n_end - n_first
+        put(ticket_box, 4, n_first)
+        put(ticket_box, 5, n_end)
+        mbarrier.arrive(ticket_full, count=1)
         # -- query --
         for w in gl.static_range(NUM_WG):
             place = turn % Q_STAGES * NUM_WG + w
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
             tma_load(q_desc, [0, off_h, first_q + start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        n_first, n_end = tile_range(
-            start_m,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            window_left,
-            window_right,
-            BLOCK_N,
-            ROWS,
-            NUM_WG,
-        )
-        n_blocks = n_end - n_first
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -268,10 +262,11 @@ def produce(
         if drawn == num_tiles - 1:
             gl.store(counter_ptr, 0)
         ticket = drawn + gl.num_programs(0)
-        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
-        ticket_box.store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-        mbarrier.arrive(ticket_full, count=1)
         turn += 1
+    # -- there are no more --
+    mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+    put(ticket_box, 0, ticket)
+    mbarrier.arrive(ticket_full, count=1)
 
 
 # -- the consumers: one warpgroup each --
@@ -936,48 +931,31 @@ def consume(
     philox_seed = gl.load(philox_ptr)
     philox_offset = gl.load(philox_ptr + 1)
     num_tiles = num_m_blocks * num_packs
-    ticket = gl.program_id(0)
     step = 0  # key blocks consumed so far
     turn = 0  # tiles done so far
     if TAKE_TURNS:
         # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
         if WG == NUM_WG - 1:
             pass_turn(step, 0)
+    mbarrier.wait(ticket_full, 0)
+    ticket = take(ticket_box, 0)
     while ticket < num_tiles:
-        _, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        off_h = take(ticket_box, 2)
+        off_b = take(ticket_box, 1)
         # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end) --
-        off_b, start_cta, first_q, seqlen_q, first_k, seqlen_k = packed_tile(
-            m_block,
-            cu_seqlens_q_ptr,
-            cu_seqlens_k_ptr,
-            seqused_k_ptr,
-            batch,
-            NUM_WG * ROWS,
-        )
+        start_cta = take(ticket_box, 6)
+        first_q = take(ticket_box, 7)
+        seqlen_q = take(ticket_box, 8)
+        first_k = take(ticket_box, 9)
+        seqlen_k = take(ticket_box, 10)
         causal_offset = (seqlen_k - seqlen_q) * bottom_right
         alibi_shift = seqlen_k - seqlen_q
         start_m = start_cta + WG * ROWS
-        n_first, n_end = tile_range(
-            start_cta,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            window_left,
-            window_right,
-            BLOCK_N,
-            ROWS,
-            NUM_WG,
-        )
-        first, _, _, end = key_range(
-            start_m,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            window_left,
-            window_right,
-            BLOCK_N,
-        )
+        n_first = take(ticket_box, 4)
+        n_end = take(ticket_box, 5)
+        first = take(ticket_box, 16 + WG * 8)
+        end = take(ticket_box, 17 + WG * 8)
+        mbarrier.arrive(ticket_empty, count=1)
         # Whoever sees none works on the last one, whose mask leaves nothing.
         end = gl.where(end == 0, n_end, end)
         first = gl.minimum(first, end - 1)
@@ -1155,8 +1133,8 @@ def consume(
             acc = recompute(
                 q,
                 o_tiles.index(WG),
-                k_ptr + first_k.to(gl.int64) * stride_kn + off_hkv.to(gl.int64) * stride_kh,
-                v_ptr + first_k.to(gl.int64) * stride_vn + off_hkv.to(gl.int64) * stride_vh,
+                k_ptr + first_k.to(gl.int64) * stride_kn + (off_h // group).to(gl.int64) * stride_kh,
+                v_ptr + first_k.to(gl.int64) * stride_vn + (off_h // group).to(gl.int64) * stride_vh,
                 stride_kn,
                 stride_vn,
                 m_i,
@@ -1208,10 +1186,9 @@ def consume(
             o_mask = (rows_o < seqlen_q)[:, None] & (offs_dv < 64)[None, :]
             gl.store(o_ptrs, acc.to(DTYPE), mask=o_mask)
         # -- the next tile --
-        mbarrier.wait(ticket_full, turn & 1)
-        ticket = gl.max(ticket_box.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(ticket_empty, count=1)
         turn += 1
+        mbarrier.wait(ticket_full, turn & 1)
+        ticket = take(ticket_box, 0)
     tma.store_wait(0)
 
 
@@ -1306,7 +1283,7 @@ def attention_fwd(
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
-    ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())

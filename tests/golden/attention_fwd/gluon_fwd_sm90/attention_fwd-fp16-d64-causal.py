@@ -219,7 +219,6 @@ def online_softmax(
     DTYPE: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     IS_MASKED: gl.constexpr,
-    QUICK: gl.constexpr,
     TENSOR_SUMS: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
@@ -227,13 +226,7 @@ def online_softmax(
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    if QUICK:
-        # No running maximum is negative. Integers order numbers from 0 on as they are and put all others below: three are compared at a time.
-        as_integers = qk.to(gl.int32, bitcast=True)
-        found = gl.convert_layout(row_max(as_integers, BLOCK_N), m_i.type.layout).to(gl.float32, bitcast=True)
-    else:
-        found = gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout)
-    m_new = gl.maximum(m_i, found * qk_scale)
+    m_new = gl.maximum(m_i, gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout) * qk_scale)
     m_safe = m_new
     if IS_MASKED:
         # A row that has seen no key keeps m = -inf; subtracting it would make NaN.
@@ -253,12 +246,6 @@ def start_sums(p, ones, l_i):
     return warpgroup_mma(
         gl.convert_layout(p, gl.DotOperandLayout(0, l_i.type.layout, 2)), ones.permute((1, 0)), l_i, is_async=True
     )
-
-
-@gluon.jit
-def repacked(p):
-    """The same probabilities, in registers that nothing else holds: a 16-bit tensor that two loops share is unpacked in each."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -298,7 +285,6 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
-    QUICK: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     TENSOR_SUMS: gl.constexpr = NUM_WG == 4
@@ -342,7 +328,6 @@ def attend(
         v_tiles.dtype,
         LAZY_SUM,
         IS_MASKED,
-        QUICK,
         TENSOR_SUMS,
     )
     if TENSOR_SUMS:
@@ -485,7 +470,6 @@ def consume(
             DTYPE,
             LAZY_SUM,
             IS_MASKED=True,
-            QUICK=False,
             TENSOR_SUMS=TENSOR_SUMS,
         )
         n_full = n_seen - 1
@@ -523,119 +507,41 @@ def consume(
                     LAZY_SUM,
                     TAKE_TURNS,
                     IS_MASKED=True,
-                    QUICK=False,
                 )
                 step += 1
-        if TENSOR_SUMS:
-            # -- blocks that every row sees --
-            for i in range(n_full):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    ones,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    0,
-                    seqlen_k,
-                    causal_offset,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    IS_MASKED=False,
-                    QUICK=False,
-                )
-                step += 1
-        else:
-            # -- blocks that every row sees: first while a row's running maximum is negative, which one block ends as a rule --
-            left = n_full
-            settled = gl.min(m_i, 0) >= 0.0
-            while left > 0 and not settled:
-                count = gl.minimum(left, gl.where(left == n_full, 1, 8))
-                for i in range(count):
-                    p, acc, m_i, l_i = attend(
-                        q,
-                        ones,
-                        k_tiles,
-                        v_tiles,
-                        k_bars,
-                        v_bars,
-                        step,
-                        p,
-                        acc,
-                        m_i,
-                        l_i,
-                        qk_scale,
-                        rows_m,
-                        0,
-                        seqlen_k,
-                        causal_offset,
-                        BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV,
-                        STAGES,
-                        QK_LAYOUT,
-                        O_LAYOUT,
-                        P_LAYOUT,
-                        WG,
-                        NUM_WG,
-                        LAZY_SUM,
-                        TAKE_TURNS,
-                        IS_MASKED=False,
-                        QUICK=False,
-                    )
-                    step += 1
-                left -= count
-                settled = gl.min(m_i, 0) >= 0.0
-            p = repacked(p)
-            for i in range(left):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    ones,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    0,
-                    seqlen_k,
-                    causal_offset,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    IS_MASKED=False,
-                    QUICK=True,
-                )
-                step += 1
+        # -- blocks that every row sees --
+        for n in range(n_full - 1, -1, -1):
+            p, acc, m_i, l_i = attend(
+                q,
+                ones,
+                k_tiles,
+                v_tiles,
+                k_bars,
+                v_bars,
+                step,
+                p,
+                acc,
+                m_i,
+                l_i,
+                qk_scale,
+                rows_m,
+                n * BLOCK_N,
+                seqlen_k,
+                causal_offset,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                STAGES,
+                QK_LAYOUT,
+                O_LAYOUT,
+                P_LAYOUT,
+                WG,
+                NUM_WG,
+                LAZY_SUM,
+                TAKE_TURNS,
+                IS_MASKED=False,
+            )
+            step += 1
         if OWN_STAGING:
             mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
