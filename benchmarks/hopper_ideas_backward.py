@@ -77,27 +77,73 @@ def meet_early(text: str, spec: AttentionSpec) -> str:
     return once(once(text, _MEET, ""), where, _MEET + where)
 
 
-def two_writers(text: str, spec: AttentionSpec) -> str:
-    """Two writer warps take the steps in turn: what one waits for in order, the other need not. DQ_STAGES must be 2."""
-    constants = "    DQ_STAGES: gl.constexpr,\n    DETERMINISTIC: gl.constexpr,\n"
-    text = once(text, constants + "):\n", constants + "    FIRST: gl.constexpr,\n):\n")
-    loop = "    for step in range(group * (end - begin)):"
-    before, after = text.split("def write_dq(")
-    text = (
-        before
-        + "def write_dq("
-        + after.replace(loop, loop.replace("range(", "range(FIRST, ").replace("):", ", 2):"), 1)
-    )
-    writer = re.search(r"            \(\n                write_dq,\n.*?\n            \),\n", text, re.DOTALL)
-    if writer is None:
-        raise ValueError("no writer")
-    last = "                    DETERMINISTIC,\n"
-    both = "".join(writer[0].replace(last, f"{last}                    {number},\n") for number in (0, 1))
-    text = once(text, writer[0], both)
-    text = once(text, "        [1, 1],\n", "        [1, 1, 1],\n")
-    return once(
-        text, "        [PRODUCER_REGS, PRODUCER_REGS],", "        [PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],"
-    )
+def start_at_delta(text: str, spec: AttentionSpec) -> str:
+    """Adds dp to -delta: nothing is subtracted while tensor cores wait for ds. Not timed yet."""
+    load = "    delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)\n"
+    product = "    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)\n"
+    start = load.replace("delta = ", "start = 0.0 - ", 1) + "    _, start = gl.broadcast(nothing, start[None, :])\n"
+    text = once(once(text, load, ""), "(p * (dp - delta[None, :])).to(DTYPE)", "(p * dp).to(DTYPE)")
+    return once(text, product, start + product.replace("nothing, use_acc=False", "start"))
+
+
+_HALVES = """    # -- scores and dp of both halves --
+    HALF: gl.constexpr = BLOCK_M // 2
+    q_1, q_2 = q.slice(0, HALF, dim=0), q.slice(HALF, HALF, dim=0)
+    do_1, do_2 = do.slice(0, HALF, dim=0), do.slice(HALF, HALF, dim=0)
+    lse_tile, delta_tile = lse_tiles.index(stage).reshape([BLOCK_M]), delta_tiles.index(stage).reshape([BLOCK_M])
+    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
+    ds_tile = ds_tiles.index(step % DS_STAGES)
+    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+    scores_1 = warpgroup_mma(k, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+    dp_1 = warpgroup_mma(v, do_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores_2 = warpgroup_mma(k, q_2.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    p = warpgroup_mma_wait(2, deps=(scores_1,))
+    p = gl.exp2(p * qk_scale - lse_tile.slice(0, HALF, dim=0).load(COLUMN)[None, :])
+    if IS_MASKED:
+        rows_m = start_m + gl.arange(0, HALF, COLUMN)
+        p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
+    p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    partition_barrier()
+    dv = warpgroup_mma(p_operand, do_1, dv, is_async=True)
+    dp = warpgroup_mma_wait(2, deps=(dp_1,))
+    ds = (p * (dp - delta_tile.slice(0, HALF, dim=0).load(COLUMN)[None, :])).to(DTYPE)
+    ds_tile.slice(0, HALF, dim=1).store(ds)
+    dp_2 = warpgroup_mma(v, do_2.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds, DS_LAYOUT), q_1, dk, is_async=True)
+    p = warpgroup_mma_wait(3, deps=(scores_2,))
+    p = gl.exp2(p * qk_scale - lse_tile.slice(HALF, HALF, dim=0).load(COLUMN)[None, :])
+    if IS_MASKED:
+        rows_m = start_m + HALF + gl.arange(0, HALF, COLUMN)
+        p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
+    p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    dv = warpgroup_mma(p_operand, do_2, dv, is_async=True)
+    dp = warpgroup_mma_wait(2, deps=(dp_2,))
+    ds = (p * (dp - delta_tile.slice(HALF, HALF, dim=0).load(COLUMN)[None, :])).to(DTYPE)
+    ds_tile.slice(HALF, HALF, dim=1).store(ds)
+    fence_async_shared()
+    dq_product = warpgroup_mma(ds_tile.permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds, DS_LAYOUT), q_2, dk, is_async=True)
+    dq, dv = warpgroup_mma_wait(1, deps=(dq_product, dv))
+    dq_stage = step % DQ_STAGES
+    mbarrier.wait(dq_empty.index(dq_stage), ((step // DQ_STAGES) & 1) ^ 1)
+    dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * BLOCK_D // 256, 256])
+    dq_tile.store(in_register_order(dq, BLOCK_M, BLOCK_D, WARP_COLS))
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    fence_async_shared()
+    hand_over(dq_stage, BLOCK_N // 16)
+    return scores, dk, dv
+
+
+"""
+
+
+def halves(text: str, spec: AttentionSpec) -> str:
+    """128 rows in two halves: exponentials of one under products of the other. SCORES_AHEAD must be False."""
+    start = text.index("    # -- scores of this block, and dp --\n", text.index("def attend("))
+    text = text[:start] + _HALVES + text[text.index("@gluon.jit\ndef consume(", start) :]
+    text = once(text, "[WARPS, 1], instr_shape=[16, BLOCK_M, 16]", "[WARPS, 1], instr_shape=[16, BLOCK_M // 2, 16]")
+    return once(text, "nothing = gl.zeros([BLOCK_N, BLOCK_M]", "nothing = gl.zeros([BLOCK_N, BLOCK_M // 2]")
 
 
 IDEAS: dict[str, Edit] = {
@@ -106,5 +152,6 @@ IDEAS: dict[str, Edit] = {
     "pdl": pdl,
     "lse-early": lse_early,
     "meet-early": meet_early,
-    "two-writers": two_writers,
+    "start-at-delta": start_at_delta,
+    "halves": halves,
 }
