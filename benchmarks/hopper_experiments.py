@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import hopper_ideas
+import hopper_more_ideas
 from hopper_ideas import hexadecimal, once, rescale_unless
 
 from flashgen import Problem, Target
@@ -121,6 +122,7 @@ EXPERIMENTS: dict[str, hopper_ideas.Edit] = {
     "skip-rescale": lambda text, spec: skip_rescale(text, columns=_columns(spec)),
     "rounded-sums": lambda text, spec: rounded_sums(text, spec.dtype),
     **hopper_ideas.FORWARD,
+    **hopper_more_ideas.MORE,
 }
 EXPERIMENTS_BACKWARD: dict[str, hopper_ideas.Edit] = {"base": EXPERIMENTS["base"], **hopper_ideas.BACKWARD}
 KNOBS: dict[str, dict[str, bool]] = {"turns": {"TAKE_TURNS": True}, "no-turns": {"TAKE_TURNS": False}}

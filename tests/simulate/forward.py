@@ -34,6 +34,21 @@ _FULL = {
     'online_softmax: choices swapped: gl.where(m_new == -float("inf"), 0.0, m_new)': _MASKED_ARM,
     'online_softmax: comparison inverted: m_new == -float("inf")': _MASKED_ARM,
 }
+_SETTLING = (
+    "blocks more or fewer go through the loop that compares numbers, whose results are the same bits: only slower"
+)
+_FULL |= {
+    "consume: comparison off by one: gl.min(m_i, 0) >= 0.0": _SETTLING + "; a maximum of 0 is right in either loop",
+    "consume: choices swapped: gl.where(left == n_full, 1, 8)": _SETTLING,
+    "consume: comparison inverted: left == n_full": _SETTLING,
+    "consume: minimum and maximum swapped: gl.minimum(left, gl.where(left == n_full, 1, 8))": (
+        "the first pass then takes all blocks that are left: " + _SETTLING
+    ),
+    "consume: comparison off by one: left > 0": (
+        "it never ends where a row's maximum stays negative, which no case of the study has: "
+        "test_maxima_of_negative_logits_are_no_integers does"
+    ),
+}
 _CAUSAL = {
     "consume: ± 1 dropped: start_m + causal_offset + 1": (
         "a block that every row sees is masked as well where it ends at the diagonal; the mask changes nothing there"

@@ -189,7 +189,10 @@ def test_every_target_has_a_legal_portfolio_for_whatever_seeds_it_has(target: Ta
         )  # fmt: skip
         assert 1 <= len(found) <= MOST
         assert [member.place for member in found] == list(range(1, len(found) + 1))
-        assert len(configs(variant, spec, target)) == len(found), "every member is legal here"
+        # A head dim's portfolio serves its kernels with lse as well, which have no thread block of four warpgroups.
+        lacking = [m for m in found if one.variant == "gluon_fwd_sm90" and m.config["BLOCK_M"] == 256 and spec.has_lse]
+        legal = len(configs(variant, spec, target))
+        assert legal == len(found) - len(lacking) >= 1, "every other member is legal here"
         assert one.status == "ok" or one.config in [member.config for member in found], "nothing else covers it"
     measured = {member.gpus for op in OPS for member in portfolios.load(target.arch, op) if member.basis == "measured"}
     assert measured == ({("h100",), ("h200",)} if target.arch == "sm_90" else set()), (
