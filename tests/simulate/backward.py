@@ -43,12 +43,18 @@ _FOUR_PANELS = {
         "of four panels of dq the third is staged after the last product that reads queries; of three it is not"
     )
 }
+_CLAIMS = {
+    'write_dq: atomic value + 1: gl.atomic_xchg(turn, 2, sem="release")': (
+        "any number but 0 and 1 says that the rows are there"
+    )
+}
 REVIEWED: dict[str, dict[str, str]] = {
     key: {
         **_ALWAYS,
         **(_CAUSAL if "causal" in key else _FULL),
         **(_WIDE if any(f"d{dim}" in key for dim in (192, 256)) else _NARROW),
         **(_FOUR_PANELS if "d256" in key else {}),
+        **(_CLAIMS if by_name("gluon_bwd_sm90").claims_rows(AttentionSpec.from_key(key)) else {}),  # type: ignore[attr-defined]
     }
     for key in SPECS
 }

