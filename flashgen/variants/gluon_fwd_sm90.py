@@ -318,6 +318,11 @@ class GluonForwardSm90(WithMods, Variant):
             TAKE_TURNS=False,
         )  # fmt: skip
 
+    def keeps_beside_scores(self, spec: AttentionSpec) -> bool:
+        """Where a tile is known for an option, the plain kernel's says nothing of it."""
+        width = max(self.block_d(spec), self.block_dv(spec))
+        return any(getattr(spec, flag) for flag in _WITH_OPTIONS[width])
+
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
         first = [row for flag, row in _WITH_OPTIONS[width].items() if getattr(spec, flag)]
