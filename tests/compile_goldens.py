@@ -48,13 +48,9 @@ TOLD_BACKWARD = ("a100", "h100", "b200", "mi300x")
 OPTIONS = ("a100", "h100", "b200")
 
 
-# Open defects, each with as many instructions as were counted under Triton 3.9 (none under 3.6, which GPUs were timed with): told till they are
-# mended, and judged as soon as one spills more.
-_OPEN = {
-    "attention_bwd-bf16-d128-causal": 4,
-    "attention_bwd-fp16-d80-causal": 4,
-    "attention_fwd-bf16-d128-bias-attn_mask-lse": 17,
-}
+# An open defect and as many instructions as were counted under Triton 3.9 (none under 3.6, which GPUs were timed with; half the keys spill under
+# 3.6 instead): told until it is mended, and judged as soon as it spills more.
+_OPEN = {"attention_fwd-bf16-d128-bias-attn_mask-lse": 17}
 
 
 def _open(spec: AttentionSpec, spills: int) -> bool:
