@@ -22,7 +22,7 @@ import click
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = {"fa4": "FlashAttention 4", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention 2", "fa3-jax": "FlashAttention 3", "flex": "FlexAttention"}  # fmt: skip
-_MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, str]
 Cell = dict[str, Row]  # contestant -> its row
 
@@ -42,35 +42,6 @@ def cells_of(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Cell]:
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), {})[row["contestant"]] = row
     return found
-
-
-def renewed(
-    cells: dict[tuple[str, ...], Cell], again: dict[tuple[str, ...], Cell], over: str = "sdpa-cudnn"
-) -> dict[tuple[str, ...], Cell]:
-    """Cells with those of a later run in their place; what was not timed again is chained over a peer that was.
-
-    A chained ratio is the earlier one times what that peer's ratio has changed by; it is marked, and has no interval.
-    """
-    found = dict(cells)
-    for key, cell in again.items():
-        found[key], old = dict(cell), cells.get(key, {})
-        before, now = ratio(old, over), ratio(cell, over)
-        for name in old:
-            before_this = ratio(old, name)
-            if name not in cell and None not in (before, now, before_this):
-                found[key][name] = {"ratio_median": str(before_this * now / before), "chained": "yes"}  # type: ignore[operator]
-    return found
-
-
-def chained(cells: dict[tuple[str, ...], Cell]) -> str:
-    """What is said of chained ratios; nothing where there are none."""
-    count = sum(any(row.get("chained") for row in cell.values()) for cell in cells.values())
-    if not count:
-        return ""
-    return (
-        f" A ratio with ~ was not timed beside today's kernel ({count} cells): it is that of an earlier run of ours "
-        "times how cuDNN's ratio has changed since."
-    )
 
 
 def ratio(cell: Cell, contestant: str) -> float | None:
@@ -133,13 +104,11 @@ def forward() -> str:
     rows = read("h200_forward.csv")
     peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
     names = ("head_dim", "head_dim_v", "num_heads_q", "num_heads_kv", "causal", "seqlen_q")
-    # Beyond head dim 64 the text is that of the first run, which timed FlashAttention 4 as well.
-    again = [row for row in read("h200_forward_again.csv") if row["head_dim"] == "64"]
-    cells = renewed(cells_of(rows, *names), cells_of(again, *names))
+    cells = cells_of(rows, *names)
     lengths = sorted({int(key[5]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide: TFLOP/s, and in brackets how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take.{chained(cells)}",
+        f"{', '.join(PEERS[name] for name in peers)} take.",
         "",
         *columns_of(lengths, "forward"),
     ]
@@ -160,10 +129,7 @@ def forward() -> str:
 def _figures(cell: Cell | None, peers: Sequence[str], *, own: str = "flashgen") -> str:
     if cell is None or not cell[own]["tflops"]:
         return "-"
-    others = [
-        "-" if (found := ratio(cell, peer)) is None else f"{'~' if cell[peer].get('chained') else ''}{found:.2f}"
-        for peer in peers
-    ]
+    others = ["-" if (found := ratio(cell, peer)) is None else f"{found:.2f}" for peer in peers]
     return f"{float(cell[own]['tflops']):.0f} ({', '.join(others)})"
 
 
@@ -172,11 +138,11 @@ def backward() -> str:
     rows = read("h200_backward.csv")
     peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
     names = ("head_dim", "head_dim_v", "causal", "seqlen_q")
-    cells = renewed(cells_of(rows, *names), cells_of(read("h200_backward_again.csv"), *names))
+    cells = cells_of(rows, *names)
     lengths = sorted({int(key[3]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide, through autograd: TFLOP/s, how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.{chained(cells)}",
+        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.",
         "",
         *columns_of(lengths, "backward"),
     ]

@@ -29,7 +29,7 @@ def test_the_readme_is_up_to_date(tables: Any) -> None:
 def test_a_table_follows_its_file(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tables.RESULTS / "h200_forward.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)  # without the later run
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "h200_forward.csv").write_text((ROOT / "benchmarks/results/h200_forward.csv").read_text())
     before = tables.forward()
     cell = [
@@ -50,19 +50,6 @@ def test_a_table_follows_its_file(tables: Any, tmp_path: Path, monkeypatch: pyte
     rows[0]["torch"] = "1.0"
     with pytest.raises(click.ClickException, match="different machines or versions"):
         tables.where(rows)
-
-
-def test_what_was_not_timed_again_is_chained_and_says_so(tables: Any) -> None:
-    def cell(**ratios: float) -> dict[str, dict[str, str]]:
-        others = {name.replace("_", "-"): {"ratio_median": str(value)} for name, value in ratios.items()}
-        return {"flashgen": {"ratio_median": "", "tflops": "500"}, **others}
-
-    old = {("64",): cell(fa4=0.9, sdpa_cudnn=1.2), ("128",): cell(fa4=1.1, sdpa_cudnn=1.0)}
-    found = tables.renewed(old, {("64",): cell(sdpa_cudnn=1.6)})
-    assert tables.ratio(found[("64",)], "fa4") == pytest.approx(0.9 * 1.6 / 1.2) and found[("128",)] == old[("128",)]
-    assert tables._figures(found[("64",)], ["fa4", "sdpa-cudnn"]) == "500 (~1.20, 1.60)"
-    assert tables._figures(found[("128",)], ["fa4"]) == "500 (1.10)"
-    assert "(1 cells)" in tables.chained(found) and tables.chained(old) == ""
 
 
 def test_an_unknown_mark_is_an_error(tables: Any) -> None:
