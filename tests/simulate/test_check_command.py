@@ -37,7 +37,8 @@ def test_a_backward_is_simulated_too(capsys: pytest.CaptureFixture[str], monkeyp
     assert code == 0 and len(rows) == 4 and all(row["ok"] and row["variant"] == "gluon_bwd_sm90" for row in rows)
     broken(monkeypatch, 'sem="release"', 'sem="relaxed"')
     code, out, _ = call(capsys, "check", key, "--simulate", "--json")
-    assert code == 1 and {row["kind"] for row in json.loads(out)["checks"]} == {"unordered-sum"}
+    # The first to come stores where the others add, so that what is not ordered is a race.
+    assert code == 1 and {row["kind"] for row in json.loads(out)["checks"]} == {"global-race"}
 
 
 def test_sums_whose_order_the_schedule_chooses_are_a_defect(
@@ -92,13 +93,12 @@ def test_mutants_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(mutation, "mutants", lambda text: tuple(sample))
     code, out, _ = call(capsys, "check", key, "--mutate", "--json")
     (row,) = json.loads(out)["mutants"]
-    assert (
-        code == 1 and not row["ok"]
-    )  # one of two is below the bar; two stand in an arm that a full kernel compiles out
-    assert row["found"] == {"proxy-fence": 1} and row["mutants"] == 4
-    assert row["unreached"] == 2 and len(row["survivors"]) == 1
+    # The fence is found, the reviewed survive: far below the bar. Two of those stand in an arm that a full kernel compiles out.
+    assert code == 1 and not row["ok"] and len(sample) >= 4
+    assert row["found"] == {"proxy-fence": 1} and row["mutants"] == len(sample)
+    assert row["unreached"] == 2 and len(row["survivors"]) == len(sample) - 3
     code, out, err = call(capsys, "check", key, "--mutate")
-    assert code == 1 and out.count("not found, ") == 1 and "fewer than 98% of the mutants" in err
+    assert code == 1 and out.count("not found, ") == len(sample) - 3 and "fewer than 98% of the mutants" in err
 
 
 def test_what_does_not_run_in_the_simulator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
