@@ -22,7 +22,7 @@ import click
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = {"fa4": "FlashAttention 4", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention 2", "fa3-jax": "FlashAttention 3", "flex": "FlexAttention"}  # fmt: skip
-_MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+_MARK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, str]
 Cell = dict[str, Row]  # contestant -> its row
 
