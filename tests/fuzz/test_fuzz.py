@@ -113,7 +113,8 @@ def test_cases_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             for name in ("window", "softcap", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths"):  # fmt: skip
                 assert any(getattr(case, name) != getattr(Case(), name) for case in mine), (only, backend, name)
     edges = fuzz.edges_for_gpu("backward")
-    assert edges and all(case.grad for case in edges) and {case.backend for case in edges} == {"gluon", "triton"}
+    assert all(case.grad for case in edges)
+    assert all(sum(case.backend == name for case in edges) > 20 for name in ("gluon", "triton"))
 
 
 @pytest.mark.slow
