@@ -101,8 +101,11 @@ def for_gpu(seed: int, only: str | None = None) -> Case:
         only: `forward` or `backward`; None for what the seed draws.
     """
     case, r = draw(seed), random.Random(seed)
-    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
-    wide |= {"head_dim_v": wide["head_dim"] if r.random() < 0.8 else 128, "dtype": r.choice(("fp16", "bf16"))}
+    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 192, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
+    wide |= {
+        "head_dim_v": wide["head_dim"] if r.random() < 0.8 else r.choice((64, 128)),
+        "dtype": r.choice(("fp16", "bf16")),
+    }
     longer = {} if case.lengths else {"seqlen_q": r.choice(GPU_LENGTHS), "seqlen_k": r.choice(GPU_LENGTHS)}
     fewer = {"heads_kv": min(2, case.heads_kv), "group": min(2, case.group)}
     case = replace(case, **longer, **fewer, **(wide if r.random() < 0.75 else {}))

@@ -69,6 +69,12 @@ def test_every_backend_meets_every_option(backend: str) -> None:
     assert {case.deterministic for case in cases if case.grad} == {True, False}
     assert any(case.block_mask == "given" for case in cases)
     assert {case.words for case in cases} == ({"", "none", "stale"} if backend == "gluon" else {""})
+    if backend == "gluon":  # tiles of keys and of values of another width, keys hidden in them
+        apart = [case for case in cases if (case.head_dim <= 64) != (case.head_dim_v <= 64)]
+        assert all(
+            any(getattr(case, name) != getattr(Case(), name) for case in apart)
+            for name in ("mask_mod", "attn_mask", "window", "lengths")
+        )
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashgen
-from flashgen import dispatch, execution, interpret, torch_blocked
+from flashgen import interpret
 from flashgen.config import KernelConfig
 from flashgen.render import KernelSource
 from flashgen.simulator import SCHEDULES, SimulationError
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 from cases import Case
 from judge import judge
 
-VARIANT, FORWARD, H100 = by_name("gluon_bwd_sm90"), by_name("gluon_fwd_sm90"), Target.named("h100")
+VARIANT, H100 = by_name("gluon_bwd_sm90"), Target.named("h100")
 # Sequences shorter and longer than blocks, more rows than keys and fewer, without rows, without keys, with keys that are not in use.
 _LENGTHS = ((30, 70, 60), (0, 5, 5), (40, 3, 0), (140, 90, 90), (64, 128, 64), (1, 1, 1), (90, 150, 33))
 _ROW: dict[str, Any] = {
@@ -75,22 +75,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(VARIANT), "default", default)
 
 
-@pytest.fixture
-def any_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The forward's results come from PyTorch, since the Hopper forward takes no packed keys where head dims are padded differently."""
-
-    def computed(plan: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Any, operands: Any) -> None:
-        options, packing = operands.options(plan.problem), execution._packing(plan.problem, operands, q, k)
-        torch_blocked.packed_forward(q, k, v, packing, options, out, lse)
-
-    monkeypatch.setattr(execution, "_run_kernel", computed)
-    monkeypatch.setattr(type(FORWARD), "supports", lambda self, spec, target: None if spec.op == self.op else "")
-    dispatch.forget()
-    yield
-    monkeypatch.undo()
-    dispatch.forget()
-
-
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name.replace(" ", "-") for name in CASES])
 def test_case(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row under another schedule."""
@@ -100,7 +84,7 @@ def test_case(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_other_tiles(name: str, any_forward: None) -> None:
+def test_other_tiles(name: str) -> None:
     said = judge(LARGE[name])
     assert said is None, said
 
