@@ -47,7 +47,7 @@ def _drawn(same: _Same) -> Operands:
 
 def drawn(problem: Problem) -> Operands:
     """The problem's options as tensors and functions, on its device."""
-    plain = replace(problem, op="attention_fwd", requires_grad=False, return_lse=False, deterministic=None)
+    plain = replace(problem, op="attention_fwd", requires_grad=False, return_lse=False, deterministic=False)
     return _drawn(_Same(plain))
 
 
