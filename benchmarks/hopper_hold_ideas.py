@@ -3,7 +3,7 @@
     python benchmarks/hopper_hold_ideas.py compile            # every kernel once, a process each: fills Triton's cache; checks the results
     python benchmarks/hopper_hold_ideas.py time --csv FILE     # shuffled rounds, medians over the first
 
-An idea is a kernel's text and changes of its configuration: `base` follows the running maximum, `held` holds references (LAZY_SUM), `quarter` holds them up to
+An idea is a kernel's text and changes of its configuration: `base` follows the running maximum, `held` holds references (LAZY_SUM), `half` holds them up to
 another share of a lane's sum, `free` up to 2^8; with `later` a tile is stored under the first product of the next. `+four` has four warpgroups.
 The first run of `benchmarks/results/h200_hopper_hold.csv` was of a text before: its `held` compared with 1 and an eighth of the sum, its `half` with 1 and a
 half, `free` with 2^8 alone, causal kernels compared integers but for `numbers`; `wait-first` waited for the product of values before it decided about
@@ -51,9 +51,9 @@ class Later(GluonForwardSm90):
 ENDS, LATER = AtOnce(), Later()
 
 
-def quarter(text: str) -> str:
-    """References are held up to a quarter of a lane's sum."""
-    return once(text, "mul.f32 t, ${2}, 0f3F000000;", "mul.f32 t, ${2}, 0f3E800000;")
+def half(text: str) -> str:
+    """References are held up to half of a lane's sum."""
+    return once(text, "mul.f32 t, ${2}, 0f3E800000;", "mul.f32 t, ${2}, 0f3F000000;")
 
 
 def free(text: str) -> str:
@@ -66,7 +66,7 @@ def free(text: str) -> str:
 TEXTS: dict[str, tuple[GluonForwardSm90, Callable[[str], str]]] = {
     "base": (ENDS, str),
     "held": (ENDS, str),
-    "quarter": (ENDS, quarter),
+    "half": (ENDS, half),
     "free": (ENDS, free),
     "base-later": (LATER, str),
     "later": (LATER, str),
@@ -78,10 +78,10 @@ KNOBS: dict[str, dict[str, Any]] = {
 PLAN: dict[str, tuple[str, ...]] = {
     "d64-causal": ("base", "held", "base-later", "later", "base+four", "held+four", "base-later+four", "later+four"),
     "d128-causal": ("base", "held", "base-later", "later"),
-    "d64": ("base", "held", "quarter", "base-later", "later"),
-    "d128": ("base", "held", "quarter", "base-later", "later"),
-    "d256": ("base", "held", "quarter"),
-    "d256-causal": ("base", "held", "quarter"),
+    "d64": ("base", "held", "half", "base-later", "later"),
+    "d128": ("base", "held", "half", "base-later", "later"),
+    "d256": ("base", "held", "half"),
+    "d256-causal": ("base", "held", "half"),
 }
 LENGTHS = (8192, 1024, 2048)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context, named, predicates
+from flashgen.simulator import context, held, named, predicates
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -356,17 +356,6 @@ def _capped(near: Any, score: Any, limit: Any, rate: Any, cap: Any) -> Any:
     return np.where(np.abs(score) > limit, far, near).astype(np.float32)
 
 
-def _held(largest: Any, reference: Any, scale: Any, sums: Any) -> Any:
-    """What `hold` of the Hopper forward's text is told of two rows of a lane: 16 rows are a warp, four lanes share a row."""
-    scaled, share = largest * scale, np.clip(np.log2(np.maximum(sums / 2, 1)), 0, 8)
-    above = (scaled - reference > share).reshape(-1, 16, 4).any((1, 2))
-    most = np.fmax(reference, scaled.max(1, keepdims=True))
-    found = np.where(np.repeat(above, 16)[:, None], most, reference)
-    return found, np.exp2(reference - found)
-
-
-_HOLD = "{ .reg .pred above; .reg .f32 t, u; "  # how that text begins
-_RESCALE = "{ .reg .pred moved; setp.neu.f32 moved, "
 _LATE_CAP = "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;"  # how that text begins
 
 
@@ -388,9 +377,7 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
         named.meet(*barrier)
         return scalar(0, int32)
     text = " ".join(str(asm).split())
-    known = {_LATE_CAP: _capped, _HOLD: _held, _RESCALE: np.multiply}
-    begun = next((function for start, function in known.items() if text.startswith(start)), None)
-    function = begun or ASM.get(text) or predicates.parse(text)
+    function = _capped if text.startswith(_LATE_CAP) else ASM.get(text) or predicates.parse(text) or held.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,
