@@ -189,14 +189,6 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether a plain kernel compares maxima as integers once no row's is negative. A causal one starts with rows of few keys: it lost."""
         return not (options(spec).any or spec.causal)
 
-    def holds(self, spec: AttentionSpec) -> bool:
-        """Whether a plain kernel holds the reference of a row's exponentials instead of following its maximum."""
-        return not options(spec).any
-
-    def stores_later(self, spec: AttentionSpec) -> bool:
-        """Whether a plain kernel stores a tile under the first product of the next: where the output has staging memory of its own."""
-        return not options(spec).any and max(self.block_d(spec), self.block_dv(spec)) <= 128
-
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
