@@ -101,8 +101,11 @@ def for_gpu(seed: int, only: str | None = None) -> Case:
         only: `forward` or `backward`; None for what the seed draws.
     """
     case, r = draw(seed), random.Random(seed)
-    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
-    wide |= {"head_dim_v": wide["head_dim"] if r.random() < 0.8 else 128, "dtype": r.choice(("fp16", "bf16"))}
+    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 192, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
+    wide |= {
+        "head_dim_v": wide["head_dim"] if r.random() < 0.8 else r.choice((64, 128)),
+        "dtype": r.choice(("fp16", "bf16")),
+    }
     longer = {} if case.lengths else {"seqlen_q": r.choice(GPU_LENGTHS), "seqlen_k": r.choice(GPU_LENGTHS)}
     fewer = {"heads_kv": min(2, case.heads_kv), "group": min(2, case.group)}
     case = replace(case, **longer, **fewer, **(wide if r.random() < 0.75 else {}))
@@ -123,9 +126,12 @@ def first_of(case: Case, backends: Iterable[str], grads: Iterable[bool], ordered
 
 
 def edges_for_gpu(only: str | None) -> list[Case]:
-    """The edge cases, for every kernel that covers them."""
+    """The edge cases, for every kernel that covers them; for the Hopper kernels of a head dim, a type and strides that they take."""
     found: dict[Case, None] = {}
     for case, backend in product(EDGES.values(), ("gluon", "triton")):
+        if backend == "gluon":
+            dtype = "bf16" if case.dtype == "fp32" else case.dtype
+            case = replace(case, dtype=dtype, head_dim=64, head_dim_v=64, strides="dense")
         grads = dict.fromkeys((case.grad, False)) if only is None else (only == "backward",)
         one = first_of(case, (backend,), grads, case.deterministic)
         if one.backend != "torch":
@@ -166,7 +172,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--only", choices=["forward", "backward"], help="with --device cuda: kernels of this pass alone"
     )
-    parser.add_argument("--edges", action="store_true", help="with --device cuda: the edge cases first")
+    parser.add_argument(
+        "--edges", metavar="N:OF", help="with --device cuda: first this share of the edge cases, 0:1 for all"
+    )
     parser.add_argument("--json", type=Path, help="counts and failures into this file, after every case")
     given: Any = parser.parse_args(arguments)
     on = partial(judge, device=given.device)
@@ -182,7 +190,9 @@ def main(arguments: list[str]) -> int:
     if given.device == "cpu":
         cases: Iterator[Case] = (settled(draw(seed)) for seed in seeds)
     else:
-        cases = chain(edges_for_gpu(given.only) if given.edges else (), (for_gpu(seed, given.only) for seed in seeds))
+        share, shares = map(int, (given.edges or "0:0").split(":"))
+        edges = edges_for_gpu(given.only)[share::shares] if shares else []
+        cases = chain(edges, (for_gpu(seed, given.only) for seed in seeds))
     for case in cases:
         if end is not None and time.monotonic() > end:
             break

@@ -69,6 +69,12 @@ def test_every_backend_meets_every_option(backend: str) -> None:
     assert {case.deterministic for case in cases if case.grad} == {True, False}
     assert any(case.block_mask == "given" for case in cases)
     assert {case.words for case in cases} == ({"", "none", "stale"} if backend == "gluon" else {""})
+    if backend == "gluon":  # tiles of keys and of values of another width, keys hidden in them
+        apart = [case for case in cases if (case.head_dim <= 64) != (case.head_dim_v <= 64)]
+        assert all(
+            any(getattr(case, name) != getattr(Case(), name) for case in apart)
+            for name in ("mask_mod", "attn_mask", "window", "lengths")
+        )
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -113,7 +119,8 @@ def test_cases_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             for name in ("window", "softcap", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths"):  # fmt: skip
                 assert any(getattr(case, name) != getattr(Case(), name) for case in mine), (only, backend, name)
     edges = fuzz.edges_for_gpu("backward")
-    assert edges and all(case.grad for case in edges) and {case.backend for case in edges} == {"gluon", "triton"}
+    assert all(case.grad for case in edges)
+    assert all(sum(case.backend == name for case in edges) > 20 for name in ("gluon", "triton"))
 
 
 @pytest.mark.slow
