@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from test_options_sm90 import CASES, judge
+from test_options_sm90 import CASES
 
 from flashgen import execution, shared_masks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
+
+from judge import judge
 
 SHARED = [
     "mask_mod",
