@@ -24,6 +24,7 @@ from flashgen.config import KernelConfig
 from flashgen.graph_memory import held
 from flashgen.mask_words import Tables
 from flashgen.problem import Problem
+from flashgen.stream_capture import apart, capturing
 
 _KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
 _MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
@@ -117,9 +118,10 @@ class _ByDigest:
 
 @lru_cache(maxsize=_KEPT)
 def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tables, int]:
-    made = _analysed(program.program, (), sizes, device, kind)
-    made = replace(made, table=broadcast(made.table.to(device)))
-    return made, _settled(made.table.device)
+    with apart(torch.device(device)):  # what is remembered is no graph's, and no replay has to make it again
+        made = _analysed(program.program, (), sizes, device, kind)
+        made = replace(made, table=broadcast(made.table.to(device)))
+        return made, _settled(made.table.device)
 
 
 # -- streams: what is remembered is complete before any of them sees it, and not given back while one reads it --
@@ -179,7 +181,7 @@ class _Known:
             equal = (_bits(tensor) == copy).all()
             same = equal if same is None else same & equal
         table = broadcast(torch.where(same, precise, masked))  # type: ignore[arg-type]
-        return replace(self.precise, table=table, words=None if _capturing(table.device) else words)
+        return replace(self.precise, table=table, words=None if capturing(table.device) else words)
 
 
 _contents: OrderedDict[tuple[Any, ...], _Known] = OrderedDict()
@@ -200,9 +202,9 @@ def _of_contents(
             _contents.move_to_end(key)
     versions = tuple(_version(x) for x in read)
     alive = known is not None and not any(storage.expired() for storage in known.storages)
-    if known is None or not alive or (known.versions != versions and not _capturing(device)):
+    if known is None or not alive or (known.versions != versions and not capturing(device)):
         # A capture takes what is known of an older content, too: where the tensors differ every block is masked.
-        if _capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
+        if capturing(device) or sum(x.numel() * x.element_size() for x in read) > _MOST_BYTES:
             return None
         known = _remember(key, program, read, tensors, sizes, kind, versions)
         # Analysed for what the stream holds at this place: nothing to compare, by operations that a GPU has yet to load.
@@ -249,10 +251,6 @@ def _bits(x: Tensor) -> Tensor:
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _everything(precise: Tables, sizes: tuple[int, ...], turned: bool) -> Tensor:

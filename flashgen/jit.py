@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flashgen.stream_capture import relaxed
+
 _lock = threading.RLock()
 
 
@@ -145,7 +147,7 @@ class _Compile:
         except (AttributeError, TypeError, KeyError, ValueError, OSError, ImportError, StopIteration):
             pass  # another Triton, or a torn entry: it compiles
         if found is not None:
-            return found
+            return _loading_apart(found)
         launcher = _launcher_beside(src)
         work, _thread.beside = _thread.beside, None
         if work is not None:
@@ -153,7 +155,20 @@ class _Compile:
         made = self._compile(src, target=target, options=options, **more)
         if launcher is not None:
             launcher.join()
-        return made
+        return _loading_apart(made)
+
+
+def _loading_apart(kernel: Any) -> Any:
+    """A compiled kernel whose module may be loaded while a stream is captured: at its first launch, in whatever thread."""
+    if hasattr(kernel, "_init_handles"):  # another Triton's loads as it always does
+        kernel._init_handles = functools.partial(_init_handles, kernel)
+    return kernel
+
+
+def _init_handles(kernel: Any) -> None:
+    if kernel.module is None:
+        with relaxed():
+            type(kernel)._init_handles(kernel)
 
 
 def _cached(src: Any, target: Any, options: Any) -> Any:
@@ -250,10 +265,11 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
 
 
 def _after_reading(src: Any, work: Callable[[], None]) -> None:
-    read = src.make_ir
-
     def make_ir(*arguments: Any, **more: Any) -> Any:
-        made = read(*arguments, **more)
+        # A compiled kernel keeps its source, which must not keep the work: the call's tensors, and through the output its autograd graph.
+        # Leaves of a graph that lives on remember the stream of that call, and a captured backward would have to wait for it.
+        del src.make_ir
+        made = src.make_ir(*arguments, **more)
         work()
         return made
 

@@ -13,6 +13,7 @@ from flashgen import block_lists, checks, probe, settings
 from flashgen.block_ranges import looked_up, ranges
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
+from flashgen.graph_memory import held
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
@@ -386,6 +387,9 @@ def _of_program(
     # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
     given = (x.resolve_neg() for x in tensors)
     values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
+    for x, source in zip(tensors, program.sources, strict=True):
+        if source < 0:  # made inside a mod: nobody but the program has it
+            held(x, problem.device)
     if problem.has_mask_mod and not problem.has_block_mask:
         tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):

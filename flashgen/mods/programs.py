@@ -23,6 +23,7 @@ from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Na
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.graph import Graph, Node, ordered
 from flashgen.mods.trace import Site, trace
+from flashgen.stream_capture import apart
 
 Mod = Callable[..., Any]
 _BLOCK = "block_mask.mask_mod"
@@ -336,9 +337,10 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     with _lock:
         known = _numbers.get(key)
         if known is None:
-            known = _numbers[key] = tensor.detach().to(device)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # whatever stream asks next finds it there
+            with apart(device):
+                known = _numbers[key] = tensor.detach().to(device)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()  # whatever stream asks next finds it there
             while len(_numbers) > _KEPT:
                 _dropped.append(_numbers.popitem(last=False)[1])
     return known

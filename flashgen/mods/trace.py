@@ -24,6 +24,7 @@ from flashgen.mods import arrays, aten
 from flashgen.mods.arrays import Array
 from flashgen.mods.captures import Captures
 from flashgen.mods.graph import INDICES, Graph, Node
+from flashgen.stream_capture import apart
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -196,7 +197,9 @@ class _Tracer(TorchFunctionMode):
         if tensor.dim() == 0:
             array = arrays.filled(self.graph, (), tensor.item(), dtype)
         else:
-            array = self._read(self.captures.number(tensor.to(self.device), constant=True))
+            with apart(self.device):
+                moved = tensor.to(self.device)
+            array = self._read(self.captures.number(moved, constant=True))
         self._made[id(tensor)] = (tensor, array)
         return tensor
 
