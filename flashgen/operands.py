@@ -17,7 +17,7 @@ from flashgen.graph_memory import held
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
-from flashgen.spec import Mods
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.torch_blocked import Options
 from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
@@ -186,7 +186,7 @@ class Operands:
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
         except InvalidProblemError as error:
-            if "device" in str(error.__cause__):
+            if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):
@@ -352,7 +352,12 @@ class Operands:
         return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(
-        self, problem: Problem, config: KernelConfig | None = None, *, with_ranges: bool = True
+        self,
+        problem: Problem,
+        config: KernelConfig | None = None,
+        *,
+        with_ranges: bool = True,
+        spec: AttentionSpec | None = None,
     ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
@@ -360,6 +365,7 @@ class Operands:
             problem: the call.
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
             with_ranges: whether those are looked for; else None stands in their place.
+            spec: of the kernel, where it is not the problem's own.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -372,7 +378,7 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config if with_ranges else None),
         }
-        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(spec or problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         values = {name: x.resolve_neg() if isinstance(x, Tensor) else x for name, x in values.items()}
         if not problem.varlen:  # packed sequences have offsets of their own
@@ -395,7 +401,9 @@ def _of_program(
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values |= {"mask_lists": None, "mask_words": None}
+        values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
         if "words" in tiles:
             values |= looked_up(program, tensors, problem, tiles["words"])
+        # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
+        values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
     return values

@@ -44,6 +44,7 @@ class Program:
         sites: the user's line of each load, by id of its node.
         graph: makes nodes that are shared with these.
         per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
+        looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
     """
 
     score: Node | None
@@ -55,6 +56,7 @@ class Program:
     sites: Mapping[int, Site]
     graph: Graph
     per_score: frozenset[str] = frozenset()
+    looked_up: int = 0
 
     @cached_property
     def digest(self) -> str:
@@ -67,6 +69,7 @@ class Program:
             lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
         lines += [str(numbers[id(root)]) for root in roots]
         lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
+        lines += [f"looked up by {self.looked_up}"] if self.looked_up else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @cached_property
