@@ -345,18 +345,26 @@ ASM: dict[str, Callable[..., Any]] = {
     "ex2.approx.f32 $0, $1;": np.exp2,
     "lg2.approx.f32 $0, $1;": np.log2,
     "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+    # What a warp's lanes agree on, each says for itself here.
+    " ".join(
+        """{ .reg .pred far, farther; setp.gt.f32 far, $2, $4; setp.gt.f32 farther, $3, $4; or.pred far, far, farther;
+        vote.sync.any.pred far, far, 0xffffffff; selp.s32 $0, 1, 0, far; mov.s32 $1, $0; }""".split()
+    ): lambda most, limit: (most > limit).astype(np.int32),
     "fma.rn.f32 $0, $1, $2, $3;": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 
 
-def _capped(near: Any, score: Any, limit: Any, rate: Any, cap: Any) -> Any:
-    """What `late_cap` of the Hopper forward's text is told of sixteen registers: all of a warp's are far where one is; here each for itself."""
-    with np.errstate(over="ignore"):
-        far = cap * (1 - 2 / (1 + np.exp2(rate * score)))
-    return np.where(np.abs(score) > limit, far, near).astype(np.float32)
+def _capped(score: Any, less: Any, is_far: Any, *coefficients: Any) -> Any:
+    """What `capped_exponents` of the Hopper forward's text makes of a score: by a polynomial, or exactly where one of its warp's is far."""
+    fifth, third, scale, rate, cap = coefficients
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = score * score
+        near = score * (squares * (squares * fifth + third) + scale) + less
+        far = np.where(np.isneginf(score), score, cap * (1 - 2 / (1 + np.exp2(rate * score))) + less)
+    return np.where(is_far != 0, far, near).astype(np.float32)
 
 
-_LATE_CAP = "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;"  # how that text begins
+_LATE_CAP = "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR;"  # how that text begins
 
 
 def register_asm(text: str, function: Callable[..., Any]) -> None:
