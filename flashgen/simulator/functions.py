@@ -346,10 +346,10 @@ ASM: dict[str, Callable[..., Any]] = {
     "lg2.approx.f32 $0, $1;": np.log2,
     "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
     # What a warp's lanes agree on, each says for itself here.
-    " ".join(
-        """{ .reg .pred far, farther; setp.gt.f32 far, $2, $4; setp.gt.f32 farther, $3, $4; or.pred far, far, farther;
-        vote.sync.any.pred far, far, 0xffffffff; selp.s32 $0, 1, 0, far; mov.s32 $1, $0; }""".split()
-    ): lambda most, limit: (most > limit).astype(np.int32),
+    "{ .reg .pred far, farther; setp.gt.f32 far, $2, $4; setp.gt.f32 farther, $3, $4; or.pred far, far, farther; "
+    "vote.sync.any.pred far, far, 0xffffffff; selp.s32 $0, 1, 0, far; mov.s32 $1, $0; }": (
+        lambda most, limit: (most > limit).astype(np.int32)
+    ),
     "fma.rn.f32 $0, $1, $2, $3;": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 

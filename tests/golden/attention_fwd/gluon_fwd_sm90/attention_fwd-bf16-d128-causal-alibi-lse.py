@@ -128,7 +128,7 @@ def tell(
     ROWS: gl.constexpr = WG_ROWS // PACK
     num_tiles = num_m_blocks * num_packs
     exists = ticket < num_tiles
-    off_b, off_h, off_hkv, m_block = tile_of(
+    off_b, off_h, _, m_block = tile_of(
         gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK
     )
     start_m = m_block * (NUM_WG * ROWS)
@@ -161,16 +161,7 @@ def tell(
 
 
 @gluon.jit
-def produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_bars,
-    k_bars,
-    v_bars,
+def schedule(
     ticket_box,
     ticket_bars,
     counter_ptr,
@@ -184,73 +175,14 @@ def produce(
     section,
     NUM_WG: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
     PACK: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
-    """Loads every tile's queries, then its keys and values from the last visible block to the first."""
-    ROWS: gl.constexpr = WG_ROWS // PACK
-    q_full, q_empty = q_bars
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
+    """Draws tiles and tells what they are, up to two ahead of whoever works on one; the last that it tells of does not exist."""
     ticket_full, ticket_empty = ticket_bars
     num_tiles = num_m_blocks * num_packs
     ticket = gl.program_id(0)
-    step = 0  # key blocks loaded so far
-    turn = 0  # tiles loaded so far
-    tell(
-        ticket_box,
-        0,
-        ticket,
-        causal_offset,
-        num_heads_q,
-        group,
-        seqlen_q,
-        seqlen_k,
-        num_m_blocks,
-        num_packs,
-        section,
-        NUM_WG,
-        BLOCK_N,
-        PACK,
-    )
-    mbarrier.arrive(ticket_full.index(0), count=1)
+    turn = 0  # tiles told so far
     while ticket < num_tiles:
-        # -- the tile, from the numbers left for its consumers --
-        at = turn % 2 * NUMBERS
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        off_b = take(ticket_box, at + 1, 1)
-        m_block = take(ticket_box, at + 3, 1)
-        start_m = m_block * (NUM_WG * ROWS)
-        n_end = take(ticket_box, at + 5, 1)
-        n_blocks = n_end - take(ticket_box, at + 4, 1)
-        first_n = n_end - 1
-        # -- query --
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
-        start_n = first_n * BLOCK_N
-        # -- keys: zeros beyond the last one --
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [off_b, off_hkv, start_n, 0], k_full.index(stage), k_tiles.index(stage))
-        # -- values: zeros beyond the last one, since 0 * NaN is NaN --
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
-        step += 1
-        # -- the next tile, while the stages are full; whoever draws the last ticket leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
-        turn += 1
         mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
         tell(
             ticket_box,
@@ -269,27 +201,108 @@ def produce(
             PACK,
         )
         mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-        # -- further blocks --
-        for j in range(1, n_blocks):
+        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
+        drawn = gl.atomic_add(counter_ptr, 1)
+        if drawn == num_tiles - 1:
+            gl.store(counter_ptr, 0)
+        ticket = drawn + gl.num_programs(0)
+        turn += 1
+    # -- there are no more --
+    mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    tell(
+        ticket_box,
+        turn % 2 * NUMBERS,
+        ticket,
+        causal_offset,
+        num_heads_q,
+        group,
+        seqlen_q,
+        seqlen_k,
+        num_m_blocks,
+        num_packs,
+        section,
+        NUM_WG,
+        BLOCK_N,
+        PACK,
+    )
+    mbarrier.arrive(ticket_full.index(turn % 2), count=1)
+
+
+@gluon.jit
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    q_bars,
+    k_bars,
+    v_bars,
+    ticket_box,
+    ticket_bars,
+    group,
+    num_m_blocks,
+    num_packs,
+    NUM_WG: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Loads every tile's queries, then its keys and values from the last visible block to the first."""
+    ROWS: gl.constexpr = WG_ROWS // PACK
+    q_full, q_empty = q_bars
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    ticket_full, ticket_empty = ticket_bars
+    num_tiles = num_m_blocks * num_packs
+    step = 0  # key blocks loaded so far
+    turn = 0  # tiles loaded so far
+    at = turn % 2 * NUMBERS
+    mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
+    ticket = take(ticket_box, at, 1)
+    while ticket < num_tiles:
+        # -- query --
+        off_h = take(ticket_box, at + 2, 1)
+        off_hkv = off_h // group
+        off_b = take(ticket_box, at + 1, 1)
+        m_block = take(ticket_box, at + 3, 1)
+        start_m = m_block * (NUM_WG * ROWS)
+        for w in gl.static_range(NUM_WG):
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
+        n_end = take(ticket_box, at + 5, 1)
+        n_blocks = n_end - take(ticket_box, at + 4, 1)
+        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
+        for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
             start_n = (n_end - 1 - j) * BLOCK_N
-            # -- keys --
+            # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [off_b, off_hkv, start_n, 0], k_full.index(stage), k_tiles.index(stage))
-            # -- values --
+            # -- values: zeros beyond the last one, since 0 * NaN is NaN --
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-    # -- a tile that nobody stores: consumers begin with its scores before they end the last one --
-    if AHEAD:
+        turn += 1
         at = turn % 2 * NUMBERS
+        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
+        ticket = take(ticket_box, at, 1)
+    if AHEAD:
+        # -- of a tile that nobody stores what it would begin with: consumers begin with it before they end the last one --
+        # -- query --
         off_h = take(ticket_box, at + 2, 1)
         off_hkv = off_h // group
         off_b = take(ticket_box, at + 1, 1)
-        start_m = take(ticket_box, at + 3, 1) * (NUM_WG * ROWS)
+        m_block = take(ticket_box, at + 3, 1)
+        start_m = m_block * (NUM_WG * ROWS)
         for w in gl.static_range(NUM_WG):
             place = turn % Q_STAGES * NUM_WG + w
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
@@ -619,7 +632,7 @@ def start_tile(
     n_end = take(box, at + 5)
     end = take(box, at + 17 + WG * 8)
     step = pass_over(k_bars, v_bars, step, n_end - gl.where(end == 0, n_end, end), WG, NUM_WG, STAGES, TAKE_TURNS)
-    k_full, _ = k_bars
+    k_full = k_bars[0]
     place = turn % Q_STAGES * NUM_WG + WG
     stage = step % STAGES
     mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
@@ -1041,7 +1054,7 @@ def attention_fwd(
         mbarrier.init(v_empty.index(stage), count=NUM_WG)
     for tile in gl.static_range(2):
         mbarrier.init(ticket_full.index(tile), count=1)
-        mbarrier.init(ticket_empty.index(tile), count=NUM_WG)
+        mbarrier.init(ticket_empty.index(tile), count=NUM_WG + 1)
     # The list of partitions must be written out: one arm for each number of warpgroups.
     if NUM_WG == 2:
         gl.warp_specialize(
@@ -1148,6 +1161,22 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
+                        group,
+                        num_m_blocks,
+                        num_packs,
+                        NUM_WG,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                        AHEAD,
+                    ),
+                ),
+                (
+                    schedule,
+                    (
+                        ticket_box,
+                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         num_heads_q,
@@ -1159,15 +1188,12 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
-                        STAGES,
                         PACK,
-                        Q_STAGES,
-                        AHEAD,
                     ),
                 ),
             ],
-            [4, 1],
-            [CONSUMER_REGS, PRODUCER_REGS],
+            [4, 1, 1],
+            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
         )
     elif NUM_WG == 3:
         gl.warp_specialize(
@@ -1318,6 +1344,22 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
+                        group,
+                        num_m_blocks,
+                        num_packs,
+                        NUM_WG,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                        AHEAD,
+                    ),
+                ),
+                (
+                    schedule,
+                    (
+                        ticket_box,
+                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         num_heads_q,
@@ -1329,15 +1371,12 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
-                        STAGES,
                         PACK,
-                        Q_STAGES,
-                        AHEAD,
                     ),
                 ),
             ],
-            [4, 4, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+            [4, 4, 1, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
         )
 
 

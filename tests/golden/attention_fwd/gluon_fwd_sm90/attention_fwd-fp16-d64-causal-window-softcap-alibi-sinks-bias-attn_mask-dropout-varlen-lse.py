@@ -177,7 +177,7 @@ def tell(
     ROWS: gl.constexpr = WG_ROWS // PACK
     num_tiles = num_m_blocks * num_packs
     exists = ticket < num_tiles
-    _, off_h, off_hkv, m_block = tile_of(
+    _, off_h, _, m_block = tile_of(
         gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK
     )
     off_b, start_m, first_q, seqlen_q, first_k, seqlen_k = packed_tile(
@@ -222,16 +222,7 @@ def tell(
 
 
 @gluon.jit
-def produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_bars,
-    k_bars,
-    v_bars,
+def schedule(
     ticket_box,
     ticket_bars,
     counter_ptr,
@@ -250,78 +241,14 @@ def produce(
     section,
     NUM_WG: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
     PACK: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
-    """Loads every tile's queries, then its keys and values from the last visible block to the first."""
-    ROWS: gl.constexpr = WG_ROWS // PACK
-    q_full, q_empty = q_bars
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
+    """Draws tiles and tells what they are, up to two ahead of whoever works on one; the last that it tells of does not exist."""
     ticket_full, ticket_empty = ticket_bars
     num_tiles = num_m_blocks * num_packs
     ticket = gl.program_id(0)
-    step = 0  # key blocks loaded so far
-    turn = 0  # tiles loaded so far
-    tell(
-        ticket_box,
-        0,
-        ticket,
-        cu_seqlens_q_ptr,
-        cu_seqlens_k_ptr,
-        seqused_k_ptr,
-        bottom_right,
-        window_left,
-        window_right,
-        num_heads_q,
-        group,
-        batch,
-        total_q,
-        num_m_blocks,
-        num_packs,
-        section,
-        NUM_WG,
-        BLOCK_N,
-        PACK,
-    )
-    mbarrier.arrive(ticket_full.index(0), count=1)
+    turn = 0  # tiles told so far
     while ticket < num_tiles:
-        # -- the tile, from the numbers left for its consumers --
-        at = turn % 2 * NUMBERS
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        start_m = take(ticket_box, at + 6, 1)
-        first_q = take(ticket_box, at + 7, 1)
-        first_k = take(ticket_box, at + 9, 1)
-        n_end = take(ticket_box, at + 5, 1)
-        n_blocks = n_end - take(ticket_box, at + 4, 1)
-        first_n = n_end - 1
-        # -- query --
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [0, off_h, first_q + start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
-        start_n = first_n * BLOCK_N
-        # -- keys: zeros beyond the last one --
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [0, off_hkv, first_k + start_n, 0], k_full.index(stage), k_tiles.index(stage))
-        # -- values: zeros beyond the last one, since 0 * NaN is NaN --
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma_load(v_desc, [0, off_hkv, first_k + start_n, 0], v_full.index(stage), v_tiles.index(stage))
-        step += 1
-        # -- the next tile, while the stages are full; whoever draws the last ticket leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
-        turn += 1
         mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
         tell(
             ticket_box,
@@ -345,23 +272,108 @@ def produce(
             PACK,
         )
         mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-        # -- further blocks --
-        for j in range(1, n_blocks):
+        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
+        drawn = gl.atomic_add(counter_ptr, 1)
+        if drawn == num_tiles - 1:
+            gl.store(counter_ptr, 0)
+        ticket = drawn + gl.num_programs(0)
+        turn += 1
+    # -- there are no more --
+    mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    tell(
+        ticket_box,
+        turn % 2 * NUMBERS,
+        ticket,
+        cu_seqlens_q_ptr,
+        cu_seqlens_k_ptr,
+        seqused_k_ptr,
+        bottom_right,
+        window_left,
+        window_right,
+        num_heads_q,
+        group,
+        batch,
+        total_q,
+        num_m_blocks,
+        num_packs,
+        section,
+        NUM_WG,
+        BLOCK_N,
+        PACK,
+    )
+    mbarrier.arrive(ticket_full.index(turn % 2), count=1)
+
+
+@gluon.jit
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    q_bars,
+    k_bars,
+    v_bars,
+    ticket_box,
+    ticket_bars,
+    group,
+    num_m_blocks,
+    num_packs,
+    NUM_WG: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Loads every tile's queries, then its keys and values from the last visible block to the first."""
+    ROWS: gl.constexpr = WG_ROWS // PACK
+    q_full, q_empty = q_bars
+    k_full, k_empty = k_bars
+    v_full, v_empty = v_bars
+    ticket_full, ticket_empty = ticket_bars
+    num_tiles = num_m_blocks * num_packs
+    step = 0  # key blocks loaded so far
+    turn = 0  # tiles loaded so far
+    at = turn % 2 * NUMBERS
+    mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
+    ticket = take(ticket_box, at, 1)
+    while ticket < num_tiles:
+        # -- query --
+        off_h = take(ticket_box, at + 2, 1)
+        off_hkv = off_h // group
+        start_m = take(ticket_box, at + 6, 1)
+        first_q = take(ticket_box, at + 7, 1)
+        first_k = take(ticket_box, at + 9, 1)
+        for w in gl.static_range(NUM_WG):
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [0, off_h, first_q + start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
+        n_end = take(ticket_box, at + 5, 1)
+        n_blocks = n_end - take(ticket_box, at + 4, 1)
+        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
+        for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
             start_n = (n_end - 1 - j) * BLOCK_N
-            # -- keys --
+            # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [0, off_hkv, first_k + start_n, 0], k_full.index(stage), k_tiles.index(stage))
-            # -- values --
+            # -- values: zeros beyond the last one, since 0 * NaN is NaN --
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [0, off_hkv, first_k + start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-    # -- a tile that nobody stores: consumers begin with its scores before they end the last one --
-    if AHEAD:
+        turn += 1
         at = turn % 2 * NUMBERS
+        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
+        ticket = take(ticket_box, at, 1)
+    if AHEAD:
+        # -- of a tile that nobody stores what it would begin with: consumers begin with it before they end the last one --
+        # -- query --
         off_h = take(ticket_box, at + 2, 1)
         off_hkv = off_h // group
         start_m = take(ticket_box, at + 6, 1)
@@ -432,6 +444,29 @@ def less_columns(rows, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def operand(
+    head,
+    stride_m,
+    stride_n,
+    rows_m,
+    start_n,
+    seqlen_q,
+    seqlen_k,
+    BLOCK_N: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+    EVEN_K: gl.constexpr,
+):
+    """What a matrix of the caller's has for rows and a block of keys; 0 outside of it."""
+    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
+    ptrs = head + rows_m.to(gl.int64)[:, None] * stride_m + offs_n.to(gl.int64)[None, :] * stride_n
+    inside = (rows_m < seqlen_q)[:, None]
+    if not EVEN_K:
+        # Only then: two neighbours of a lane are one load, unless the end may stand between them.
+        inside &= (offs_n < seqlen_k)[None, :]
+    return gl.load(ptrs, mask=inside, other=0)
+
+
+@gluon.jit
 def modify_scores(
     qk,
     rows_m,
@@ -441,24 +476,17 @@ def modify_scores(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
-    seqlen_q,
+    bias,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores as they enter the softmax: scaled first, so that what follows meets true scores."""
-    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     qk *= sm_scale
     qk = soft_cap(qk, softcap)
     # -- ALiBi --
     qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n), BLOCK_N, QK_LAYOUT))
     # -- bias --
-    bias_ptrs = bias_head + rows_m.to(gl.int64)[:, None] * stride_bias_m
-    bias_ptrs += (start_n + offs_n).to(gl.int64)[None, :] * stride_bias_n
-    bias_mask = (rows_m < seqlen_q)[:, None] & (start_n + offs_n < seqlen_k)[None, :]
-    qk += gl.load(bias_ptrs, mask=bias_mask, other=0.0).to(gl.float32)
+    qk += bias.to(gl.float32)
     return qk
 
 
@@ -513,10 +541,7 @@ def mask_scores(
     causal_offset,
     window_left,
     window_right,
-    attn_mask_head,
-    stride_attn_mask_m,
-    stride_attn_mask_n,
-    seqlen_q,
+    attn_mask,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
@@ -525,12 +550,8 @@ def mask_scores(
     seen = bits_upto(last_n - start_n, BLOCK_N, QK_LAYOUT)
     seen &= ~bits_upto(rows_m + (causal_offset - window_left - 1 - start_n), BLOCK_N, QK_LAYOUT)
     qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     # -- the caller's mask --
-    attn_mask_ptrs = attn_mask_head + rows_m.to(gl.int64)[:, None] * stride_attn_mask_m
-    attn_mask_ptrs += offs_n.to(gl.int64)[None, :] * stride_attn_mask_n
-    inside = (rows_m < seqlen_q)[:, None] & (offs_n < seqlen_k)[None, :]
-    qk = gl.where(gl.load(attn_mask_ptrs, mask=inside, other=0) != 0, qk, -float("inf"))
+    qk = gl.where(attn_mask != 0, qk, -float("inf"))
     return qk
 
 
@@ -657,16 +678,16 @@ def attend(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
-    seqlen_q,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
+    seqlen_q,
     philox_seed,
     philox_offset,
     off_bh,
@@ -683,12 +704,39 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
+    # -- what the caller's matrices say of it: asked for before it is needed --
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
@@ -712,10 +760,7 @@ def attend(
         softcap,
         slope,
         alibi_shift,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -727,10 +772,7 @@ def attend(
         causal_offset,
         window_left,
         window_right,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -781,12 +823,12 @@ def fresh_scores(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
@@ -813,6 +855,31 @@ def fresh_scores(
     nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
     scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     qk = warpgroup_mma_wait(0, deps=(scores,))
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+
     qk = modify_scores(
         qk,
         rows_s,
@@ -822,10 +889,7 @@ def fresh_scores(
         softcap,
         slope,
         alibi_shift,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         KEYS,
         QK_LAYOUT,
     )
@@ -837,10 +901,7 @@ def fresh_scores(
         causal_offset,
         window_left,
         window_right,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         KEYS,
         QK_LAYOUT,
     )
@@ -866,12 +927,12 @@ def recompute(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
@@ -916,12 +977,12 @@ def recompute(
             softcap,
             slope,
             alibi_shift,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
             causal_offset,
             window_left,
             window_right,
+            bias_head,
+            stride_bias_m,
+            stride_bias_n,
             attn_mask_head,
             stride_attn_mask_m,
             stride_attn_mask_n,
@@ -1005,7 +1066,7 @@ def start_tile(
     n_end = take(box, at + 5)
     end = take(box, at + 17 + WG * 8)
     step = pass_over(k_bars, v_bars, step, n_end - gl.where(end == 0, n_end, end), WG, NUM_WG, STAGES, TAKE_TURNS)
-    k_full, _ = k_bars
+    k_full = k_bars[0]
     place = turn % Q_STAGES * NUM_WG + WG
     stage = step % STAGES
     mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
@@ -1208,6 +1269,31 @@ def consume(
         q_place = turn % Q_STAGES * NUM_WG + WG
         q = q_tiles.index(q_place).reshape([WG_ROWS, BLOCK_D])
         # -- the first block: no probabilities are there to be multiplied yet --
+        bias = operand(
+            bias_head,
+            stride_bias_m,
+            stride_bias_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+        attn_mask = operand(
+            attn_mask_head,
+            stride_attn_mask_m,
+            stride_attn_mask_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+
         qk = modify_scores(
             qk,
             rows_m,
@@ -1217,10 +1303,7 @@ def consume(
             softcap,
             slope,
             alibi_shift,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
-            seqlen_q,
+            bias,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -1232,10 +1315,7 @@ def consume(
             causal_offset,
             window_left,
             window_right,
-            attn_mask_head,
-            stride_attn_mask_m,
-            stride_attn_mask_n,
-            seqlen_q,
+            attn_mask,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -1277,16 +1357,16 @@ def consume(
                 softcap,
                 slope,
                 alibi_shift,
-                bias_head,
-                stride_bias_m,
-                stride_bias_n,
-                seqlen_q,
                 causal_offset,
                 window_left,
                 window_right,
+                bias_head,
+                stride_bias_m,
+                stride_bias_n,
                 attn_mask_head,
                 stride_attn_mask_m,
                 stride_attn_mask_n,
+                seqlen_q,
                 philox_seed,
                 philox_offset,
                 off_bh,
@@ -1303,6 +1383,7 @@ def consume(
                 NUM_WG,
                 LAZY_SUM,
                 TAKE_TURNS,
+                EVEN_K,
             )
             step += 1
         # -- the last block's values --
@@ -1398,12 +1479,12 @@ def consume(
                 softcap,
                 slope,
                 alibi_shift,
-                bias_head,
-                stride_bias_m,
-                stride_bias_n,
                 causal_offset,
                 window_left,
                 window_right,
+                bias_head,
+                stride_bias_m,
+                stride_bias_n,
                 attn_mask_head,
                 stride_attn_mask_m,
                 stride_attn_mask_n,
@@ -1551,7 +1632,7 @@ def attention_fwd(
         mbarrier.init(v_empty.index(stage), count=NUM_WG)
     for tile in gl.static_range(2):
         mbarrier.init(ticket_full.index(tile), count=1)
-        mbarrier.init(ticket_empty.index(tile), count=NUM_WG)
+        mbarrier.init(ticket_empty.index(tile), count=NUM_WG + 1)
     # The list of partitions must be written out: one arm for each number of warpgroups.
     if NUM_WG == 2:
         gl.warp_specialize(
@@ -1714,6 +1795,22 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
+                        group,
+                        num_m_blocks,
+                        num_packs,
+                        NUM_WG,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                        AHEAD,
+                    ),
+                ),
+                (
+                    schedule,
+                    (
+                        ticket_box,
+                        (ticket_full, ticket_empty),
                         counter_ptr,
                         cu_seqlens_q_ptr,
                         cu_seqlens_k_ptr,
@@ -1730,15 +1827,12 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
-                        STAGES,
                         PACK,
-                        Q_STAGES,
-                        AHEAD,
                     ),
                 ),
             ],
-            [4, 1],
-            [CONSUMER_REGS, PRODUCER_REGS],
+            [4, 1, 1],
+            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
         )
     elif NUM_WG == 3:
         gl.warp_specialize(
@@ -1973,6 +2067,22 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
+                        group,
+                        num_m_blocks,
+                        num_packs,
+                        NUM_WG,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                        AHEAD,
+                    ),
+                ),
+                (
+                    schedule,
+                    (
+                        ticket_box,
+                        (ticket_full, ticket_empty),
                         counter_ptr,
                         cu_seqlens_q_ptr,
                         cu_seqlens_k_ptr,
@@ -1989,15 +2099,12 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
-                        STAGES,
                         PACK,
-                        Q_STAGES,
-                        AHEAD,
                     ),
                 ),
             ],
-            [4, 4, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+            [4, 4, 1, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
         )
 
 
