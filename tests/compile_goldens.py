@@ -19,7 +19,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
 from pathlib import Path
 
 from flashgen.config import KernelConfig
@@ -46,15 +45,6 @@ SAMPLE = {
 TOLD_BACKWARD = ("a100", "h100", "b200", "mi300x")
 # Options add statements to the loops of the same kernels: one GPU of each of NVIDIA's tensor cores is enough.
 OPTIONS = ("a100", "h100", "b200")
-
-
-# An open defect and as many instructions as were counted under Triton 3.9 (none under 3.6, which GPUs were timed with; half the keys spill under
-# 3.6 instead): told until it is mended, and judged as soon as it spills more.
-_OPEN = {"attention_fwd-bf16-d128-bias-attn_mask-lse": 17}
-
-
-def _open(spec: AttentionSpec, spills: int) -> bool:
-    return not version("triton").startswith("3.6") and spills <= _OPEN.get(spec.key, 0)
 
 
 def wanted(path: Path, target_name: str) -> bool:
@@ -106,7 +96,7 @@ def judge(spec: AttentionSpec, target: Target, config: KernelConfig, facts: Comp
         wrong.append("ptxas serialised its asynchronous products")
     spills = facts.loop_spill_ops
     told = spec.op == "attention_bwd" and bool(set(spec.flags) - {"causal"})  # no tile was searched for these yet
-    if half and spills and max(spec.head_dim, spec.head_dim_v) <= 128 and not told and not _open(spec, spills):
+    if half and spills and max(spec.head_dim, spec.head_dim_v) <= 128 and not told:
         wrong.append(f"{spills} spill instructions in the main loop with the default {config.label}")
     return "; ".join(wrong), f"{spills} spills in the loop" if spills and not wrong else ""
 

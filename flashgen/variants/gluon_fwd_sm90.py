@@ -136,8 +136,6 @@ class GluonForwardSm90(WithMods, Variant):
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if value % 8 or value > MAX_HEAD_DIM:
                 return f"{name} {value} is no multiple of 8: TMA moves rows in units of 16 bytes"
-        if options(spec).hides and self.block_d(spec) != self.block_dv(spec):
-            return f"masks keys of tiles only where head_dim and head_dim_v are padded alike, not {spec.head_dim} and {spec.head_dim_v}"
         return None
 
     def refuses(self, problem: Problem) -> str | None:

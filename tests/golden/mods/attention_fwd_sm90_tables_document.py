@@ -257,8 +257,8 @@ def tell(
     PACK: gl.constexpr,
 ):
     """Leaves the numbers of a ticket's tile from place `at` on; of one beyond the last tile those of the last, with one block of keys."""
-    ROWS: gl.constexpr = WG_ROWS // PACK
     num_tiles = num_m_blocks * num_packs
+    ROWS: gl.constexpr = WG_ROWS // PACK
     exists = ticket < num_tiles
     off_b, off_h, _, m_block = tile_of(
         gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK

@@ -121,8 +121,8 @@ def tell(
     PACK: gl.constexpr,
 ):
     """Leaves the numbers of a ticket's tile from place `at` on; of one beyond the last tile those of the last, with one block of keys."""
-    ROWS: gl.constexpr = WG_ROWS // PACK
     num_tiles = num_m_blocks * num_packs
+    ROWS: gl.constexpr = WG_ROWS // PACK
     exists = ticket < num_tiles
     off_b, off_h, _, m_block = tile_of(
         gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK
@@ -345,14 +345,14 @@ def operand(
     QK_LAYOUT: gl.constexpr,
     EVEN_K: gl.constexpr,
 ):
-    """What a matrix of the caller's has for rows and a block of keys; 0 outside of it."""
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    ptrs = head + rows_m.to(gl.int64)[:, None] * stride_m + offs_n.to(gl.int64)[None, :] * stride_n
-    inside = (rows_m < seqlen_q)[:, None]
+    """What a matrix of the caller's has for rows and a block of keys; beyond the ends the last row's and key's, which nothing is made of."""
+    rows = gl.minimum(rows_m, seqlen_q - 1)
+    columns = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     if not EVEN_K:
         # Only then: two neighbours of a lane are one load, unless the end may stand between them.
-        inside &= (offs_n < seqlen_k)[None, :]
-    return gl.load(ptrs, mask=inside, other=0)
+        columns = gl.minimum(columns, seqlen_k - 1)
+    ptrs = head + rows.to(gl.int64)[:, None] * stride_m + columns.to(gl.int64)[None, :] * stride_n
+    return gl.load(ptrs)
 
 
 @gluon.jit
