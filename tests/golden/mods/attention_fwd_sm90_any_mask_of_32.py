@@ -1243,7 +1243,7 @@ def consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, QK_LAYOUT)
     q_full, q_empty = q_bars
-    k_full, k_empty = k_bars
+    _, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
