@@ -354,8 +354,15 @@ ASM: dict[str, Callable[..., Any]] = {
 }
 
 
-def _capped(score: Any, less: Any, is_far: Any, *coefficients: Any) -> Any:
-    """What `capped_exponents` of the Hopper forward's text makes of a score: by a polynomial, or exactly where one of its warp's is far."""
+def _capped(near: Any, score: Any, limit: Any, rate: Any, cap: Any) -> Any:
+    """What `late_cap` of the Hopper forward's text is told of sixteen registers: all of a warp's are far where one is; here each for itself."""
+    with np.errstate(over="ignore"):
+        far = cap * (1 - 2 / (1 + np.exp2(rate * score)))
+    return np.where(np.abs(score) > limit, far, near).astype(np.float32)
+
+
+def _capped_exponents(score: Any, less: Any, is_far: Any, *coefficients: Any) -> Any:
+    """What `capped_exponents` of that text makes of a score: by a polynomial, or exactly where one of its warp's is far."""
     fifth, third, scale, rate, cap = coefficients
     with np.errstate(over="ignore", invalid="ignore"):
         squares = score * score
@@ -364,7 +371,11 @@ def _capped(score: Any, less: Any, is_far: Any, *coefficients: Any) -> Any:
     return np.where(is_far != 0, far, near).astype(np.float32)
 
 
-_LATE_CAP = "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR;"  # how that text begins
+# How texts that are made for sixteen registers begin.
+_MADE = {
+    "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;": _capped,
+    "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR;": _capped_exponents,
+}
 
 
 def register_asm(text: str, function: Callable[..., Any]) -> None:
@@ -385,7 +396,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
         named.meet(*barrier)
         return scalar(0, int32)
     text = " ".join(str(asm).split())
-    function = _capped if text.startswith(_LATE_CAP) else ASM.get(text) or predicates.parse(text)
+    made = next((function for start, function in _MADE.items() if text.startswith(start)), None)
+    function = made or ASM.get(text) or predicates.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,

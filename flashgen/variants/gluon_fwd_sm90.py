@@ -180,6 +180,10 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
 
+    def caps_in_exponents(self, spec: AttentionSpec) -> bool:
+        """Whether a cap joins the exponents, where it takes fewer instructions: measured to gain at head dim 128, not at 64."""
+        return options(spec).capped and self.block_d(spec) > 64
+
     def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
 
@@ -194,11 +198,11 @@ class GluonForwardSm90(WithMods, Variant):
     def q_stages_text(self, spec: AttentionSpec) -> str:
         """How many tiles of queries lie in shared memory, as `launch` computes it: two where they fit."""
         once, step = 2 * self.block_d(spec) + self.block_dv(spec), self.block_d(spec) + self.block_dv(spec)
-        return f"2 if OWN_STAGING and BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
+        return f"2 if BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
 
     def q_stages(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """The same of a configuration."""
-        if not options(spec).any or not config.OWN_STAGING:
+        if not options(spec).hides:
             return 1
         widths = self.block_d(spec), self.block_dv(spec)
         tiles = config.BLOCK_M * (2 * widths[0] + widths[1]) + config.STAGES * config.BLOCK_N * sum(widths)
@@ -224,7 +228,7 @@ class GluonForwardSm90(WithMods, Variant):
         found = options(spec)
         own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
         own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
-        own |= {"Q_STAGES": self.q_stages(spec, config)} if found.any else {}
+        own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
         own |= {"LATE": True} if found.late else {}
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
@@ -303,7 +307,7 @@ class GluonForwardSm90(WithMods, Variant):
         queries = self.q_stages(spec, config)
         columns = queries * self.block_d(spec) + (self.block_dv(spec) if config.OWN_STAGING else 0)
         tiles = config.BLOCK_M * columns + config.STAGES * config.BLOCK_N * (self.block_d(spec) + self.block_dv(spec))
-        barriers = 2 * queries * num_wg + 4 * config.STAGES + 4
+        barriers = 2 * queries * num_wg + 4 * config.STAGES + 2
         tiles += 8 * config.BLOCK_N if num_wg == 4 else 0  # ones
         return int(tiles * spec.itemsize + 8 * barriers + _ARGUMENT_BYTES)
 

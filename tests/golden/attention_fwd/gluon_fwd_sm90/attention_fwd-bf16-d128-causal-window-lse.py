@@ -43,7 +43,6 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
 FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
 LEAST = gl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row that has seen no key
-NUMBERS = gl.constexpr(40)  # that say what a tile is
 
 
 # -- which tile, and which keys it sees --
@@ -68,15 +67,15 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
 
 
 @gluon.jit
-def put(box, place, value):
+def put(box, place: gl.constexpr, value):
     """Leaves a number for the consumers."""
     box.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
-def take(box, place, WARPS: gl.constexpr = 4):
+def take(box, place: gl.constexpr):
     """A number that the producer left."""
-    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -111,64 +110,16 @@ def key_range(
 
 
 @gluon.jit
-def tell(
-    box,
-    at,
-    ticket,
-    causal_offset,
-    window_left,
-    window_right,
-    num_heads_q,
-    group,
-    seqlen_q,
-    seqlen_k,
-    num_m_blocks,
-    num_packs,
-    section,
-    NUM_WG: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PACK: gl.constexpr,
-):
-    """Leaves the numbers of a ticket's tile from place `at` on; of one beyond the last tile those of the last, with one block of keys."""
-    num_tiles = num_m_blocks * num_packs
-    ROWS: gl.constexpr = WG_ROWS // PACK
-    exists = ticket < num_tiles
-    off_b, off_h, _, m_block = tile_of(
-        gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK
-    )
-    start_m = m_block * (NUM_WG * ROWS)
-    put(box, at, ticket)
-    put(box, at + 2, off_h)
-    put(box, at + 1, off_b)
-    put(box, at + 3, m_block)
-    n_first = m_block * 0 + (1 << 30)
-    n_end = m_block * 0
-    for w in gl.static_range(NUM_WG):
-        first, full_first, full_end, end = key_range(
-            start_m + w * ROWS,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            window_left,
-            window_right,
-            BLOCK_N,
-        )
-        n_first = gl.minimum(n_first, first)
-        n_end = gl.maximum(n_end, end)
-        put(box, at + 16 + w * 8, gl.where(exists, first, 0))
-        put(box, at + 17 + w * 8, gl.where(exists, end, 1))
-        put(box, at + 18 + w * 8, full_first)
-        put(box, at + 19 + w * 8, full_end)
-    # At least one, so that a tile without keys needs no branch.
-    n_first = gl.where(exists & (n_end > 0), n_first, 0)
-    n_end = gl.where(exists, gl.maximum(n_end, 1), 1)
-    put(box, at + 4, n_first)
-    put(box, at + 5, n_end)
-
-
-@gluon.jit
-def schedule(
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    q_bars,
+    k_bars,
+    v_bars,
     ticket_box,
     ticket_bars,
     counter_ptr,
@@ -184,85 +135,9 @@ def schedule(
     section,
     NUM_WG: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    PACK: gl.constexpr,
-):
-    """Draws tiles and tells what they are, up to two ahead of whoever works on one; the last that it tells of does not exist."""
-    ticket_full, ticket_empty = ticket_bars
-    num_tiles = num_m_blocks * num_packs
-    ticket = gl.program_id(0)
-    turn = 0  # tiles told so far
-    while ticket < num_tiles:
-        mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-        tell(
-            ticket_box,
-            turn % 2 * NUMBERS,
-            ticket,
-            causal_offset,
-            window_left,
-            window_right,
-            num_heads_q,
-            group,
-            seqlen_q,
-            seqlen_k,
-            num_m_blocks,
-            num_packs,
-            section,
-            NUM_WG,
-            BLOCK_N,
-            PACK,
-        )
-        mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
-        turn += 1
-    # -- there are no more --
-    mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    tell(
-        ticket_box,
-        turn % 2 * NUMBERS,
-        ticket,
-        causal_offset,
-        window_left,
-        window_right,
-        num_heads_q,
-        group,
-        seqlen_q,
-        seqlen_k,
-        num_m_blocks,
-        num_packs,
-        section,
-        NUM_WG,
-        BLOCK_N,
-        PACK,
-    )
-    mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-
-
-@gluon.jit
-def produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_bars,
-    k_bars,
-    v_bars,
-    ticket_box,
-    ticket_bars,
-    group,
-    num_m_blocks,
-    num_packs,
-    NUM_WG: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
     Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -271,26 +146,50 @@ def produce(
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
     num_tiles = num_m_blocks * num_packs
+    ticket = gl.program_id(0)
     step = 0  # key blocks loaded so far
     turn = 0  # tiles loaded so far
-    at = turn % 2 * NUMBERS
-    mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-    ticket = take(ticket_box, at, 1)
     while ticket < num_tiles:
-        # -- query --
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        off_b = take(ticket_box, at + 1, 1)
-        m_block = take(ticket_box, at + 3, 1)
+        off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
         start_m = m_block * (NUM_WG * ROWS)
+        # -- what the consumers are told of the tile --
+        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+        put(ticket_box, 0, ticket)
+        put(ticket_box, 2, off_h)
+        put(ticket_box, 1, off_b)
+        put(ticket_box, 3, m_block)
+        n_first = m_block * 0 + (1 << 30)
+        n_end = m_block * 0
+        for w in gl.static_range(NUM_WG):
+            first, full_first, full_end, end = key_range(
+                start_m + w * ROWS,
+                ROWS,
+                seqlen_q,
+                seqlen_k,
+                causal_offset,
+                window_left,
+                window_right,
+                BLOCK_N,
+            )
+            n_first = gl.minimum(n_first, first)
+            n_end = gl.maximum(n_end, end)
+            put(ticket_box, 16 + w * 8, first)
+            put(ticket_box, 17 + w * 8, end)
+            put(ticket_box, 18 + w * 8, full_first)
+            put(ticket_box, 19 + w * 8, full_end)
+        # At least one, so that a tile without keys needs no branch.
+        n_first = gl.where(n_end == 0, 0, n_first)
+        n_end = gl.maximum(n_end, 1)
+        n_blocks = n_end - n_first
+        put(ticket_box, 4, n_first)
+        put(ticket_box, 5, n_end)
+        mbarrier.arrive(ticket_full, count=1)
+        # -- query --
         for w in gl.static_range(NUM_WG):
             place = turn % Q_STAGES * NUM_WG + w
             mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
             mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
             tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        n_end = take(ticket_box, at + 5, 1)
-        n_blocks = n_end - take(ticket_box, at + 4, 1)
-        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -304,30 +203,16 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
+        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
+        drawn = gl.atomic_add(counter_ptr, 1)
+        if drawn == num_tiles - 1:
+            gl.store(counter_ptr, 0)
+        ticket = drawn + gl.num_programs(0)
         turn += 1
-        at = turn % 2 * NUMBERS
-        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-        ticket = take(ticket_box, at, 1)
-    if AHEAD:
-        # -- of a tile that nobody stores what it would begin with: consumers begin with it before they end the last one --
-        # -- query --
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        off_b = take(ticket_box, at + 1, 1)
-        m_block = take(ticket_box, at + 3, 1)
-        start_m = m_block * (NUM_WG * ROWS)
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
-        start_n = step * 0
-        # -- keys --
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [off_b, off_hkv, start_n, 0], k_full.index(stage), k_tiles.index(stage))
+    # -- there are no more --
+    mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+    put(ticket_box, 0, ticket)
+    mbarrier.arrive(ticket_full, count=1)
 
 
 # -- the consumers: one warpgroup each --
@@ -659,71 +544,6 @@ def recompute(
 
 
 @gluon.jit
-def pass_over(
-    k_bars,
-    v_bars,
-    step,
-    count,
-    WG: gl.constexpr,
-    NUM_WG: gl.constexpr,
-    STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-):
-    """Releases blocks that only other warpgroups see, unread; returns the step after them."""
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
-    for _ in range(count):
-        mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
-        if TAKE_TURNS:
-            take_turn(step, WG)
-            pass_turn(step, (WG + 1) % NUM_WG)
-        step += 1
-    return step
-
-
-@gluon.jit
-def start_tile(
-    box,
-    at,
-    turn,
-    step,
-    q_tiles,
-    k_tiles,
-    q_full,
-    k_bars,
-    v_bars,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    QK_LAYOUT: gl.constexpr,
-    WG: gl.constexpr,
-    NUM_WG: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-):
-    """Starts the product of a tile's queries and the first block of keys that they see."""
-    n_end = take(box, at + 5)
-    end = take(box, at + 17 + WG * 8)
-    step = pass_over(k_bars, v_bars, step, n_end - gl.where(end == 0, n_end, end), WG, NUM_WG, STAGES, TAKE_TURNS)
-    k_full = k_bars[0]
-    place = turn % Q_STAGES * NUM_WG + WG
-    stage = step % STAGES
-    mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
-    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-    q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
-    k = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D])
-    if TAKE_TURNS:
-        take_turn(step, WG)
-    scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
-    if TAKE_TURNS:
-        pass_turn(step, (WG + 1) % NUM_WG)
-    return scores, step
-
-
-@gluon.jit
 def consume(
     o_desc,
     lse_ptr,
@@ -767,7 +587,6 @@ def consume(
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
     DTYPE: gl.constexpr = q_tiles.dtype
@@ -781,7 +600,7 @@ def consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, QK_LAYOUT)
     q_full, q_empty = q_bars
-    _, k_empty = k_bars
+    k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
@@ -792,67 +611,22 @@ def consume(
         # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
         if WG == NUM_WG - 1:
             pass_turn(step, 0)
-    mbarrier.wait(ticket_full.index(0), 0)
+    mbarrier.wait(ticket_full, 0)
     ticket = take(ticket_box, 0)
-    if AHEAD:
-        scores, step = start_tile(
-            ticket_box,
-            0,
-            turn,
-            step,
-            q_tiles,
-            k_tiles,
-            q_full,
-            k_bars,
-            v_bars,
-            BLOCK_N,
-            BLOCK_D,
-            STAGES,
-            QK_LAYOUT,
-            WG,
-            NUM_WG,
-            TAKE_TURNS,
-            Q_STAGES,
-        )
-        qk = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
     while ticket < num_tiles:
-        at = turn % 2 * NUMBERS
-        off_h = take(ticket_box, at + 2)
-        off_b = take(ticket_box, at + 1)
-        m_block = take(ticket_box, at + 3)
-        if not AHEAD:
-            scores, step = start_tile(
-                ticket_box,
-                at,
-                turn,
-                step,
-                q_tiles,
-                k_tiles,
-                q_full,
-                k_bars,
-                v_bars,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                QK_LAYOUT,
-                WG,
-                NUM_WG,
-                TAKE_TURNS,
-                Q_STAGES,
-            )
-            qk = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+        off_h = take(ticket_box, 2)
+        off_b = take(ticket_box, 1)
+        m_block = take(ticket_box, 3)
         # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end), and all of [full_first, full_end) --
         start_cta = m_block * (NUM_WG * ROWS)
         start_m = start_cta + WG * ROWS
-        n_first = take(ticket_box, at + 4)
-        n_end = take(ticket_box, at + 5)
-        first = take(ticket_box, at + 16 + WG * 8)
-        end = take(ticket_box, at + 17 + WG * 8)
-        full_first = take(ticket_box, at + 18 + WG * 8)
-        full_end = take(ticket_box, at + 19 + WG * 8)
-        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
+        n_first = take(ticket_box, 4)
+        n_end = take(ticket_box, 5)
+        first = take(ticket_box, 16 + WG * 8)
+        end = take(ticket_box, 17 + WG * 8)
+        full_first = take(ticket_box, 18 + WG * 8)
+        full_end = take(ticket_box, 19 + WG * 8)
+        mbarrier.arrive(ticket_empty, count=1)
         # Whoever sees none works on the last one, whose mask leaves nothing.
         end = gl.where(end == 0, n_end, end)
         first = gl.minimum(first, end - 1)
@@ -863,9 +637,29 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        q_place = turn % Q_STAGES * NUM_WG + WG
-        q = q_tiles.index(q_place).reshape([WG_ROWS, BLOCK_D])
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
+        # -- blocks that other warpgroups see: released unread --
+        for _ in range(n_end - end):
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            if TAKE_TURNS:
+                take_turn(step, WG)
+                pass_turn(step, (WG + 1) % NUM_WG)
+            step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        if TAKE_TURNS:
+            take_turn(step, WG)
+        scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)
+        if TAKE_TURNS:
+            pass_turn(step, (WG + 1) % NUM_WG)
+        qk = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
         qk = mask_scores(
             qk,
             rows_m,
@@ -969,47 +763,18 @@ def consume(
         gl.store(lse_base + (row // ROWS) * seqlen_q + rows_m, lse, mask=rows_m < seqlen_q)
         acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(stage), count=1)
-        step = pass_over(k_bars, v_bars, step, first - n_first, WG, NUM_WG, STAGES, TAKE_TURNS)
-        turn += 1
-        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-        at = turn % 2 * NUMBERS
-        ticket = take(ticket_box, at)
-        if AHEAD:
-            # -- the next tile's first scores, which are multiplied while this one is stored --
-            scores, step = start_tile(
-                ticket_box,
-                at,
-                turn,
-                step,
-                q_tiles,
-                k_tiles,
-                q_full,
-                k_bars,
-                v_bars,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                QK_LAYOUT,
-                WG,
-                NUM_WG,
-                TAKE_TURNS,
-                Q_STAGES,
-            )
-        # -- values that a mask hides from every row may be NaN: then once more without them --
-        is_wrong = is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT)
-        if not is_wrong:
-            # -- store the output: the tile before has left the staging memory, then this one enters it --
-            scaled = acc * norm[:, None]
-            tma.store_wait(0)
-            partition_barrier()
-            o_tile = o_tiles.index(WG)
-            o_tile.reshape([WG_ROWS, BLOCK_DV]).store(scaled.to(DTYPE))
-            fence_async_shared()
-            tma_store(o_desc, [off_b, off_h, start_m, 0], o_tile)
-        if AHEAD:
-            qk = warpgroup_mma_wait(0, deps=(scores,))
+        # -- blocks before the first that this warpgroup sees: released unread --
+        for _ in range(first - n_first):
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
             mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        if is_wrong:
+            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            if TAKE_TURNS:
+                take_turn(step, WG)
+                pass_turn(step, (WG + 1) % NUM_WG)
+            step += 1
+        # -- values that a mask hides from every row may be NaN: then once more without them --
+        if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT):
             acc = recompute(
                 q,
                 o_tiles.index(WG),
@@ -1032,16 +797,24 @@ def consume(
                 O_LAYOUT,
                 DTYPE,
             )
-            # -- store the output: the tile before has left the staging memory, then this one enters it --
-            scaled = acc * norm[:, None]
-            tma.store_wait(0)
-            partition_barrier()
-            o_tile = o_tiles.index(WG)
-            o_tile.reshape([WG_ROWS, BLOCK_DV]).store(scaled.to(DTYPE))
-            fence_async_shared()
-            tma_store(o_desc, [off_b, off_h, start_m, 0], o_tile)
         # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
-        mbarrier.arrive(q_empty.index(q_place), count=1)
+        mbarrier.arrive(q_empty.index(turn % Q_STAGES * NUM_WG + WG), count=1)
+        # -- store the output: the tile before has left the staging memory, then this one enters it --
+        acc = acc * norm[:, None]
+        tma.store_wait(0)
+        partition_barrier()
+        o_tile = o_tiles.index(WG)
+        o_tile.reshape([WG_ROWS, BLOCK_DV]).store(acc.to(DTYPE))
+        fence_async_shared()
+        tma_store(o_desc, [off_b, off_h, start_m, 0], o_tile)
+        if not OWN_STAGING:
+            # The memory is q's: it is free once the output has left it.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(WG), count=1)
+        # -- the next tile --
+        turn += 1
+        mbarrier.wait(ticket_full, turn & 1)
+        ticket = take(ticket_box, 0)
     tma.store_wait(0)
 
 
@@ -1103,8 +876,6 @@ def attention_fwd(
     NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
-    # The next tile's first scores are kept beside this one's output, where registers hold both.
-    AHEAD: gl.constexpr = Q_STAGES == 2 and (BLOCK_N + BLOCK_DV) // 2 + 96 <= CONSUMER_REGS
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
     q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
@@ -1113,7 +884,7 @@ def attention_fwd(
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
-    ticket_box = gl.allocate_shared_memory(gl.int32, [2 * NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
@@ -1121,8 +892,8 @@ def attention_fwd(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ticket_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
@@ -1131,9 +902,8 @@ def attention_fwd(
         mbarrier.init(k_empty.index(stage), count=NUM_WG)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=NUM_WG)
-    for tile in gl.static_range(2):
-        mbarrier.init(ticket_full.index(tile), count=1)
-        mbarrier.init(ticket_empty.index(tile), count=NUM_WG + 1)
+    mbarrier.init(ticket_full, count=1)
+    mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
     if NUM_WG == 2:
         gl.warp_specialize(
@@ -1183,7 +953,6 @@ def attention_fwd(
                         PACK,
                         EVEN_K,
                         Q_STAGES,
-                        AHEAD,
                     ),
                 ),
                 (
@@ -1231,7 +1000,6 @@ def attention_fwd(
                         PACK,
                         EVEN_K,
                         Q_STAGES,
-                        AHEAD,
                     ),
                 ),
                 (
@@ -1248,22 +1016,6 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
-                        group,
-                        num_m_blocks,
-                        num_packs,
-                        NUM_WG,
-                        BLOCK_N,
-                        STAGES,
-                        PACK,
-                        Q_STAGES,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    schedule,
-                    (
-                        ticket_box,
-                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         window_left,
@@ -1277,12 +1029,14 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
+                        STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
-            [4, 1, 1],
-            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
         )
     elif NUM_WG == 3:
         gl.warp_specialize(
@@ -1332,7 +1086,6 @@ def attention_fwd(
                         PACK,
                         EVEN_K,
                         Q_STAGES,
-                        AHEAD,
                     ),
                 ),
                 (
@@ -1380,7 +1133,6 @@ def attention_fwd(
                         PACK,
                         EVEN_K,
                         Q_STAGES,
-                        AHEAD,
                     ),
                 ),
                 (
@@ -1428,7 +1180,6 @@ def attention_fwd(
                         PACK,
                         EVEN_K,
                         Q_STAGES,
-                        AHEAD,
                     ),
                 ),
                 (
@@ -1445,22 +1196,6 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
-                        group,
-                        num_m_blocks,
-                        num_packs,
-                        NUM_WG,
-                        BLOCK_N,
-                        STAGES,
-                        PACK,
-                        Q_STAGES,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    schedule,
-                    (
-                        ticket_box,
-                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         window_left,
@@ -1474,12 +1209,14 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
+                        STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
-            [4, 4, 1, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
         )
 
 
@@ -1556,7 +1293,7 @@ def launch(
         TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
     )
     # -- arguments of the options --
     added = (

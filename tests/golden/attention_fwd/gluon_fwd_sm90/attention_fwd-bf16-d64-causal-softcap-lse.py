@@ -42,23 +42,20 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
 FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
-# Exponents of sixteen scores of a lane, registers 0 to 15: of scores (16 to 31) less maxima (32 to 47), capped by a polynomial, or exactly where 48 to 63
-# say that one of the warp's is too far for it. Then come the polynomial's terms, the rate of the exact cap, the cap, and what keeps -inf as it is.
-_NEAR = "mul.f32 t, ${1}, ${1}; fma.rn.f32 u, t, $64, $80; fma.rn.f32 u, t, u, $96; fma.rn.f32 ${0}, ${1}, u, ${2};"
-_FAR = (
-    "mul.f32 t, ${1}, $112; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; "
-    "fma.rn.f32 t, t, $128, ${2}; fma.rn.f32 ${0}, ${1}, 0f00800000, t;"
-)
+# Sixteen scores of a lane: registers 0 to 15 get 16 to 31, capped by a polynomial, or the cap of 32 to 47 where one of a warp's is beyond 48.
+_NEAR = "abs.f32 t, ${}; max.f32 most, most, t;"
+_FAR = "mul.f32 t, ${2}, $64; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; mul.f32 ${0}, t, $80;"
 CAP_ASM = gl.constexpr(
-    "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR; "
-    + " ".join(_NEAR.format(i, 16 + i, 32 + i) for i in range(16))
-    + " bra.uni DONE; FAR: "
+    "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000; "
+    + " ".join(_NEAR.format(32 + i) for i in range(16))
+    + " setp.gt.f32 far, most, $48; vote.sync.any.pred far, far, 0xffffffff; "
+    + " ".join(f"mov.f32 ${i}, ${16 + i};" for i in range(16))
+    + " @!far bra DONE; "
     + " ".join(_FAR.format(i, 16 + i, 32 + i) for i in range(16))
     + " DONE: }"
 )
-CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 32 + ["r"] * 16 + ["f"] * 80))
+CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 80))
 LEAST = gl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row that has seen no key
-NUMBERS = gl.constexpr(40)  # that say what a tile is
 
 
 # -- which tile, and which keys it sees --
@@ -83,15 +80,15 @@ def tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK: 
 
 
 @gluon.jit
-def put(box, place, value):
+def put(box, place: gl.constexpr, value):
     """Leaves a number for the consumers."""
     box.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
-def take(box, place, WARPS: gl.constexpr = 4):
+def take(box, place: gl.constexpr):
     """A number that the producer left."""
-    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    return gl.max(box.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -123,60 +120,16 @@ def key_range(
 
 
 @gluon.jit
-def tell(
-    box,
-    at,
-    ticket,
-    causal_offset,
-    num_heads_q,
-    group,
-    seqlen_q,
-    seqlen_k,
-    num_m_blocks,
-    num_packs,
-    section,
-    NUM_WG: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PACK: gl.constexpr,
-):
-    """Leaves the numbers of a ticket's tile from place `at` on; of one beyond the last tile those of the last, with one block of keys."""
-    num_tiles = num_m_blocks * num_packs
-    ROWS: gl.constexpr = WG_ROWS // PACK
-    exists = ticket < num_tiles
-    off_b, off_h, _, m_block = tile_of(
-        gl.minimum(ticket, num_tiles - 1), num_heads_q, group, num_m_blocks, num_packs, section, PACK
-    )
-    start_m = m_block * (NUM_WG * ROWS)
-    put(box, at, ticket)
-    put(box, at + 2, off_h)
-    put(box, at + 1, off_b)
-    put(box, at + 3, m_block)
-    n_first = m_block * 0 + (1 << 30)
-    n_end = m_block * 0
-    for w in gl.static_range(NUM_WG):
-        first, full_first, full_end, end = key_range(
-            start_m + w * ROWS,
-            ROWS,
-            seqlen_q,
-            seqlen_k,
-            causal_offset,
-            BLOCK_N,
-        )
-        n_first = gl.minimum(n_first, first)
-        n_end = gl.maximum(n_end, end)
-        put(box, at + 16 + w * 8, gl.where(exists, first, 0))
-        put(box, at + 17 + w * 8, gl.where(exists, end, 1))
-        put(box, at + 18 + w * 8, full_first)
-        put(box, at + 19 + w * 8, full_end)
-    # At least one, so that a tile without keys needs no branch.
-    n_first = gl.where(exists & (n_end > 0), n_first, 0)
-    n_end = gl.where(exists, gl.maximum(n_end, 1), 1)
-    put(box, at + 4, n_first)
-    put(box, at + 5, n_end)
-
-
-@gluon.jit
-def schedule(
+def produce(
+    q_desc,
+    k_desc,
+    v_desc,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    q_bars,
+    k_bars,
+    v_bars,
     ticket_box,
     ticket_bars,
     counter_ptr,
@@ -190,81 +143,8 @@ def schedule(
     section,
     NUM_WG: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    PACK: gl.constexpr,
-):
-    """Draws tiles and tells what they are, up to two ahead of whoever works on one; the last that it tells of does not exist."""
-    ticket_full, ticket_empty = ticket_bars
-    num_tiles = num_m_blocks * num_packs
-    ticket = gl.program_id(0)
-    turn = 0  # tiles told so far
-    while ticket < num_tiles:
-        mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-        tell(
-            ticket_box,
-            turn % 2 * NUMBERS,
-            ticket,
-            causal_offset,
-            num_heads_q,
-            group,
-            seqlen_q,
-            seqlen_k,
-            num_m_blocks,
-            num_packs,
-            section,
-            NUM_WG,
-            BLOCK_N,
-            PACK,
-        )
-        mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
-        turn += 1
-    # -- there are no more --
-    mbarrier.wait(ticket_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
-    tell(
-        ticket_box,
-        turn % 2 * NUMBERS,
-        ticket,
-        causal_offset,
-        num_heads_q,
-        group,
-        seqlen_q,
-        seqlen_k,
-        num_m_blocks,
-        num_packs,
-        section,
-        NUM_WG,
-        BLOCK_N,
-        PACK,
-    )
-    mbarrier.arrive(ticket_full.index(turn % 2), count=1)
-
-
-@gluon.jit
-def produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_bars,
-    k_bars,
-    v_bars,
-    ticket_box,
-    ticket_bars,
-    group,
-    num_m_blocks,
-    num_packs,
-    NUM_WG: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -273,26 +153,47 @@ def produce(
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
     num_tiles = num_m_blocks * num_packs
+    ticket = gl.program_id(0)
     step = 0  # key blocks loaded so far
     turn = 0  # tiles loaded so far
-    at = turn % 2 * NUMBERS
-    mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-    ticket = take(ticket_box, at, 1)
     while ticket < num_tiles:
-        # -- query --
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        off_b = take(ticket_box, at + 1, 1)
-        m_block = take(ticket_box, at + 3, 1)
+        off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
         start_m = m_block * (NUM_WG * ROWS)
+        # -- what the consumers are told of the tile --
+        mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+        put(ticket_box, 0, ticket)
+        put(ticket_box, 2, off_h)
+        put(ticket_box, 1, off_b)
+        put(ticket_box, 3, m_block)
+        n_first = m_block * 0 + (1 << 30)
+        n_end = m_block * 0
         for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        n_end = take(ticket_box, at + 5, 1)
-        n_blocks = n_end - take(ticket_box, at + 4, 1)
-        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
+            first, full_first, full_end, end = key_range(
+                start_m + w * ROWS,
+                ROWS,
+                seqlen_q,
+                seqlen_k,
+                causal_offset,
+                BLOCK_N,
+            )
+            n_first = gl.minimum(n_first, first)
+            n_end = gl.maximum(n_end, end)
+            put(ticket_box, 16 + w * 8, first)
+            put(ticket_box, 17 + w * 8, end)
+            put(ticket_box, 18 + w * 8, full_first)
+            put(ticket_box, 19 + w * 8, full_end)
+        # At least one, so that a tile without keys needs no branch.
+        n_first = gl.where(n_end == 0, 0, n_first)
+        n_end = gl.maximum(n_end, 1)
+        n_blocks = n_end - n_first
+        put(ticket_box, 4, n_first)
+        put(ticket_box, 5, n_end)
+        mbarrier.arrive(ticket_full, count=1)
+        # -- query --
+        for w in gl.static_range(NUM_WG):
+            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -306,30 +207,16 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
+        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
+        drawn = gl.atomic_add(counter_ptr, 1)
+        if drawn == num_tiles - 1:
+            gl.store(counter_ptr, 0)
+        ticket = drawn + gl.num_programs(0)
         turn += 1
-        at = turn % 2 * NUMBERS
-        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-        ticket = take(ticket_box, at, 1)
-    if AHEAD:
-        # -- of a tile that nobody stores what it would begin with: consumers begin with it before they end the last one --
-        # -- query --
-        off_h = take(ticket_box, at + 2, 1)
-        off_hkv = off_h // group
-        off_b = take(ticket_box, at + 1, 1)
-        m_block = take(ticket_box, at + 3, 1)
-        start_m = m_block * (NUM_WG * ROWS)
-        for w in gl.static_range(NUM_WG):
-            place = turn % Q_STAGES * NUM_WG + w
-            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
-        start_n = step * 0
-        # -- keys --
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma_load(k_desc, [off_b, off_hkv, start_n, 0], k_full.index(stage), k_tiles.index(stage))
+    # -- there are no more --
+    mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
+    put(ticket_box, 0, ticket)
+    mbarrier.arrive(ticket_full, count=1)
 
 
 # -- the consumers: one warpgroup each --
@@ -368,58 +255,18 @@ def soft_cap(scores, softcap):
 
 
 @gluon.jit
-def farthest_below(qk, BLOCK_N: gl.constexpr):
-    """Of each row's scores that a lane holds the bits of the most negative, or of the greatest where none is: three integers are compared at a time."""
-    bits = qk.to(gl.uint32, bitcast=True).reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
-    return gl.max(gl.max(bits, 3), 1)
-
-
-@gluon.jit
-def capped_exponents(
-    qk, below, found, m_new, sm_scale, softcap, qk_scale, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr
-):
-    """qk_scale * tanh(rate * qk) / rate - m_new, rate = sm_scale / softcap. Where a warp holds nothing beyond a quarter of the cap, by two
-    terms: they are right to 5e-7 of the cap, and need no exponential. below: `farthest_below`; found: the greatest score of each row.
-    """
-    rate = sm_scale / softcap
-    rows = gl.convert_layout(found, gl.SliceLayout(1, below.type.layout))[:, None]
-    most = gl.maximum(gl.abs(below.to(gl.float32, bitcast=True)), rows)
-    is_far = gl.inline_asm_elementwise(
-        """{
-            .reg .pred far, farther;
-            setp.gt.f32 far, $2, $4;
-            setp.gt.f32 farther, $3, $4;
-            or.pred far, far, farther;
-            vote.sync.any.pred far, far, 0xffffffff;
-            selp.s32 $0, 1, 0, far;
-            mov.s32 $1, $0;
-        }""",
-        "=&r,=&r,f,f,f,f",
-        [most, 0.25 / rate],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=2,
-    )
-    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 4, 2])
-    less = gl.convert_layout(-m_new, gl.SliceLayout(1, below.type.layout))
-    tile = gl.inline_asm_elementwise(
+def late_cap(qk, rate):
+    """tanh(rate * qk) / rate. Where a warp holds nothing beyond a quarter of the cap, by two terms: they are right to 5e-7, and need no exponential."""
+    squares = qk * qk
+    near = qk + qk * (squares * (squares * (0.12876421 * rate * rate * rate * rate) - 0.33324571 * rate * rate))
+    return gl.inline_asm_elementwise(
         CAP_ASM,
         CAP_REGISTERS,
-        [
-            tile,
-            less[:, None][:, None, :][:, :, :, None],
-            is_far[:, None, :][:, :, :, None],
-            0.12876421 * rate * rate * rate * rate * qk_scale,
-            -0.33324571 * rate * rate * qk_scale,
-            qk_scale,
-            2.8853900817779268 * rate,
-            qk_scale / rate,
-        ],
+        [near, qk, 0.25 / rate, 2.8853900817779268 * rate, 1.0 / rate],
         dtype=gl.float32,
         is_pure=True,
         pack=16,
     )
-    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 @gluon.jit
@@ -434,8 +281,11 @@ def modify_scores(
     QK_LAYOUT: gl.constexpr,
     LATE: gl.constexpr,
 ):
-    """Scores as they enter the softmax: capped there (LATE), or scaled first, so that what follows meets true scores."""
-    if not LATE:
+    """Scores as they enter the softmax: scaled first, so that what follows meets true scores."""
+    if LATE:
+        # Not scaled yet.
+        qk = late_cap(qk, sm_scale / softcap)
+    else:
         qk = soft_cap(qk * sm_scale, softcap)
     return qk
 
@@ -510,34 +360,19 @@ def online_softmax(
     m_i,
     l_i,
     qk_scale,
-    below,
-    sm_scale,
-    softcap,
     BLOCK_N: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
     LAZY_SUM: gl.constexpr,
-    QK_LAYOUT: gl.constexpr,
-    LATE: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
 
     Returns p as the first operand of the next product, the correction of what was accumulated so far, and the new running
     maximum and sum.
     """
-    found = gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout)
-    if LATE:
-        # The greatest of capped scores is the greatest score, capped: only rows' maxima wait for it.
-        highest = gl.where(found == -float("inf"), LEAST, soft_cap(found, softcap / sm_scale) * qk_scale)
-    else:
-        highest = found * qk_scale
-    m_new = gl.maximum(m_i, highest)
+    m_new = gl.maximum(m_i, gl.convert_layout(row_max(qk, BLOCK_N), m_i.type.layout) * qk_scale)
     # A row that has seen no key keeps the least number as its maximum: subtracting it makes no NaN.
-    if LATE:
-        qk = capped_exponents(qk, below, found, m_new, sm_scale, softcap, qk_scale, BLOCK_N, QK_LAYOUT)
-    else:
-        qk = qk * qk_scale - m_new[:, None]
-    p = gl.exp2(qk)
+    p = gl.exp2(qk * qk_scale - m_new[:, None])
     alpha = gl.exp2(m_i - m_new)
     if LAZY_SUM:
         l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + lane_sums(p, BLOCK_N)
@@ -611,7 +446,6 @@ def attend(
         pass_turn(step, (WG + 1) % NUM_WG)
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
-    below = farthest_below(qk, BLOCK_N)
     qk = modify_scores(
         qk,
         rows_m,
@@ -634,90 +468,11 @@ def attend(
             QK_LAYOUT,
         )
 
-    p, alpha, m_i, l_i = online_softmax(
-        qk,
-        m_i,
-        l_i,
-        qk_scale,
-        below,
-        sm_scale,
-        softcap,
-        BLOCK_N,
-        P_LAYOUT,
-        v_tiles.dtype,
-        LAZY_SUM,
-        QK_LAYOUT,
-        LATE,
-    )
+    p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, LAZY_SUM)
     acc = warpgroup_mma_wait(0, deps=(product,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return p, acc, m_i, l_i
-
-
-@gluon.jit
-def pass_over(
-    k_bars,
-    v_bars,
-    step,
-    count,
-    WG: gl.constexpr,
-    NUM_WG: gl.constexpr,
-    STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-):
-    """Releases blocks that only other warpgroups see, unread; returns the step after them."""
-    k_full, k_empty = k_bars
-    v_full, v_empty = v_bars
-    for _ in range(count):
-        mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
-        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
-        if TAKE_TURNS:
-            take_turn(step, WG)
-            pass_turn(step, (WG + 1) % NUM_WG)
-        step += 1
-    return step
-
-
-@gluon.jit
-def start_tile(
-    box,
-    at,
-    turn,
-    step,
-    q_tiles,
-    k_tiles,
-    q_full,
-    k_bars,
-    v_bars,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    QK_LAYOUT: gl.constexpr,
-    WG: gl.constexpr,
-    NUM_WG: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-):
-    """Starts the product of a tile's queries and the first block of keys that they see."""
-    n_end = take(box, at + 5)
-    end = take(box, at + 17 + WG * 8)
-    step = pass_over(k_bars, v_bars, step, n_end - gl.where(end == 0, n_end, end), WG, NUM_WG, STAGES, TAKE_TURNS)
-    k_full = k_bars[0]
-    place = turn % Q_STAGES * NUM_WG + WG
-    stage = step % STAGES
-    mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
-    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-    q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
-    k = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D])
-    if TAKE_TURNS:
-        take_turn(step, WG)
-    scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
-    if TAKE_TURNS:
-        pass_turn(step, (WG + 1) % NUM_WG)
-    return scores, step
 
 
 @gluon.jit
@@ -755,8 +510,6 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     LATE: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -771,9 +524,10 @@ def consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, QK_LAYOUT)
     q_full, q_empty = q_bars
-    _, k_empty = k_bars
+    k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
+    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     step = 0  # key blocks consumed so far
@@ -782,67 +536,22 @@ def consume(
         # The first turn is the first warpgroup's; every one takes a turn a key block, whether it reads the block or not.
         if WG == NUM_WG - 1:
             pass_turn(step, 0)
-    mbarrier.wait(ticket_full.index(0), 0)
+    mbarrier.wait(ticket_full, 0)
     ticket = take(ticket_box, 0)
-    if AHEAD:
-        scores, step = start_tile(
-            ticket_box,
-            0,
-            turn,
-            step,
-            q_tiles,
-            k_tiles,
-            q_full,
-            k_bars,
-            v_bars,
-            BLOCK_N,
-            BLOCK_D,
-            STAGES,
-            QK_LAYOUT,
-            WG,
-            NUM_WG,
-            TAKE_TURNS,
-            Q_STAGES,
-        )
-        qk = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
     while ticket < num_tiles:
-        at = turn % 2 * NUMBERS
-        off_h = take(ticket_box, at + 2)
-        off_b = take(ticket_box, at + 1)
-        m_block = take(ticket_box, at + 3)
-        if not AHEAD:
-            scores, step = start_tile(
-                ticket_box,
-                at,
-                turn,
-                step,
-                q_tiles,
-                k_tiles,
-                q_full,
-                k_bars,
-                v_bars,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                QK_LAYOUT,
-                WG,
-                NUM_WG,
-                TAKE_TURNS,
-                Q_STAGES,
-            )
-            qk = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+        off_h = take(ticket_box, 2)
+        off_b = take(ticket_box, 1)
+        m_block = take(ticket_box, 3)
         # -- key blocks: of [n_first, n_end) this warpgroup sees [first, end), and all of [full_first, full_end) --
         start_cta = m_block * (NUM_WG * ROWS)
         start_m = start_cta + WG * ROWS
-        n_first = take(ticket_box, at + 4)
-        n_end = take(ticket_box, at + 5)
-        first = take(ticket_box, at + 16 + WG * 8)
-        end = take(ticket_box, at + 17 + WG * 8)
-        full_first = take(ticket_box, at + 18 + WG * 8)
-        full_end = take(ticket_box, at + 19 + WG * 8)
-        mbarrier.arrive(ticket_empty.index(turn % 2), count=1)
+        n_first = take(ticket_box, 4)
+        n_end = take(ticket_box, 5)
+        first = take(ticket_box, 16 + WG * 8)
+        end = take(ticket_box, 17 + WG * 8)
+        full_first = take(ticket_box, 18 + WG * 8)
+        full_end = take(ticket_box, 19 + WG * 8)
+        mbarrier.arrive(ticket_empty, count=1)
         # Whoever sees none works on the last one, whose mask leaves nothing.
         end = gl.where(end == 0, n_end, end)
         first = gl.minimum(first, end - 1)
@@ -853,10 +562,27 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        q_place = turn % Q_STAGES * NUM_WG + WG
-        q = q_tiles.index(q_place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(WG), turn & 1)
+        # -- blocks that other warpgroups see: released unread --
+        for _ in range(n_end - end):
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            if TAKE_TURNS:
+                take_turn(step, WG)
+                pass_turn(step, (WG + 1) % NUM_WG)
+            step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
-        below = farthest_below(qk, BLOCK_N)
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        if TAKE_TURNS:
+            take_turn(step, WG)
+        scores = start_scores(q, k_tiles.index(stage).reshape([BLOCK_N, BLOCK_D]), BLOCK_N, QK_LAYOUT)
+        if TAKE_TURNS:
+            pass_turn(step, (WG + 1) % NUM_WG)
+        qk = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
         qk = modify_scores(
             qk,
             rows_m,
@@ -878,21 +604,7 @@ def consume(
             QK_LAYOUT,
         )
 
-        p, _, m_i, l_i = online_softmax(
-            qk,
-            m_i,
-            l_i,
-            qk_scale,
-            below,
-            sm_scale,
-            softcap,
-            BLOCK_N,
-            P_LAYOUT,
-            DTYPE,
-            LAZY_SUM,
-            QK_LAYOUT,
-            LATE,
-        )
+        p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
         # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
         full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
         full_first = gl.maximum(gl.minimum(full_first, full_end), first)
@@ -968,7 +680,7 @@ def consume(
                 step += 1
             p = repacked(p)
         if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(q_place), count=1)
+            mbarrier.arrive(q_empty.index(WG), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -987,32 +699,16 @@ def consume(
         gl.store(lse_base + (row // ROWS) * seqlen_q + rows_m, lse, mask=rows_m < seqlen_q)
         acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(stage), count=1)
-        step = pass_over(k_bars, v_bars, step, first - n_first, WG, NUM_WG, STAGES, TAKE_TURNS)
-        turn += 1
-        mbarrier.wait(ticket_full.index(turn % 2), (turn // 2) & 1)
-        at = turn % 2 * NUMBERS
-        ticket = take(ticket_box, at)
-        if AHEAD:
-            # -- the next tile's first scores, which are multiplied while this one is stored --
-            scores, step = start_tile(
-                ticket_box,
-                at,
-                turn,
-                step,
-                q_tiles,
-                k_tiles,
-                q_full,
-                k_bars,
-                v_bars,
-                BLOCK_N,
-                BLOCK_D,
-                STAGES,
-                QK_LAYOUT,
-                WG,
-                NUM_WG,
-                TAKE_TURNS,
-                Q_STAGES,
-            )
+        # -- blocks before the first that this warpgroup sees: released unread --
+        for _ in range(first - n_first):
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            if TAKE_TURNS:
+                take_turn(step, WG)
+                pass_turn(step, (WG + 1) % NUM_WG)
+            step += 1
         # -- store the output: the tile before has left the staging memory, then this one enters it --
         acc = acc * norm[:, None]
         tma.store_wait(0)
@@ -1024,10 +720,11 @@ def consume(
         if not OWN_STAGING:
             # The memory is q's: it is free once the output has left it.
             tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_place), count=1)
-        if AHEAD:
-            qk = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            mbarrier.arrive(q_empty.index(WG), count=1)
+        # -- the next tile --
+        turn += 1
+        mbarrier.wait(ticket_full, turn & 1)
+        ticket = take(ticket_box, 0)
     tma.store_wait(0)
 
 
@@ -1074,33 +771,30 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
-    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
 ):
     NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
-    # The next tile's first scores are kept beside this one's output, where registers hold both.
-    AHEAD: gl.constexpr = Q_STAGES == 2 and (BLOCK_N + BLOCK_DV) // 2 + 96 <= CONSUMER_REGS
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
         o_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_DV], o_desc.layout)
     else:
         o_tiles = q_tiles
-    ticket_box = gl.allocate_shared_memory(gl.int32, [2 * NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ticket_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(Q_STAGES * NUM_WG):
+    ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for w in gl.static_range(NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -1108,9 +802,8 @@ def attention_fwd(
         mbarrier.init(k_empty.index(stage), count=NUM_WG)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=NUM_WG)
-    for tile in gl.static_range(2):
-        mbarrier.init(ticket_full.index(tile), count=1)
-        mbarrier.init(ticket_empty.index(tile), count=NUM_WG + 1)
+    mbarrier.init(ticket_full, count=1)
+    mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
     if NUM_WG == 2:
         gl.warp_specialize(
@@ -1151,8 +844,6 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
-                        Q_STAGES,
-                        AHEAD,
                         LATE,
                     ),
                 ),
@@ -1192,8 +883,6 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
-                        Q_STAGES,
-                        AHEAD,
                         LATE,
                     ),
                 ),
@@ -1211,22 +900,6 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
-                        group,
-                        num_m_blocks,
-                        num_packs,
-                        NUM_WG,
-                        BLOCK_N,
-                        STAGES,
-                        PACK,
-                        Q_STAGES,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    schedule,
-                    (
-                        ticket_box,
-                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         num_heads_q,
@@ -1238,12 +911,13 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
+                        STAGES,
                         PACK,
                     ),
                 ),
             ],
-            [4, 1, 1],
-            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
         )
     elif NUM_WG == 3:
         gl.warp_specialize(
@@ -1284,8 +958,6 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
-                        Q_STAGES,
-                        AHEAD,
                         LATE,
                     ),
                 ),
@@ -1325,8 +997,6 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
-                        Q_STAGES,
-                        AHEAD,
                         LATE,
                     ),
                 ),
@@ -1366,8 +1036,6 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
-                        Q_STAGES,
-                        AHEAD,
                         LATE,
                     ),
                 ),
@@ -1385,22 +1053,6 @@ def attention_fwd(
                         (v_full, v_empty),
                         ticket_box,
                         (ticket_full, ticket_empty),
-                        group,
-                        num_m_blocks,
-                        num_packs,
-                        NUM_WG,
-                        BLOCK_N,
-                        STAGES,
-                        PACK,
-                        Q_STAGES,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    schedule,
-                    (
-                        ticket_box,
-                        (ticket_full, ticket_empty),
                         counter_ptr,
                         causal_offset,
                         num_heads_q,
@@ -1412,12 +1064,13 @@ def attention_fwd(
                         section,
                         NUM_WG,
                         BLOCK_N,
+                        STAGES,
                         PACK,
                     ),
                 ),
             ],
-            [4, 4, 1, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
         )
 
 
@@ -1490,7 +1143,6 @@ def launch(
         TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if OWN_STAGING and BLOCK_M * 192 + STAGES * BLOCK_N * 128 <= 114688 else 1,
         is_late,
     )
     # -- arguments of the options --
