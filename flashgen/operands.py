@@ -24,6 +24,7 @@ from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
 
+_BLOCK = "block_mask.mask_mod"
 _MOST_TRIED = 4096
 _tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
@@ -176,10 +177,11 @@ class Operands:
         self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
-        masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
+        score_mod, *others = self._on_blocks(device)
+        masks = dict(zip(("mask_mod", _BLOCK), others, strict=True))
         try:
-            if self.score_mod is not None:
-                probe.score_mod(self.score_mod, device)
+            if score_mod is not None:
+                probe.score_mod(score_mod, device)
             for name, mask in masks.items():
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
@@ -188,9 +190,27 @@ class Operands:
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):
-            for name, mod in {"score_mod": self.score_mod, **masks}.items():
+            for name, mod in {"score_mod": score_mod, **masks}.items():
                 if mod is not None:
                     probe.require_elementwise(name, mod, device)
+
+    def _on_blocks(self, device: torch.device) -> tuple[Mod | None, Mod | None, Mod | None]:
+        """score_mod, mask_mod and the block mask's, to be called on blocks: those that are right for 0-d arguments alone are mapped."""
+        mods = {
+            "score_mod": self.score_mod,
+            "mask_mod": self.mask_mod,
+            _BLOCK: getattr(self.block_mask, "mask_mod", None),
+        }
+        per_score: frozenset[str] = frozenset()
+        if self.has_functions and not torch.compiler.is_compiling():
+            try:
+                per_score = self._program(device)[0].per_score
+            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
+                per_score = frozenset()
+        score, mask, block = (
+            probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
+        )
+        return score, mask, block
 
     def _is_elementwise(self, device: torch.device) -> bool:
         """Whether the mods have a trace, which knows no other operations, or were refused for something else."""
@@ -206,6 +226,7 @@ class Operands:
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
+        score_mod, mask_mod, block_mod = self._on_blocks(torch.device(problem.device))
         return Options(
             sm_scale=problem.scale,
             causal=problem.causal,
@@ -217,9 +238,10 @@ class Operands:
             sinks=self.sinks,
             bias=self.bias,
             attn_mask=self.attn_mask,
-            score_mod=self.score_mod,
-            mask_mod=self.mask_mod,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
             block_mask=self.block_mask,
+            block_mod=block_mod,
             dropout_p=problem.dropout_p,
             philox=self.philox if problem.dropout_p else None,
             captured=self.options_captured(),

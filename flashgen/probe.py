@@ -47,6 +47,27 @@ def score_mod(function: Callable[..., Any], device: torch.device) -> None:
         )
 
 
+def per_score(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of single values, on blocks: mapped over batch, heads, queries and keys, as FlexAttention's eager mode does.
+
+    Args:
+        function: a score_mod or a mask_mod that indexes step by step (`table[b][q_idx]`) or reduces what it captured.
+
+    Returns:
+        The same on a score (b, h, m, n), if there is one, and indices (b,1,1,1), (1,h,1,1), (1,1,m,1), (1,1,1,n).
+    """
+
+    def mapped(*arguments: Tensor) -> Tensor:
+        scores, indices = arguments[:-4], arguments[-4:]
+        found = function
+        for place in (3, 2, 1, 0):
+            found = torch.vmap(found, in_dims=(*(0 for _ in scores), *(0 if at == place else None for at in range(4))))
+        result: Tensor = found(*scores, *(index.flatten() for index in indices))
+        return result
+
+    return mapped
+
+
 def require_elementwise(name: str, function: Callable[..., Any], device: torch.device) -> None:
     """Refuse a mod whose value for one score depends on which others are computed beside it: blocks would change the result.
 

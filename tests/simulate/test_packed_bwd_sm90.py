@@ -45,6 +45,8 @@ CASES: dict[str, Case] = {
     "ALiBi, top-left": Case(**{**_ROW, "alibi": "h", "top_left": True, "seqused": False}),
     "a cap and a bias of each pair": Case(**{**_ROW, "softcap": 1.0, "bias": "bhij", "group": 1}),
     "a bias of keys": Case(**{**_ROW, "bias": "1h1j"}),
+    "a bias of keys, ordered": Case(**{**_ORDERED, "bias": "1h1j"}),
+    "a table that learns, ordered": Case(**{**_ORDERED, "score_mod": "table"}),
     "attn_mask": Case(**{**_ROW, "attn_mask": "b1ij", "causal": False}),
     "a mask in a fixed order": Case(**{**_ORDERED, "mask_mod": "columns"}),
     "scores of positions in the sequence": Case(**{**_ROW, "score_mod": "relative", "strides": "padded"}),
