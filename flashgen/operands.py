@@ -61,7 +61,9 @@ class Operands:
 
     def options_captured(self) -> tuple[Tensor, ...]:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
-        return captured_tensors(self.score_mod) if self.captured_as is None else self.captured_as
+        if self.captured_as is None:
+            return () if self.score_mod is None else captured_tensors(self.score_mod)
+        return self.captured_as
 
     def as_now(self, device: torch.device) -> Operands:
         """The same with what its mods mean now, for a backward that comes after a loop variable in a closure has moved on.
