@@ -341,8 +341,8 @@ def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.const
     elif MODE == 2:
         gl.atomic_max(largest_ptr, largest_bits(value), sem="relaxed")
     elif MODE == 3:
-        # Every contribution is below 2^(the largest's exponent - 126); a factor beyond 2^127 is no fp32 number.
-        shift = gl.minimum(188 - term_bits - (gl.load(largest_ptr) >> 23), 127)
+        # Every contribution is below 2^(the largest's exponent - 126); a factor beyond 2^126 has no inverse that is a normal number.
+        shift = gl.minimum(188 - term_bits - (gl.load(largest_ptr) >> 23), 126)
         factor = ((shift + 127) << 23).to(gl.float32, bitcast=True)
         gl.atomic_add(sum_ptrs, gl.floor(value * factor + 0.5).to(gl.int64), mask=inside, sem="relaxed")
     elif MODE == 4:
@@ -1114,8 +1114,8 @@ def launch(
     )
     # -- sums of gradients: how each pass adds them, see add_gradient --
     gradients = (dcaptured_table,)
-    largest, fixed = q.new_zeros((len(gradients),), dtype=torch.int32), []
-    term_bits = (batch * num_heads_q * seqlen_q * seqlen_k * 1).bit_length()
+    largest, fixed = (q.new_zeros if deterministic else q.new_empty)((len(gradients),), dtype=torch.int32), []
+    term_bits = (batch * num_heads_q * seqlen_q * seqlen_k).bit_length()
     mode = 2 if deterministic else 1
     passes = [(gradients, 0, mode)]
     shared = gradients
@@ -1192,7 +1192,7 @@ def launch(
     for gradient, units, size in zip(gradients, fixed, largest, strict=False):
         # Back from units to numbers; anything that is none makes all of them none.
         if units is not None:
-            shift = (188 - term_bits - (size >> 23)).clamp(max=127)
+            shift = (188 - term_bits - (size >> 23)).clamp(max=126)
             gradient.copy_(torch.ldexp(units.double(), -shift))
             gradient.masked_fill_(size >= 0x7F800000, float("nan"))
 

@@ -285,11 +285,11 @@ def mask_scores(
     seen = bits_upto(rows_m * 0 + (seqlen_k - 1 - start_n), BLOCK_N, QK_LAYOUT)
     qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    # -- the caller's mask --
-    attn_mask_ptrs = attn_mask_head + rows_m.to(gl.int64)[:, None] * stride_attn_mask_m
-    attn_mask_ptrs += offs_n.to(gl.int64)[None, :] * stride_attn_mask_n
-    inside = (rows_m < seqlen_q)[:, None] & (offs_n < seqlen_k)[None, :]
-    qk = gl.where(gl.load(attn_mask_ptrs, mask=inside, other=0) != 0, qk, -float("inf"))
+    # -- the caller's mask: beyond the ends the last row's and key's, as of a bias --
+    attn_mask_ptrs = attn_mask_head + gl.minimum(rows_m, seqlen_q - 1).to(gl.int64)[:, None] * stride_attn_mask_m
+    attn_mask_ptrs += gl.minimum(offs_n, seqlen_k - 1).to(gl.int64)[None, :] * stride_attn_mask_n
+    allowed = gl.load(attn_mask_ptrs)
+    qk = gl.where(allowed != 0, qk, -float("inf"))
     return qk
 
 
