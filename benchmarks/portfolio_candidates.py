@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST = {"gluon_fwd_sm90": 9, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
+MOST = {"gluon_fwd_sm90": 13, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
 SECTIONS = (1, 2, 4, 8, 16)  # heads in one go, of the Hopper forward: every one with the tile that leads the list
 # Beside known-good tiles and portfolio, by variant and wider padded head dim: values of the knobs in their order.
 MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
@@ -65,6 +65,7 @@ MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
     ("triton_fwd", 256): ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 3)),
     # as in gluon_portfolio.py
     ("gluon_fwd_sm90", 64): (
+        *((256, 64, 4, 112, 32, section, True, False, True) for section in (4, 16, 8)),  # four warpgroups, without lse
         (192, 128, 2, 160, 32, 4, True, False, False),
         (192, 128, 3, 160, 32, 4, True, False, True),
         (192, 128, 4, 160, 32, 4, True, False, True),

@@ -20,6 +20,7 @@ from flashgen.operands import Operands
 from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
+from flashgen.shared_masks import kernel_spec
 from flashgen.stream_capture import capturing, free_stream, relaxed
 from flashgen.variants import by_name
 
@@ -195,8 +196,14 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         raise not_built(
             "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
         )
-    source = render(problem.spec, variant)
-    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
+    spec = kernel_spec(plan)
+    source = render(spec, variant)
+    values = {
+        **operands.launch_values(problem, plan.config, spec=spec),
+        **variant.launch_options(problem),
+        **extra,
+        **plan.config,
+    }
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 

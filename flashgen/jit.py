@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +28,11 @@ _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """What this thread is about: work to begin beside its next compilation; whether its launches only compile."""
+    """What this thread is about: work to begin beside its next compilation; whether its launches only compile; and without numbers of lines."""
 
     beside: Callable[[], None] | None = None
     compiles_only: bool = False
+    lineless: bool = False
 
 
 _thread = _Thread()
@@ -152,10 +154,51 @@ class _Compile:
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        made = self._compile(src, target=target, options=options, **more)
+        with _without_lines():
+            made = self._compile(src, target=target, options=options, **more)
         if launcher is not None:
             launcher.join()
         return _loading_apart(made)
+
+
+class _Lineless:
+    """Triton's knobs, as its compilers read them: this thread may do without the numbers of source lines.
+
+    Machine code is the same without them, a quarter of the binary is left, and LLVM and ptxas have less to carry.
+    """
+
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+        self.compilation = _Compilation(knobs.compilation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._knobs, name)
+
+
+class _Compilation:
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+
+    def __getattr__(self, name: str) -> Any:
+        return True if name == "disable_line_info" and _thread.lineless else getattr(self._knobs, name)
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO says what is wanted; it is a part of Triton's keys."""
+    if "TRITON_DISABLE_LINE_INFO" in os.environ:
+        yield
+        return
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.backends.nvidia import compiler
+
+        if not isinstance(compiler.knobs, _Lineless):
+            compiler.knobs = _Lineless(compiler.knobs)
+    _thread.lineless = True
+    try:
+        yield
+    finally:
+        _thread.lineless = False
 
 
 def _loading_apart(kernel: Any) -> Any:

@@ -17,13 +17,14 @@ from flashgen.graph_memory import held
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
-from flashgen.spec import Mods
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.torch_blocked import Options
 from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
 
+_BLOCK = "block_mask.mask_mod"
 _MOST_TRIED = 4096
 _tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
@@ -176,21 +177,40 @@ class Operands:
         self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
-        masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
+        score_mod, *others = self._on_blocks(device)
+        masks = dict(zip(("mask_mod", _BLOCK), others, strict=True))
         try:
-            if self.score_mod is not None:
-                probe.score_mod(self.score_mod, device)
+            if score_mod is not None:
+                probe.score_mod(score_mod, device)
             for name, mask in masks.items():
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
         except InvalidProblemError as error:
-            if "device" in str(error.__cause__):
+            if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):
-            for name, mod in {"score_mod": self.score_mod, **masks}.items():
+            for name, mod in {"score_mod": score_mod, **masks}.items():
                 if mod is not None:
                     probe.require_elementwise(name, mod, device)
+
+    def _on_blocks(self, device: torch.device) -> tuple[Mod | None, Mod | None, Mod | None]:
+        """score_mod, mask_mod and the block mask's, to be called on blocks: those that are right for 0-d arguments alone are mapped."""
+        mods = {
+            "score_mod": self.score_mod,
+            "mask_mod": self.mask_mod,
+            _BLOCK: getattr(self.block_mask, "mask_mod", None),
+        }
+        per_score: frozenset[str] = frozenset()
+        if self.has_functions and not torch.compiler.is_compiling():
+            try:
+                per_score = self._program(device)[0].per_score
+            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
+                per_score = frozenset()
+        score, mask, block = (
+            probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
+        )
+        return score, mask, block
 
     def _is_elementwise(self, device: torch.device) -> bool:
         """Whether the mods have a trace, which knows no other operations, or were refused for something else."""
@@ -206,6 +226,7 @@ class Operands:
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
+        score_mod, mask_mod, block_mod = self._on_blocks(torch.device(problem.device))
         return Options(
             sm_scale=problem.scale,
             causal=problem.causal,
@@ -217,9 +238,10 @@ class Operands:
             sinks=self.sinks,
             bias=self.bias,
             attn_mask=self.attn_mask,
-            score_mod=self.score_mod,
-            mask_mod=self.mask_mod,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
             block_mask=self.block_mask,
+            block_mod=block_mod,
             dropout_p=problem.dropout_p,
             philox=self.philox if problem.dropout_p else None,
             captured=self.options_captured(),
@@ -330,7 +352,12 @@ class Operands:
         return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(
-        self, problem: Problem, config: KernelConfig | None = None, *, with_ranges: bool = True
+        self,
+        problem: Problem,
+        config: KernelConfig | None = None,
+        *,
+        with_ranges: bool = True,
+        spec: AttentionSpec | None = None,
     ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
@@ -338,6 +365,7 @@ class Operands:
             problem: the call.
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
             with_ranges: whether those are looked for; else None stands in their place.
+            spec: of the kernel, where it is not the problem's own.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -350,7 +378,7 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config if with_ranges else None),
         }
-        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(spec or problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         values = {name: x.resolve_neg() if isinstance(x, Tensor) else x for name, x in values.items()}
         if not problem.varlen:  # packed sequences have offsets of their own
@@ -373,7 +401,9 @@ def _of_program(
         for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
             tile = tiles.get(walks)
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values |= {"mask_lists": None, "mask_words": None}
+        values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
         if "words" in tiles:
             values |= looked_up(program, tensors, problem, tiles["words"])
+        # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
+        values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
     return values

@@ -22,6 +22,7 @@ from flashgen.config import KernelConfig
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.operands import Operands
 from flashgen.render import render
+from flashgen.shared_masks import kernel_spec
 from flashgen.variants import by_name
 
 Key = tuple[Any, ...]
@@ -174,9 +175,10 @@ OPERANDS = ("alibi_slopes", "sinks", "bias", "attn_mask", "cu_seqlens_q", "cu_se
 
 def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
     problem, variant = plan.problem, by_name(plan.variant)
-    launch = build(render(problem.spec, variant)).launch
+    spec = kernel_spec(plan)
+    launch = build(render(spec, variant)).launch
     # What each call binds anew is not made here: a comparison on the device loads code for it, 46 ms on an H200.
-    values = operands.launch_values(problem, plan.config, with_ranges=problem.has_block_mask)
+    values = operands.launch_values(problem, plan.config, with_ranges=problem.has_block_mask, spec=spec)
     values |= {**variant.launch_options(problem), **plan.config}
     given = tuple(
         (name, place)

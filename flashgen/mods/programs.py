@@ -43,6 +43,8 @@ class Program:
         title: what the user calls the functions, for a comment.
         sites: the user's line of each load, by id of its node.
         graph: makes nodes that are shared with these.
+        per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
+        looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
     """
 
     score: Node | None
@@ -53,6 +55,8 @@ class Program:
     title: str
     sites: Mapping[int, Site]
     graph: Graph
+    per_score: frozenset[str] = frozenset()
+    looked_up: int = 0
 
     @cached_property
     def digest(self) -> str:
@@ -65,6 +69,7 @@ class Program:
             lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
         lines += [str(numbers[id(root)]) for root in roots]
         lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
+        lines += [f"looked up by {self.looked_up}"] if self.looked_up else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @cached_property
@@ -280,14 +285,14 @@ def _traced(
     tensors: Sequence[Tensor],
     names: Sequence[str],
 ) -> Program:
-    graph, sites = Graph(), dict[int, Site]()
+    graph, sites, per_score = Graph(), dict[int, Site](), set[str]()
     captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
-    score = trace(score_mod, "score_mod", graph, captures, sites) if score_mod is not None else None
+    score = trace(score_mod, "score_mod", graph, captures, sites, per_score) if score_mod is not None else None
     mask: Node | None = None
     for name, mod in mask_mods.items():
-        found = trace(mod, name, graph, captures, sites)
+        found = trace(mod, name, graph, captures, sites, per_score)
         mask = found if mask is None else graph.make("and", mask, found)
-    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites)
+    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites, per_score)
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     return Program(
         score=score,
@@ -302,6 +307,7 @@ def _traced(
         ),
         sites=sites,
         graph=graph,
+        per_score=frozenset(per_score),
     )
 
 

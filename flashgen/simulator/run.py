@@ -115,7 +115,7 @@ def simulate(
             or a jit function, which is launched with `grid`.
         grid: CTAs of a jit entry, a tuple of up to three; launch options (num_warps) stand in `args`.
         processors: CTAs that run at a time, and what `multi_processor_count` says.
-        max_steps, timeout_s: scheduling points and seconds after which a launch counts as endless.
+        max_steps, timeout_s: scheduling points, and seconds without one, after which a launch counts as endless.
         smem_bytes: shared memory of a CTA (default: sm_90).
         relax: rules to leave out that may be stricter than a compiler needs: "fence-after-load" (a proxy fence is also
             needed between an ordinary read and the asynchronous write that overwrites it), "store-wait" (only the

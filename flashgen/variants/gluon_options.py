@@ -164,7 +164,7 @@ def options(spec: AttentionSpec) -> Options:
         by_bits=spec.has_mask_mod and not spec.has_block_mask,
         evaluated=tuple(_evaluated(spec)),
         tabled=has_words(spec),
-        reads=has_words(spec) and bool(spec.mods and spec.mods.program.mask_reads),
+        reads=has_words(spec) and bool(spec.mods and spec.mods.program.mask_reads and not spec.mods.program.looked_up),
         masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
     )
 

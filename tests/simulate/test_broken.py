@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from subjects import SCHEDULES, check_copy, check_matmul, check_ordered_sum, check_tickets, normal, text_of
 
 from flashgen import simulator as sim
+from flashgen.simulator import schedule
 
 CHECKS = {"matmul": check_matmul, "copy": check_copy, "ordered_sum": check_ordered_sum, "tickets": check_tickets}
 LAYOUT = "gl.BlockedLayout([1], [32], [4], [0])"
@@ -323,3 +325,37 @@ def spin(x_ptr):
     with pytest.raises(sim.LivelockError, match="no end after 0 s"):
         sim.simulate(text, {"x_ptr": torch.zeros(64)}, entry="spin", grid=(4,), timeout_s=0.3)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("simulated")]
+
+
+def test_what_is_slow_is_not_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait of the launch ends without it, as on a machine that others use; in between the kernel went on."""
+    text = f"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+@gluon.jit
+def walk(x_ptr):
+    i = gl.arange(0, 64, layout={LAYOUT})
+    for _ in range(2000):
+        gl.atomic_add(x_ptr + i, 1.0)
+"""
+    waits, real = list[int](), schedule.Scheduler.__init__
+
+    def init(self: schedule.Scheduler, *arguments: Any) -> None:
+        real(self, *arguments)
+        over = self.done.wait
+
+        def wait(_: float | None = None) -> bool:
+            waits.append(steps := self.steps)
+            while not over(0.001):
+                if self.steps > steps:
+                    return False
+            return True
+
+        monkeypatch.setattr(self.done, "wait", wait)
+
+    monkeypatch.setattr(schedule.Scheduler, "__init__", init)
+    x = torch.zeros(64)
+    sim.simulate(text, {"x_ptr": x}, entry="walk", grid=(1,), schedule="random")
+    assert len(waits) > 2
+    assert torch.equal(x, torch.full((64,), 2000.0))

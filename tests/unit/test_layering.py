@@ -49,7 +49,7 @@ ROWS = (
     ("mask_words", "graph_memory"),
     ("block_ranges", "block_lists"),
     ("operands",),
-    ("samples",),
+    ("samples", "shared_masks"),
     ("execution",),
     ("ops",),
     ("autograd",),
