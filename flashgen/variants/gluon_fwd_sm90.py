@@ -193,6 +193,10 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
 
+    def caps_in_exponents(self, spec: AttentionSpec) -> bool:
+        """Whether a cap joins the exponents, where it takes fewer instructions: measured to gain at head dim 128, not at 64."""
+        return options(spec).capped and self.block_d(spec) > 64
+
     def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
 
