@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,10 +205,8 @@ class Operands:
         }
         per_score: frozenset[str] = frozenset()
         if self.has_functions and not torch.compiler.is_compiling():
-            try:
+            with suppress(FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
                 per_score = self._program(device)[0].per_score
-            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
-                per_score = frozenset()
         score, mask, block = (
             probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
         )
