@@ -187,7 +187,7 @@ class Operands:
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
         except InvalidProblemError as error:
-            if "device" in str(error.__cause__):
+            if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):

@@ -45,13 +45,14 @@ def test_a_captured_step_replays_the_bits_of_an_eager_one(name: str, head_dim: i
     step(leaves, options, backend)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(leaves, options, backend)
+        # Detached: autograd's nodes would live on with the capturing stream, and PyTorch warns, once a process, of eager steps on another.
+        captured = [x.detach() for x in step(leaves, options, backend)]
     for turn in range(3):
         with torch.no_grad():
             for x in leaves:
                 x.mul_(-0.5 if turn else 1.0)  # what the graph reads changes between replays
         for x in captured:
-            x.detach().fill_(torch.nan)
+            x.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
         for which, got, want in zip(
