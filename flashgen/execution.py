@@ -212,7 +212,7 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         return
     kernel = build(source)
     if _ran.compiles_only:
-        with jit.compiling_only(kernel.module):
+        with jit.compiling_only():
             kernel.launch(*arguments, **values)
         return
     if _beside:
