@@ -111,6 +111,8 @@ def _backward(
                 if len(kinds) >= _MOST:
                     kinds.clear()
                 kernels = kinds[kind] = launches.Kernels()
+            if execution._beside:
+                execution.join_beside(plan)
             try:
                 if several and q.is_cuda and torch.cuda.current_device() != q.device.index:
                     with torch.cuda.device(q.device):
