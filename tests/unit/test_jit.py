@@ -262,7 +262,7 @@ def test_triton_3_6_builds_a_launcher_while_the_kernel_compiles(
 
 def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, driver: Driver) -> None:
     module = load_module(path)
-    with jit.compiling_only(module):
+    with jit.compiling_only():
         module.launch(X)
         assert not driver.launched
         other = threading.Thread(target=module.launch, args=(X,))
@@ -270,7 +270,7 @@ def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, 
         other.join()
         assert len(driver.launched) == 1
     module.launch(X)
-    assert len(driver.launched) == 2 and "run" not in vars(module.store)
+    assert len(driver.launched) == 2
     assert len(module.store.device_caches[0][0]) == 1, "what was compiled is what is launched"
 
 
