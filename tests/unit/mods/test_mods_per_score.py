@@ -82,11 +82,33 @@ def test_a_mask_mod_of_single_values_is_the_same_everywhere(backend: Any, as_blo
     torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda x: x.shape[0],
+        lambda x: len(x),
+        lambda x: x.size(0),
+        lambda x: x.numel(),
+        lambda x: SIZE * x.dim(),
+        lambda x: SIZE * x.ndim,
+    ],
+    ids=["shape", "len", "size", "numel", "dim", "ndim"],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sizes_are_those_of_single_values(size: Callable[[Tensor], int], backend: Any) -> None:
+    """A row of a table: on whole blocks the dimensions of the block stand before its own."""
+    q, k, v = (x.detach() for x in inputs())
+    out = flashgen.attention(q, k, v, mask_mod=lambda b, h, i, j: j < size(TABLE[b]) - 7, backend=backend)
+    dense = (torch.arange(SIZE) < SIZE - 7).expand(SIZE, SIZE)
+    torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
+
+
 def test_what_runs_on_blocks_is_not_mapped() -> None:
     cpu = torch.device("cpu")
     for mod in (
         ON_BLOCKS["index after index"],
         lambda s, b, h, q, k: s + (TABLE * 2)[0][q] + TABLE.T[q, b] + TABLE.sum(),
+        lambda s, b, h, q, k: s * TABLE.shape[0] + len(TABLE) + torch.zeros_like(q),
     ):
         assert not mods.program(mod, {}, cpu)[0].per_score
     for mod, _ in SCORES.values():
