@@ -206,6 +206,8 @@ class Operands:
         if self.has_functions and not torch.compiler.is_compiling():
             try:
                 per_score = self._program(device)[0].per_score
+            except UnsupportedProblemError as error:
+                per_score = error.per_score
             except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
                 per_score = frozenset()
         score, mask, block = (

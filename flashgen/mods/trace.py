@@ -91,6 +91,8 @@ def trace(
         try:
             result = function(*arguments)
         except FlashgenError:
+            if tracer.per_score and per_score is not None:
+                per_score.add(kind)
             raise
         except Exception as error:
             where = _site_of(error)
@@ -329,6 +331,9 @@ class _Dispatch(TorchDispatchMode):
         try:
             result = tracer.recorded(aten.translate(tracer.graph, func, seen, named))
         except aten.NotInTableError as error:
+            for array in seen:  # it may look at their dimensions
+                if isinstance(array, Array) and array.shape:
+                    tracer.note_shape(array)
             raise tracer.unsupported(f"{func} {error}".rstrip()) from None
         in_place = name.endswith("_") and not name.startswith("__")
         if not in_place:

@@ -103,6 +103,25 @@ def test_sizes_are_those_of_single_values(size: Callable[[Tensor], int], backend
     torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
 
 
+UNTRACED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "largest of a row": (lambda s, b, h, q, k: s * TABLE[b].amax(), lambda s, b, h, q, k: s * TABLE.amax(1)[b]),
+    "one of a sorted row": (lambda s, b, h, q, k: s + TABLE[b].sort().values[k], lambda s, b, h, q, k: s + TABLE.sort(1).values[b, k]),
+    "an index before": (lambda s, b, h, q, k: s + torch.erfinv(TABLE[b][k] / 9), lambda s, b, h, q, k: s + torch.erfinv(TABLE[b, k] / 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_has_no_trace_means_the_same(name: str) -> None:
+    """On a block the largest of a row was that of all batches: a trial with indices of 0 alone tells nothing."""
+    mod, on_blocks = UNTRACED[name]
+    q, k, v = (x.detach() for x in inputs())
+    table = TABLE.detach()
+    out = flashgen.attention(q, k, v, score_mod=mod, mask_mod=lambda b, h, i, j: j < len(table[b]) - 5)
+    dense = (torch.arange(SIZE) < SIZE - 5).expand(SIZE, SIZE)
+    want = flashgen.attention(q, k, v, score_mod=on_blocks, attn_mask=dense)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
 def test_what_runs_on_blocks_is_not_mapped() -> None:
     cpu = torch.device("cpu")
     for mod in (
