@@ -162,8 +162,12 @@ class _Compile:
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        with _without_lines():
-            made = self._compile(src, target=target, options=options, **more)
+        try:
+            with _without_lines():
+                made = self._compile(src, target=target, options=options, **more)
+        finally:
+            # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
+            vars(src).pop("make_ir", None)
         if launcher is not None:
             launcher.join()
         return _loading_apart(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,8 +204,12 @@ class Operands:
         }
         per_score: frozenset[str] = frozenset()
         if self.has_functions and not torch.compiler.is_compiling():
-            with suppress(FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
+            try:
                 per_score = self._program(device)[0].per_score
+            except UnsupportedProblemError as error:
+                per_score = error.per_score
+            except (FlashgenError, AttributeError):
+                pass  # it runs as it is, or the checks say what is wrong
         score, mask, block = (
             probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
         )
