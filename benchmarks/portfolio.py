@@ -1,7 +1,7 @@
 """Winners of short lists on a GPU, without a search: every candidate of a problem in shuffled rounds, the fastest checked as the tuner checks.
 
     python benchmarks/portfolio.py --dry-run
-    python benchmarks/portfolio.py --compile                       # fills Triton's cache, all specs side by side
+    python benchmarks/portfolio.py --compile [--missing]           # fills Triton's cache, all specs side by side
     python benchmarks/portfolio.py -o benchmarks/results/h200_portfolio_tune.jsonl --budget-s 150
     python benchmarks/portfolio.py --seeds benchmarks/results/h200_portfolio_tune.jsonl   # no GPU: into tuning_db/seeds
 
@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from portfolio_candidates import MORE, MOST, SECTIONS
+
 from flashgen import Problem, Target, gradients
 from flashgen.accuracy import AccuracyReport, small_problems
 from flashgen.bench import measure_interleaved
@@ -44,82 +46,6 @@ from flashgen.variants import Variant, by_name
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("gluon_bwd_sm90", "triton_bwd", "triton_fwd", "gluon_fwd_sm90")
 ROUNDS, CHECKED = 12, 3
-MOST = {"gluon_fwd_sm90": 9, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
-SECTIONS = (1, 2, 4, 8, 16)  # heads in one go, of the Hopper forward: every one with the tile that leads the list
-# Beside known-good tiles and portfolio, by variant and wider padded head dim: values of the knobs in their order.
-MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
-    # BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED
-    ("gluon_bwd_sm90", 64): (
-        (128, 128, 2, 1, 1, 24, False, False, False),
-        (128, 128, 2, 1, 1, 24, False, True, True),
-        (64, 128, 2, 1, 2, 24, False, False, True),
-        (64, 128, 3, 2, 2, 24, True, False, True),
-        (64, 128, 3, 2, 2, 24, True, True, True),
-    ),
-    ("gluon_bwd_sm90", 128): (
-        (64, 128, 2, 1, 1, 24, False, False, True),
-        (64, 128, 2, 1, 2, 24, False, False, False),
-        (64, 128, 2, 1, 2, 24, False, True, True),
-        (64, 128, 2, 2, 1, 24, False, False, True),
-        (64, 128, 2, 1, 1, 24, True, False, True),
-    ),
-    ("gluon_bwd_sm90", 256): tuple(
-        (64, 64, stages, 1, dq_stages, 24, False, True, peeled)
-        for stages, dq_stages in ((2, 3), (2, 2), (2, 4), (2, 1), (1, 3))
-        for peeled in (True, False)
-    ),
-    # BLOCK_M, BLOCK_N, BLOCK_M_DQ, BLOCK_N_DQ, num_warps, num_stages
-    ("triton_bwd", 64): (
-        (64, 128, 128, 64, 8, 2),
-        (64, 128, 128, 64, 4, 2),
-        (64, 64, 64, 64, 4, 2),
-        (64, 64, 64, 64, 4, 3),
-        (32, 128, 128, 64, 4, 3),
-        (64, 128, 128, 128, 8, 2),
-        (128, 128, 128, 128, 8, 2),
-        (64, 128, 64, 128, 4, 3),
-    ),
-    ("triton_bwd", 128): (
-        (64, 128, 128, 64, 8, 2),
-        (64, 128, 128, 64, 8, 3),
-        (64, 64, 64, 64, 4, 2),
-        (64, 64, 128, 64, 8, 2),
-        (32, 128, 128, 64, 8, 3),
-        (32, 64, 64, 64, 4, 3),
-        (64, 128, 128, 128, 8, 2),
-        (64, 128, 128, 32, 8, 2),
-    ),
-    ("triton_bwd", 256): (
-        (64, 64, 64, 64, 8, 1),
-        (64, 64, 64, 64, 8, 2),
-        (64, 64, 64, 64, 4, 1),
-        (64, 64, 128, 32, 8, 2),
-        (64, 64, 128, 64, 8, 1),
-        (32, 64, 64, 64, 8, 2),
-        (64, 128, 128, 32, 8, 1),
-        (64, 128, 128, 64, 8, 1),
-    ),
-    # BLOCK_M, BLOCK_N, num_warps, num_stages
-    ("triton_fwd", 64): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
-    ("triton_fwd", 128): ((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)),
-    ("triton_fwd", 256): ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 3)),
-    # as in gluon_portfolio.py
-    ("gluon_fwd_sm90", 64): (
-        (192, 128, 2, 160, 32, 4, True, False, False),
-        (192, 128, 3, 160, 32, 4, True, False, True),
-        (192, 128, 4, 160, 32, 4, True, False, True),
-        (192, 64, 3, 160, 32, 4, True, True, True),
-        (192, 64, 3, 160, 32, 16, True, True, False),
-        (128, 128, 2, 240, 24, 4, True, False, True),
-        (128, 128, 3, 240, 24, 16, True, False, True),
-    ),
-    ("gluon_fwd_sm90", 256): (
-        (128, 64, 2, 240, 24, 4, False, True, False),
-        (128, 64, 2, 240, 24, 16, False, False, False),
-        (128, 64, 2, 240, 24, 4, False, False, True),
-        (128, 128, 2, 240, 24, 4, True, True, False),
-    ),
-}
 
 
 def problems(variant: Variant, target: Target) -> Iterator[Problem]:
@@ -185,13 +111,21 @@ def case_of(variant: Variant, problem: Problem, provider: providers.Provider) ->
     return make_case(request, provider)
 
 
-def shards(target: Target, names: Sequence[str]) -> list[tuple[Variant, Problem]]:
-    """One problem a kernel file: what one process compiles."""
+def shards(target: Target, names: Sequence[str], missing: bool = False) -> list[tuple[Variant, Problem]]:
+    """One problem a kernel file: what one process compiles; the widest head dims, which take longest, first.
+
+    Args:
+        target: the GPU.
+        names: of variants.
+        missing: only of problems without a measured row of today's text.
+    """
     found = {}
     for name in names:
-        for problem in problems(by_name(name), target):
-            found.setdefault((name, problem.spec.key), (by_name(name), problem))
-    return list(found.values())
+        variant = by_name(name)
+        for problem in problems(variant, target):
+            if (name, problem.spec.key) not in found and not (missing and shipped(variant, problem, target)):
+                found[name, problem.spec.key] = (variant, problem)
+    return sorted(found.values(), key=lambda one: -max(one[1].head_dim, one[1].head_dim_v))
 
 
 def compile_one(variant: Variant, problem: Problem, target: Target) -> None:
@@ -212,11 +146,12 @@ def compile_one(variant: Variant, problem: Problem, target: Target) -> None:
         )
 
 
-def compile_all(target: Target, names: Sequence[str], processes: int) -> int:
+def compile_all(target: Target, names: Sequence[str], processes: int, missing: bool) -> int:
     """A process a kernel file, so many at once."""
-    count, running, failed = len(shards(target, names)), [], 0
+    count, running, failed = len(shards(target, names, missing)), [], 0
     for number in range(count):
         words = [sys.executable, __file__, "--compile-one", str(number), "--variants", ",".join(names)]
+        words += ["--missing"] * missing
         running.append(subprocess.Popen(words))
         while len(running) >= processes:
             time.sleep(0.2)
@@ -405,13 +340,13 @@ def main() -> int:
                 found = candidates(by_name(name), problem, target)
                 total += 1
                 print(f"{name} {problem}: {len(found)} candidates")
-        print(f"{total} problems, {len(shards(target, names))} kernel files")
+        print(f"{total} problems, {len(shards(target, names, a.missing))} kernel files")
         return 0
     target = Target.detect()
     if a.compile:
-        return compile_all(target, names, a.processes)
+        return compile_all(target, names, a.processes, a.missing)
     if a.compile_one is not None:
-        compile_one(*shards(target, names)[a.compile_one], target)
+        compile_one(*shards(target, names, a.missing)[a.compile_one], target)
         return 0
     if a.output is None:
         parser.error("name a file with -o")

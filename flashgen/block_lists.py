@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashgen.problem import Problem
+from flashgen.stream_capture import capturing
 
 NONE, PARTIAL, FULL = 0, 1, 2
 PARTS = (
@@ -146,7 +147,7 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
     """
     tensors = [x for x in (getattr(block_mask, name) for name in PARTS) if x is not None]
     device = tensors[0].device
-    if any(x.is_inference() for x in tensors) or _capturing(device):
+    if any(x.is_inference() for x in tensors) or capturing(device):
         return _made(block_mask, problem, tiles)  # no counter of writes; or memory of the captured graph
     versions = tuple((id(x), x._version) for x in tensors)
     diagonal = (problem.causal, problem.window_size, problem.causal_offset, problem.has_mask_mod)
@@ -166,10 +167,6 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return values
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _made(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int, int]]) -> dict[str, Any]:

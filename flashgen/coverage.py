@@ -149,10 +149,10 @@ def _gradients() -> dict[str, Problem]:
     )  # fmt: skip
     table = torch.zeros(2, requires_grad=True)
     bias = replace(base, has_bias=True, bias_grad=True)
+    learned = base.modified(score_mod=lambda s, b, h, i, j: s + table[h])
     return {
         "the gradient of bias": bias.backward,
         "the gradient of bias in a fixed order": replace(bias, deterministic=True).backward,
-        "gradients of tensors that score_mod reads": base.modified(
-            score_mod=lambda s, b, h, i, j: s + table[h]
-        ).backward,
+        "gradients of tensors that score_mod reads": learned.backward,
+        "gradients of tensors that score_mod reads in a fixed order": replace(learned, deterministic=True).backward,
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from flashgen.operands import Operands
 from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
+from flashgen.shared_masks import kernel_spec
+from flashgen.stream_capture import capturing, free_stream, relaxed
 from flashgen.variants import by_name
 
 logger = logging.getLogger("flashgen")
@@ -194,8 +197,14 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         raise not_built(
             "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
         )
-    source = render(problem.spec, variant)
-    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
+    spec = kernel_spec(plan)
+    source = render(spec, variant)
+    values = {
+        **operands.launch_values(problem, plan.config, spec=spec),
+        **variant.launch_options(problem),
+        **extra,
+        **plan.config,
+    }
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -253,7 +262,8 @@ def _backward_beside(
 
     The backward's own launch runs there up to its kernels, on the call's tensors and with the output in the place of its gradient, so that
     what is compiled is what will be launched. It takes the memory that the backward takes for its sums. Where a gradient has other
-    strides, or a bias wants one, that kernel is compiled in its turn.
+    strides, or a bias wants one, that kernel is compiled in its turn. On a stream of its own, for the caller's may be captured before
+    the thread is done; and where it is being captured now nothing is started, so that its tensors stay the graph's.
     """
     after = plan.backward
     if after is None or after.backend == "torch" or plan.target.backend == "cpu":
@@ -261,19 +271,29 @@ def _backward_beside(
     if operands.bias is not None and operands.bias.requires_grad:  # whose sums may be as large as the scores
         return nullcontext()
 
-    def compile_backward(stream: AbstractContextManager[None]) -> None:
+    def compile_backward(
+        stream: AbstractContextManager[None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
         _ran.compiles_only = True
         sinks_grad = operands.sinks is not None and operands.sinks.requires_grad
         try:
-            with torch.no_grad(), stream:
+            with torch.no_grad(), relaxed(), stream:
                 backward(out, None, q, k, v, out, lse, operands, scalars, False, sinks_grad)
         except Exception as error:  # the backward itself will say so, where somebody asks for it
             logger.debug("the backward was not compiled ahead: %s", error)
 
     def start() -> None:
-        stream: Any = torch.cuda.stream(torch.cuda.current_stream(q.device)) if q.is_cuda else nullcontext()
+        if capturing(q.device):
+            return
+        stream: Any = nullcontext()
+        if q.is_cuda:
+            own = free_stream(q.device)
+            own.wait_stream(torch.cuda.current_stream(q.device))  # mods may read what is being computed there
+            stream = torch.cuda.stream(own)
+        # Without autograd's graph, whose leaves' accumulators remember this stream: a capture that begins meanwhile makes its own.
+        given = (stream, *(x.detach() for x in (q, k, v, out, lse)))
         # No daemon: at the end of the process it is waited for.
-        thread = threading.Thread(target=compile_backward, args=(stream,), name="flashgen-backward")
+        thread = threading.Thread(target=compile_backward, args=given, name="flashgen-backward")
         _beside[_kernel(after)] = thread
         thread.start()
 
@@ -304,7 +324,8 @@ def backward(
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         wanted = {"bias": bias_grad, "sinks": sinks_grad}
-        return _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
+        launch = partial(_launch, plan, operands)
+        return gradients(plan, launch, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
     operands.require_as_traced(q.device)
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
@@ -319,8 +340,9 @@ def backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
 
 
-def _run_backward_kernel(
+def gradients(
     plan: Plan,
+    launch: Callable[..., None],
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -332,7 +354,7 @@ def _run_backward_kernel(
     layout: str,
     wanted: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
-    """Run a generated backward; a gradient that autograd left out counts as zero. Sums are in fp32."""
+    """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
@@ -357,7 +379,7 @@ def _run_backward_kernel(
     captured = operands.captured_gradients(problem)
     extra |= {name: sum_of(x) for name, x in captured.items()}
     outputs = (seen(x) for x in (dq, dk, dv))
-    _launch(plan, operands, _unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
+    launch(_unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
     totals = {id(x): extra[name] for name, x in captured.items()}
     sums = torch_blocked.GradientSums(
         bias=extra.get("dbias"),

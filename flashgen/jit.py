@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +22,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flashgen.stream_capture import relaxed
+
 _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """What this thread is about: work to begin beside its next compilation; whether its launches only compile."""
+    """What this thread is about: work to begin beside its next compilation; whether its launches only compile; and without numbers of lines."""
 
     beside: Callable[[], None] | None = None
     compiles_only: bool = False
+    lineless: bool = False
 
 
 _thread = _Thread()
@@ -145,15 +149,69 @@ class _Compile:
         except (AttributeError, TypeError, KeyError, ValueError, OSError, ImportError, StopIteration):
             pass  # another Triton, or a torn entry: it compiles
         if found is not None:
-            return found
+            return _loading_apart(found)
         launcher = _launcher_beside(src)
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        made = self._compile(src, target=target, options=options, **more)
+        with _without_lines():
+            made = self._compile(src, target=target, options=options, **more)
         if launcher is not None:
             launcher.join()
-        return made
+        return _loading_apart(made)
+
+
+class _Lineless:
+    """Triton's knobs, as its compilers read them: this thread may do without the numbers of source lines.
+
+    Machine code is the same without them, a quarter of the binary is left, and LLVM and ptxas have less to carry.
+    """
+
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+        self.compilation = _Compilation(knobs.compilation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._knobs, name)
+
+
+class _Compilation:
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+
+    def __getattr__(self, name: str) -> Any:
+        return True if name == "disable_line_info" and _thread.lineless else getattr(self._knobs, name)
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO says what is wanted; it is a part of Triton's keys."""
+    if "TRITON_DISABLE_LINE_INFO" in os.environ:
+        yield
+        return
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.backends.nvidia import compiler
+
+        if not isinstance(compiler.knobs, _Lineless):
+            compiler.knobs = _Lineless(compiler.knobs)
+    _thread.lineless = True
+    try:
+        yield
+    finally:
+        _thread.lineless = False
+
+
+def _loading_apart(kernel: Any) -> Any:
+    """A compiled kernel whose module may be loaded while a stream is captured: at its first launch, in whatever thread."""
+    if hasattr(kernel, "_init_handles"):  # another Triton's loads as it always does
+        kernel._init_handles = functools.partial(_init_handles, kernel)
+    return kernel
+
+
+def _init_handles(kernel: Any) -> None:
+    if kernel.module is None:
+        with relaxed():
+            type(kernel)._init_handles(kernel)
 
 
 def _cached(src: Any, target: Any, options: Any) -> Any:
@@ -250,10 +308,11 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
 
 
 def _after_reading(src: Any, work: Callable[[], None]) -> None:
-    read = src.make_ir
-
     def make_ir(*arguments: Any, **more: Any) -> Any:
-        made = read(*arguments, **more)
+        # A compiled kernel keeps its source, which must not keep the work: the call's tensors, and through the output its autograd graph.
+        # Leaves of a graph that lives on remember the stream of that call, and a captured backward would have to wait for it.
+        del src.make_ir
+        made = src.make_ir(*arguments, **more)
         work()
         return made
 

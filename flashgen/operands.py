@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe, settings
-from flashgen.block_ranges import looked_up, ranges
+from flashgen.block_ranges import launch_values
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
-from flashgen.spec import Mods
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.torch_blocked import Options
 from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
 
 Mod = Callable[..., Tensor]
 
+_BLOCK = "block_mask.mask_mod"
 _MOST_TRIED = 4096
 _tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
@@ -59,7 +60,9 @@ class Operands:
 
     def options_captured(self) -> tuple[Tensor, ...]:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
-        return captured_tensors(self.score_mod) if self.captured_as is None else self.captured_as
+        if self.captured_as is None:
+            return () if self.score_mod is None else captured_tensors(self.score_mod)
+        return self.captured_as
 
     def as_now(self, device: torch.device) -> Operands:
         """The same with what its mods mean now, for a backward that comes after a loop variable in a closure has moved on.
@@ -175,21 +178,40 @@ class Operands:
         self._check_indices(*traced, problem)
 
     def _try_mods(self, device: torch.device) -> None:
-        masks = {"mask_mod": self.mask_mod, "block_mask.mask_mod": getattr(self.block_mask, "mask_mod", None)}
+        score_mod, *others = self._on_blocks(device)
+        masks = dict(zip(("mask_mod", _BLOCK), others, strict=True))
         try:
-            if self.score_mod is not None:
-                probe.score_mod(self.score_mod, device)
+            if score_mod is not None:
+                probe.score_mod(score_mod, device)
             for name, mask in masks.items():
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
         except InvalidProblemError as error:
-            if "device" in str(error.__cause__):
+            if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):
-            for name, mod in {"score_mod": self.score_mod, **masks}.items():
+            for name, mod in {"score_mod": score_mod, **masks}.items():
                 if mod is not None:
                     probe.require_elementwise(name, mod, device)
+
+    def _on_blocks(self, device: torch.device) -> tuple[Mod | None, Mod | None, Mod | None]:
+        """score_mod, mask_mod and the block mask's, to be called on blocks: those that are right for 0-d arguments alone are mapped."""
+        mods = {
+            "score_mod": self.score_mod,
+            "mask_mod": self.mask_mod,
+            _BLOCK: getattr(self.block_mask, "mask_mod", None),
+        }
+        per_score: frozenset[str] = frozenset()
+        if self.has_functions and not torch.compiler.is_compiling():
+            try:
+                per_score = self._program(device)[0].per_score
+            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
+                per_score = frozenset()
+        score, mask, block = (
+            probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
+        )
+        return score, mask, block
 
     def _is_elementwise(self, device: torch.device) -> bool:
         """Whether the mods have a trace, which knows no other operations, or were refused for something else."""
@@ -205,6 +227,7 @@ class Operands:
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
+        score_mod, mask_mod, block_mod = self._on_blocks(torch.device(problem.device))
         return Options(
             sm_scale=problem.scale,
             causal=problem.causal,
@@ -216,9 +239,10 @@ class Operands:
             sinks=self.sinks,
             bias=self.bias,
             attn_mask=self.attn_mask,
-            score_mod=self.score_mod,
-            mask_mod=self.mask_mod,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
             block_mask=self.block_mask,
+            block_mod=block_mod,
             dropout_p=problem.dropout_p,
             philox=self.philox if problem.dropout_p else None,
             captured=self.options_captured(),
@@ -329,7 +353,12 @@ class Operands:
         return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(
-        self, problem: Problem, config: KernelConfig | None = None, *, with_ranges: bool = True
+        self,
+        problem: Problem,
+        config: KernelConfig | None = None,
+        *,
+        with_ranges: bool = True,
+        spec: AttentionSpec | None = None,
     ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
@@ -337,6 +366,7 @@ class Operands:
             problem: the call.
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
             with_ranges: whether those are looked for; else None stands in their place.
+            spec: of the kernel, where it is not the problem's own.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -349,7 +379,7 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config if with_ranges else None),
         }
-        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(spec or problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         values = {name: x.resolve_neg() if isinstance(x, Tensor) else x for name, x in values.items()}
         if not problem.varlen:  # packed sequences have offsets of their own
@@ -360,16 +390,5 @@ class Operands:
 def _of_program(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
-    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
-    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
-    given = (x.resolve_neg() for x in tensors)
-    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
-    if problem.has_mask_mod and not problem.has_block_mask:
-        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
-        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
-            tile = tiles.get(walks)
-            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values |= {"mask_lists": None, "mask_words": None}
-        if "words" in tiles:
-            values |= looked_up(program, tensors, problem, tiles["words"])
-    return values
+    tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+    return launch_values(program, tensors, problem, tiles)

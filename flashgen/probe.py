@@ -47,6 +47,27 @@ def score_mod(function: Callable[..., Any], device: torch.device) -> None:
         )
 
 
+def per_score(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of single values, on blocks: mapped over batch, heads, queries and keys, as FlexAttention's eager mode does.
+
+    Args:
+        function: a score_mod or a mask_mod that indexes step by step (`table[b][q_idx]`) or reduces what it captured.
+
+    Returns:
+        The same on a score (b, h, m, n), if there is one, and indices (b,1,1,1), (1,h,1,1), (1,1,m,1), (1,1,1,n).
+    """
+
+    def mapped(*arguments: Tensor) -> Tensor:
+        scores, indices = arguments[:-4], arguments[-4:]
+        found = function
+        for place in (3, 2, 1, 0):
+            found = torch.vmap(found, in_dims=(*(0 for _ in scores), *(0 if at == place else None for at in range(4))))
+        result: Tensor = found(*scores, *(index.flatten() for index in indices))
+        return result
+
+    return mapped
+
+
 def require_elementwise(name: str, function: Callable[..., Any], device: torch.device) -> None:
     """Refuse a mod whose value for one score depends on which others are computed beside it: blocks would change the result.
 
@@ -92,7 +113,7 @@ def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> N
 
 # What PyTorch says where Python asks a tensor of several elements for one value.
 _READ_IN_PYTHON = ("Boolean value of Tensor", "converted to Python scalars", "cannot be converted to Scalar")
-_BRANCHES = "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
+BRANCHES = "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
 
 
 class _OnTheCpu(TorchFunctionMode):
@@ -133,7 +154,7 @@ def _run(name: str, signature: str, function: Callable[..., Any], arguments: tup
     except Exception as error:
         branches = any(words in str(error) for words in _READ_IN_PYTHON)
         raise InvalidProblemError(
-            f"{name} raises {type(error).__name__}: {error}. {_BRANCHES if branches else ''}It is called as {name.rpartition('.')[2]}({signature}) with tensors "
+            f"{name} raises {type(error).__name__}: {error}. {BRANCHES if branches else ''}It is called as {name.rpartition('.')[2]}({signature}) with tensors "
             f"that broadcast to (batch, heads, queries, keys), here {_SIZES}, indices int32; captured tensors are to be "
             "indexed with b, h, q_idx, kv_idx."
         ) from error

@@ -14,7 +14,7 @@ from flashgen.bench.environment import Environment
 from flashgen.cli.output import json_option, print_json, print_table
 from flashgen.cli.problems import OPTION_NAMES, problems_of, shape_options
 from flashgen.errors import InvalidProblemError
-from flashgen.peers import NAMES, OPS, BenchOp, Flashgen, Peer, choose, figure
+from flashgen.peers import NAMES, OPS, BenchOp, Flashgen, Peer, choose, figure, masks
 from flashgen.peers.compare import Comparison, Contestant, compare
 from flashgen.peers.output import absent, append_csv, check_csv, document
 from flashgen.problem import Problem
@@ -30,6 +30,7 @@ from flashgen.settings import BACKENDS
 @click.option(
     "--backends", metavar="NAME,...", default="auto", show_default=True, help="Of flashgen; the first is the baseline."
 )
+@click.option("--mask", type=click.Choice(masks.NAMES), help="A mask_mod by name, beside the options above.")
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Samples of each contestant.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the inputs and of the order.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="The GPU where there is one, if not given.")
@@ -63,6 +64,9 @@ def bench(op: str, as_json: bool, **values: Any) -> int:
     """
     given = {name: values.pop(name) for name in OPTION_NAMES if name != "op"}
     problems = problems_of({**given, "op": "attention_fwd"})
+    mask = values.pop("mask")
+    if mask is not None:
+        problems = [masks.masked(problem, mask) for problem in problems]
     contestants = [*_own(values["backends"]), *choose(_words("--peers", values["peer_names"]))]
     device = _device(values["device"], values["cuda_graph"])
     if values["csv_path"] is not None:

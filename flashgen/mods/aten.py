@@ -8,35 +8,17 @@ tensors have none, as when the function is called on a whole block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
-from flashgen.mods import arrays
+from flashgen.mods import arrays, composites, reductions
 from flashgen.mods.arrays import Array
 from flashgen.mods.dtypes import computing, is_float, is_integer
 from flashgen.mods.graph import COMPARISONS, Graph, Node
+from flashgen.mods.torch_types import DTYPES, TORCH, Handler, NotInTableError, as_ones, result_type
 
-Handler = Callable[[Graph, str, Sequence[Any], Mapping[str, Any]], Array]
-
-DTYPES: dict[torch.dtype, str] = {
-    torch.bool: "bool",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
-
-
-class NotInTableError(Exception):
-    """An operator, or a form of it, that the graph has no operation for; the message says which form."""
+__all__ = ["DTYPES", "TORCH", "NotInTableError", "detached", "is_view", "read_as_a_whole", "translate"]
 
 
 def translate(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
@@ -57,32 +39,12 @@ def translate(graph: Graph, func: Any, args: Sequence[Any], kwargs: Mapping[str,
         raise NotInTableError("")
     if name in _VIEWS:
         return _VIEWS[name](graph, "", args, kwargs)
+    if name in reductions.SHAPED:
+        return reductions.SHAPED[name](graph, "", args, kwargs)
     handler = _TABLE.get(name)
     if handler is None:
         raise NotInTableError("")
     return handler(graph, result_type(func, args, kwargs), args, kwargs)
-
-
-def result_type(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """The type of an operator's result, by running it on ones."""
-    made = func(*[_as_ones(arg) for arg in args], **{name: _as_ones(arg) for name, arg in kwargs.items()})
-    if not isinstance(made, torch.Tensor) or made.dtype not in DTYPES:
-        raise NotInTableError(f"with a result of {getattr(made, 'dtype', type(made).__name__)}")
-    return DTYPES[made.dtype]
-
-
-@cache
-def _ones(dtype: str, varies: bool) -> torch.Tensor:
-    return torch.ones((1,) if varies else (), dtype=TORCH[dtype], device="cpu")
-
-
-def _as_ones(arg: Any) -> Any:
-    if isinstance(arg, Array):
-        # A clone, since an operator may work in place.
-        return _ones(arg.dtype, arg.varies).clone()
-    if isinstance(arg, torch.device):
-        return torch.device("cpu")
-    return arg
 
 
 def as_array(graph: Graph, value: Any, dtype: str) -> Array:
@@ -134,7 +96,7 @@ def _binary(op: str, *, reverse: bool = False) -> Handler:
 
 def _compare(op: str) -> Handler:
     def handler(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
-        within = DTYPES[torch.result_type(*(_as_ones(arg) for arg in args[:2]))]
+        within = DTYPES[torch.result_type(*(as_ones(arg) for arg in args[:2]))]
         inner = computing(
             within
         )  # rounded to 16 bits, but compared in fp32: kernels do not compare bfloat16 everywhere
@@ -175,10 +137,19 @@ def _power(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, A
     if isinstance(exponent, (int, float)) and float(exponent).is_integer() and 0 <= exponent <= 16:
         return _pointwise(graph, dtype, (base,), lambda x: _repeated(graph, x, int(exponent)))
     if not is_float(dtype):
+        if isinstance(base, int) and base > 0 and base & (base - 1) == 0:  # a power of two: bits, whatever the exponent
+            step = base.bit_length() - 1
+            return _pointwise(graph, dtype, (exponent,), lambda x: _two_to_the(graph, x, step))
         raise NotInTableError(f"of {dtype} with an exponent that is no small constant")
     if exponent == 0.5:
         return _pointwise(graph, dtype, (base,), lambda x: graph.make("sqrt", x))
     return _pointwise(graph, dtype, (base, exponent), lambda x, y: graph.make("pow", x, y))
+
+
+def _two_to_the(graph: Graph, x: Node, step: int) -> Node:
+    """(2 ** step) ** x of integers: zero where x is negative, and beyond the width."""
+    one = graph.const(1, x.dtype)
+    return graph.make("shl", one, graph.make("mul", x, graph.const(step, x.dtype))) if step else one
 
 
 def _repeated(graph: Graph, x: Node, exponent: int) -> Node:
@@ -275,6 +246,33 @@ def _filled(value: Any = None) -> Handler:
     return handler
 
 
+def _activation(name: str) -> Handler:
+    return lambda graph, dtype, args, kwargs: _pointwise(
+        graph, dtype, args[:1], lambda x: composites.activation(name, graph, x, args[1:], kwargs)
+    )
+
+
+def _lerp(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
+    def build(x: Node, y: Node, w: Node) -> Node:
+        return graph.make("add", x, graph.make("mul", w, graph.make("sub", y, x)))
+
+    return _pointwise(graph, dtype, args[:3], build)
+
+
+def _added(op: str) -> Handler:
+    """`addcmul`, `addcdiv`: x + value * (y op z)."""
+
+    def handler(graph: Graph, dtype: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Array:
+        factor = kwargs.get("value", args[3] if len(args) > 3 else 1)
+
+        def build(x: Node, y: Node, z: Node) -> Node:
+            return graph.make("add", x, graph.make("mul", graph.make(op, y, z), graph.const(factor, x.dtype)))
+
+        return _pointwise(graph, dtype, args[:3], build)
+
+    return handler
+
+
 _TABLE: dict[str, Handler] = {
     "add": _binary("add"),
     "sub": _binary("sub"),
@@ -318,8 +316,12 @@ _TABLE: dict[str, Handler] = {
     **{name: _binary("shl") for name in ("bitwise_left_shift", "__lshift__")},
     **{name: _binary("shr") for name in ("bitwise_right_shift", "__rshift__")},
     **{op: _unary(op) for op in ("neg", "abs", "sign", "floor", "ceil", "round", "trunc")},
-    **{op: _unary(op) for op in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt")},
+    **{op: _unary(op) for op in ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt")},
     **{op: _unary(op) for op in ("tanh", "sigmoid", "sin", "cos", "erf")},
+    **{name: _activation(name) for name in composites.ACTIVATIONS},
+    "lerp": _lerp,
+    "addcmul": _added("mul"),
+    "addcdiv": _added("div"),
 }
 
 _VIEWS: dict[str, Handler] = {
@@ -333,6 +335,7 @@ _VIEWS: dict[str, Handler] = {
     "transpose": lambda graph, dtype, args, kwargs: _transposed(args[0], args[1], args[2]),
     "t": lambda graph, dtype, args, kwargs: arrays.permuted(args[0], range(len(args[0].shape))[::-1]),
     "select": lambda graph, dtype, args, kwargs: _at(graph, args[0], args[1], args[2]),
+    "squeeze": lambda graph, dtype, args, kwargs: _squeezed(graph, args[0], args[1] if len(args) > 1 else None),
     "unsqueeze": lambda graph, dtype, args, kwargs: _unsqueezed(graph, args[0], args[1]),
 }
 
@@ -340,6 +343,17 @@ _VIEWS: dict[str, Handler] = {
 def is_view(func: Any) -> bool:
     """Whether an operator's result shares the memory of its first argument."""
     return func._schema.name.partition("::")[2] in _VIEWS
+
+
+def read_as_a_whole(func: Any, args: Sequence[Any]) -> list[Array]:
+    """The arrays of which an operator looks at the dimensions, so that it does something else to a block than to single values."""
+    name = func._schema.name.partition("::")[2]
+    if name in reductions.ELEMENTWISE:  # in what is looked up
+        args = args[1:]
+    elif name not in reductions.SHAPED and (name not in _VIEWS or name in ("alias", "detach", "lift_fresh")):
+        return []
+    found = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
+    return [one for one in found if isinstance(one, Array)]
 
 
 def detached(graph: Graph, array: Array) -> Array:
@@ -366,3 +380,12 @@ def _at(graph: Graph, array: Array, dimension: int, index: int) -> Array:
 
 def _unsqueezed(graph: Graph, array: Array, dimension: int) -> Array:
     return arrays.indexed(graph, array, (slice(None),) * (dimension % (len(array.shape) + 1)) + (None,))
+
+
+def _squeezed(graph: Graph, array: Array, dims: int | Sequence[int] | None) -> Array:
+    rank = len(array.shape)
+    given = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
+    over = {dim % rank for dim in given if rank}
+    return arrays.indexed(
+        graph, array, tuple(0 if dim in over and size == 1 else slice(None) for dim, size in enumerate(array.shape))
+    )

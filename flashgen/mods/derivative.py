@@ -189,6 +189,8 @@ _RULES: dict[str, Pull] = {
     "abs": _unary(lambda graph, x, y: graph.make("sign", x)),
     "exp": _unary(lambda graph, x, y: y),
     "exp2": _unary(lambda graph, x, y: _scaled(graph, y, math.log(2.0))),
+    "expm1": _unary(lambda graph, x, y: graph.make("exp", x)),
+    "log1p": _unary(lambda graph, x, y: _inverse(graph, graph.make("add", x, graph.const(1.0, x.dtype)))),
     "log": _unary(lambda graph, x, y: _inverse(graph, x)),
     "log2": _unary(lambda graph, x, y: _inverse(graph, x, 1.0 / math.log(2.0))),
     "sqrt": _unary(lambda graph, x, y: _inverse(graph, y, 0.5)),

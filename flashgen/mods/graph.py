@@ -5,7 +5,7 @@ intervals or differentiated never has to know a framework's rules of promotion. 
 
     input, const, load            an argument; a number; an element of a captured tensor (indices are the operands)
     cast                          to the node's type; with the value `detach` to its own, for a derivative to stop at
-    neg abs sign floor ceil round trunc exp exp2 log log2 sqrt rsqrt tanh sigmoid sin cos erf not
+    neg abs sign floor ceil round trunc exp exp2 expm1 log log2 log1p sqrt rsqrt tanh sigmoid sin cos erf not
     add sub mul div pow           of one type; `div` and `pow` of floats only
     floordiv mod truncdiv fmod    of integers: rounded down (Python's) and towards zero (C's)
     min max fmin fmax             the first two hand NaN on, the last two prefer the number

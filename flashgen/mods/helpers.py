@@ -116,6 +116,23 @@ def tanh(x):
     far = (1.0 - decay) / (1.0 + decay)
     return {lang}.where({lang}.abs(x) < 0.25, near, {lang}.where(x < 0, -far, far))
 ''',
+    "exp_minus_one": '''
+@{jit}
+def exp_minus_one(x):
+    """exp(x) - 1 with the digits of a small x: what exp(x) lost by rounding, its logarithm lost as well."""
+    size = {lang}.exp(x)
+    exact = (size - 1.0) * (x / {lang}.log(size))
+    found = {lang}.where(size == 1.0, x, {lang}.where(size - 1.0 == -1.0, -1.0, exact))
+    return {lang}.where(size == float("inf"), size, found)
+''',
+    "log_of_one_plus": '''
+@{jit}
+def log_of_one_plus(x):
+    """log(1 + x) with the digits of a small x: what 1 + x lost by rounding is a factor of the logarithm."""
+    size = 1.0 + x
+    exact = {lang}.log(size) * (x / (size - 1.0))
+    return {lang}.where(size == 1.0, x, {lang}.where(size == float("inf"), size, exact))
+''',
     "power": '''
 @{jit}
 def power(x, y):

@@ -39,7 +39,10 @@ _INFIX = {
 _CALLS = {
     op: f"torch.{op}" for op in ("abs", "sign", "floor", "ceil", "round", "trunc", "exp", "exp2", "log", "log2", "sqrt")
 }
-_CALLS |= {op: f"torch.{op}" for op in ("rsqrt", "tanh", "sigmoid", "sin", "cos", "erf", "pow", "fmod", "fmin", "fmax")}
+_CALLS |= {
+    op: f"torch.{op}"
+    for op in ("rsqrt", "tanh", "sigmoid", "expm1", "log1p", "sin", "cos", "erf", "pow", "fmod", "fmin", "fmax")
+}
 _CALLS |= {"mod": "torch.remainder", "min": "torch.minimum", "max": "torch.maximum"}
 _ROUNDING = {"floordiv": "floor", "truncdiv": "trunc"}
 # Of these PyTorch takes no Python number in the place of a tensor.

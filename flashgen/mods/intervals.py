@@ -321,7 +321,7 @@ _RULES: dict[str, Callable[..., Interval | None]] = {
     "neg": _negated,
     "abs": _absolute,
     **{op: _monotone(op) for op in ("floor", "ceil", "round", "trunc", "sign")},
-    **{op: _float_only(_monotone(op)) for op in ("exp", "exp2", "sqrt", "tanh", "sigmoid")},
+    **{op: _float_only(_monotone(op)) for op in ("exp", "exp2", "expm1", "sqrt", "tanh", "sigmoid")},
     "and": _bitwise(lambda x, y: Interval(x.low & y.low, x.high & y.high), _mask_bits),
     "or": _bitwise(lambda x, y: Interval(x.low | y.low, x.high | y.high), _join_bits),
     "xor": _bitwise(_xor, lambda x, y: None),

@@ -23,6 +23,7 @@ from flashgen.mods.emit import TRITON, DerivativeEmission, Dialect, Emission, Na
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.graph import Graph, Node, ordered
 from flashgen.mods.trace import Site, trace
+from flashgen.stream_capture import apart
 
 Mod = Callable[..., Any]
 _BLOCK = "block_mask.mask_mod"
@@ -42,6 +43,8 @@ class Program:
         title: what the user calls the functions, for a comment.
         sites: the user's line of each load, by id of its node.
         graph: makes nodes that are shared with these.
+        looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
+        per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
     """
 
     score: Node | None
@@ -52,6 +55,8 @@ class Program:
     title: str
     sites: Mapping[int, Site]
     graph: Graph
+    looked_up: int = 0
+    per_score: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
@@ -64,6 +69,7 @@ class Program:
             lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
         lines += [str(numbers[id(root)]) for root in roots]
         lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
+        lines += [f"looked up by {self.looked_up}"] if self.looked_up else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @cached_property
@@ -279,14 +285,14 @@ def _traced(
     tensors: Sequence[Tensor],
     names: Sequence[str],
 ) -> Program:
-    graph, sites = Graph(), dict[int, Site]()
+    graph, sites, per_score = Graph(), dict[int, Site](), set[str]()
     captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
-    score = trace(score_mod, "score_mod", graph, captures, sites) if score_mod is not None else None
+    score = trace(score_mod, "score_mod", graph, captures, sites, per_score) if score_mod is not None else None
     mask: Node | None = None
     for name, mod in mask_mods.items():
-        found = trace(mod, name, graph, captures, sites)
+        found = trace(mod, name, graph, captures, sites, per_score)
         mask = found if mask is None else graph.make("and", mask, found)
-    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites)
+    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites, per_score)
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     return Program(
         score=score,
@@ -301,6 +307,7 @@ def _traced(
         ),
         sites=sites,
         graph=graph,
+        per_score=frozenset(per_score),
     )
 
 
@@ -333,9 +340,10 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     with _lock:
         known = _numbers.get(key)
         if known is None:
-            known = _numbers[key] = tensor.detach().to(device)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # whatever stream asks next finds it there
+            with apart(device):
+                known = _numbers[key] = tensor.detach().to(device)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()  # whatever stream asks next finds it there
             while len(_numbers) > _KEPT:
                 _dropped.append(_numbers.popitem(last=False)[1])
     return known

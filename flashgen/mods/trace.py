@@ -24,16 +24,23 @@ from flashgen.mods import arrays, aten
 from flashgen.mods.arrays import Array
 from flashgen.mods.captures import Captures
 from flashgen.mods.graph import INDICES, Graph, Node
+from flashgen.stream_capture import apart
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 _SUPPORTED = (
     "Supported: arithmetic, comparisons, logic, bit operations, shifts, integer // and %, where, min/max/clamp, abs, sign, "
-    "floor/ceil/round, exp/log/log2/exp2/sqrt/rsqrt/pow, tanh/sigmoid/sin/cos/erf, casts, and captured tensors indexed by "
-    "integers. backend='torch' runs any function."
+    "floor/ceil/round, exp/log/log2/exp2/sqrt/rsqrt/pow, tanh/sigmoid/sin/cos/erf, activations (silu, gelu, softplus, ...), casts, "
+    "captured tensors indexed by integers, and sum/mean/any/all/dot of up to 64 of their elements. "
+    "backend='torch' runs any function."
 )
+_APPLY: Any = torch.autograd.Function.apply
+_APPLY = _APPLY.__func__.__code__
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__complex__"}
 _READS |= {"__contains__", "data_ptr"}
+_PLACES = {"storage_offset", "untyped_storage", "_typed_storage", "storage"}
+_STEPS = {"stride", "is_contiguous"}
+_SHOWS = {"__repr__", "__format__", "__str__"}
 _CREATORS = {"full", "zeros", "ones", "scalar_tensor", "arange", "eye", "linspace", "lift_fresh"}
 
 
@@ -49,7 +56,12 @@ class Site:
 
 
 def trace(
-    function: Callable[..., Any], kind: str, graph: Graph, captures: Captures, sites: dict[int, Site] | None = None
+    function: Callable[..., Any],
+    kind: str,
+    graph: Graph,
+    captures: Captures,
+    sites: dict[int, Site] | None = None,
+    per_score: set[str] | None = None,
 ) -> Node:
     """Run a mod once and keep what it computes.
 
@@ -59,6 +71,8 @@ def trace(
         graph: makes the nodes.
         captures: collects captured tensors.
         sites: filled with the line of each load, by id of its node.
+        per_score: takes the kind of a function that is right for 0-d arguments alone (`table[b][q_idx]`, a sum): on whole blocks it
+            would index, or sum over, their dimensions.
 
     Returns:
         The result's node: fp32 of a score_mod, bool of a mask_mod.
@@ -83,6 +97,8 @@ def trace(
                 f"{kind} raises {type(error).__name__}: {error}{f' ({where})' if where else ''}. It is called once with 0-d "
                 f"tensors ({', '.join(str(node) for node in inputs)}), indices int32."
             ) from error
+        if tracer.per_score and per_score is not None:
+            per_score.add(kind)
         return _result(tracer, result, function)
 
 
@@ -121,6 +137,11 @@ class _StandIn(Tensor):
     shares = False  # whether it is a view, or one was made of it: both would see what is written into one
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
+    def shown(self) -> str:
+        """For a `print` of the function's own: it is traced once, so that there is no value to show."""
+        shown = f", shape={self.array.shape}" if self.array.shape else ""
+        return f"traced({self.array.node if not shown else '...'}, torch.{self.array.dtype}{shown})"
+
     @staticmethod
     def __new__(cls, array: Array, device: torch.device) -> _StandIn:
         made = Tensor._make_wrapper_subclass(cls, array.shape, dtype=aten.TORCH[array.dtype], device=device)
@@ -141,6 +162,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.graph, self.captures, self.sites = kind, graph, captures, sites
         self.device = captures._device
+        self.per_score = False
         self.dispatch = _Dispatch(self)
         self._made: dict[int, tuple[Tensor, Array]] = {}  # tensors that the function made; held, since ids are reused
 
@@ -161,6 +183,12 @@ class _Tracer(TorchFunctionMode):
             raise InvalidProblemError(f"{self.kind} ({self.here()}): {error}") from None
         return self._read(number)
 
+    def arrays_in(self, arg: Any) -> Any:
+        """An operator's argument with arrays in the place of tensors, of a list of them, too."""
+        if isinstance(arg, (list, tuple)) and any(isinstance(one, Tensor) for one in arg):
+            return [self.array(one) if isinstance(one, Tensor) else one for one in arg]
+        return self.array(arg) if isinstance(arg, Tensor) else arg
+
     def made(self, tensor: Tensor) -> Tensor:
         """Note a tensor that the function made from numbers."""
         dtype = aten.DTYPES.get(tensor.dtype)
@@ -169,9 +197,17 @@ class _Tracer(TorchFunctionMode):
         if tensor.dim() == 0:
             array = arrays.filled(self.graph, (), tensor.item(), dtype)
         else:
-            array = self._read(self.captures.number(tensor.to(self.device), constant=True))
+            with apart(self.device):
+                moved = tensor.to(self.device)
+            array = self._read(self.captures.number(moved, constant=True))
         self._made[id(tensor)] = (tensor, array)
         return tensor
+
+    def note_shape(self, array: Array) -> None:
+        """Dimensions of what depends on an argument are looked at: on whole blocks they come after those of the block."""
+        zero = self.graph.const(0, "int32")
+        if array.varies and 0 not in array.shape and array.element((zero,) * len(array.shape)).depends:
+            self.per_score = True
 
     def note_view(self, base: Tensor, view: _StandIn) -> None:
         """One memory under two names: the graph keeps values, so neither may be written into any more."""
@@ -181,7 +217,18 @@ class _Tracer(TorchFunctionMode):
 
     def recorded(self, result: Array) -> Array:
         """The result of an operator, as one without gradient inside of `torch.no_grad()`."""
+        if not torch.is_grad_enabled() and self.kind.rpartition(".")[2] == "score_mod":
+            self._refuse_own_backward()
         return result if torch.is_grad_enabled() else aten.detached(self.graph, result)
+
+    def _refuse_own_backward(self) -> None:
+        """A `torch.autograd.Function` runs its forward without gradients and brings its own: a trace would lose it."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code is not trace.__code__:
+            if frame.f_code is _APPLY:
+                name = getattr(frame.f_locals.get("cls"), "__name__", "")
+                raise self.unsupported(f"the torch.autograd.Function {name}, whose backward is its own,")
+            frame = frame.f_back
 
     def _read(self, number: int) -> Array:
         row = self.captures.rows[number]
@@ -214,16 +261,22 @@ class _Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if name in _SHOWS and args and isinstance(args[0], _StandIn):
+            return args[0].shown()
         if func is Tensor.__getitem__:
             return self._getitem(*args)
         if name == "__setitem__":
             raise self.unsupported("an assignment to elements of a tensor")
+        if args and (name in _PLACES or (name in _STEPS and isinstance(args[0], _StandIn) and args[0].array.shape)):
+            # A trace is kept for all tensors of a shape and its strides, wherever they lie; a view of one has no memory here.
+            raise self.unsupported(f"where a captured tensor lies in memory ({name}())")
         if name in _READS and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             raise self.depends_on_value("`if`, `and`, `or`, `not`" if name == "__bool__" else name.strip("_") + "()")
         return func(*args, **(kwargs or {}))
 
     def _getitem(self, tensor: Tensor, index: Any) -> Tensor:
         array = self.array(tensor)
+        self.note_shape(array)
         parts = index if isinstance(index, tuple) else (index,)
         try:
             seen = tuple(self.array(part) if isinstance(part, Tensor) else part for part in parts)
@@ -249,7 +302,7 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         tracer, kwargs = self._tracer, kwargs or {}
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        tensors = [one for arg in (*args, *kwargs.values()) for one in _tensors_in(arg)]
         name = func._schema.name.partition("::")[2]
         if name in _CREATORS and (not tensors or name == "lift_fresh"):
             return tracer.made(func(*args, **kwargs))
@@ -265,8 +318,10 @@ class _Dispatch(TorchDispatchMode):
             raise InvalidProblemError(
                 f"{tracer.kind} writes into a tensor that it captures ({func}) at {tracer.here()}."
             )
-        seen = [tracer.array(arg) if isinstance(arg, Tensor) else arg for arg in args]
-        named = {key: tracer.array(arg) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
+        seen = [tracer.arrays_in(arg) for arg in args]
+        named = {key: tracer.arrays_in(arg) for key, arg in kwargs.items()}
+        for array in aten.read_as_a_whole(func, seen):
+            tracer.note_shape(array)
         try:
             result = tracer.recorded(aten.translate(tracer.graph, func, seen, named))
         except aten.NotInTableError as error:
@@ -286,6 +341,12 @@ class _Dispatch(TorchDispatchMode):
             raise tracer.unsupported(f"{func} on a view, or on a tensor that has one,")
         target.array = result
         return target
+
+
+def _tensors_in(arg: Any) -> list[Tensor]:
+    if isinstance(arg, (list, tuple)):
+        return [one for one in arg if isinstance(one, Tensor)]
+    return [arg] if isinstance(arg, Tensor) else []
 
 
 def _site_of(error: BaseException) -> Site | None:

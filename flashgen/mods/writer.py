@@ -41,6 +41,7 @@ _INFIX = {
 }
 _CALLS = {op: op for op in ("abs", "floor", "ceil", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf")}
 _HELPERS = {"trunc": "truncate", "round": "round_half_even", "sign": "sign", "tanh": "tanh", "sigmoid": "sigmoid"}
+_HELPERS |= {"expm1": "exp_minus_one", "log1p": "log_of_one_plus"}
 _SPLIT_BY_SIZE = {"max": "nan_maximum", "min": "nan_minimum", "fmax": "number_maximum", "fmin": "number_minimum"}
 _DIVISIONS = {"floordiv": "floor_div_any", "mod": "floor_mod_any", "truncdiv": "trunc_div", "fmod": "trunc_mod"}
 # Their result jumps, so that an operand must be what PyTorch has, to the last bit.

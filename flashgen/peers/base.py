@@ -44,6 +44,7 @@ class Peer(ABC):
 
     name: str
     layout: ClassVar[Layout] = "bshd"
+    takes: ClassVar[frozenset[str]] = frozenset()  # the flags of options beyond causality that it computes
     computes: Hashable = None  # which function of the inputs; peers of one function share their references
 
     @abstractmethod
@@ -68,13 +69,13 @@ class Peer(ABC):
 
     def judge(self, problem: Problem, op: BenchOp, tensors: Tensors) -> Judge:
         """What holds results on one copy of the inputs (layout bshd) against fp64: the problem's own attention, if not overridden."""
-        from flashgen.peers.judge import Judge
+        from flashgen.peers.options import judge_of
 
-        return Judge(problem, op, tensors)
+        return judge_of(problem, op, tensors)
 
     def flops(self, problem: Problem, op: BenchOp) -> float:
         """Of one call: products over visible pairs."""
-        return problem.flops * (1.0 if op == "attention_fwd" else BACKWARD_FLOPS)
+        return flops_of(problem, op)
 
     def prepare(self, problem: Problem, op: BenchOp, copies: list[Tensors]) -> list[Call]:
         """One call per copy of the inputs.
@@ -111,10 +112,13 @@ def _backward_call(function: Callable[..., Tensor], tensors: Tensors) -> Call:
     return call
 
 
-def beyond_plain(problem: Problem) -> str | None:
-    """The options of a problem that this comparison has no inputs or reference for, None where there are none."""
-    options = [flag for flag in problem.spec.flags if flag not in ("causal", "has_lse")]
-    return ", ".join(options) or None
+def flops_of(problem: Problem, op: BenchOp) -> float:
+    """Of one call: products over visible pairs, with options counted over all masks."""
+    from flashgen.peers import options
+
+    pairs = options.visible_pairs(problem) if options.has_options(problem) else problem.visible_pairs
+    forward = 2.0 * problem.batch * problem.num_heads_q * pairs * (problem.head_dim + problem.head_dim_v)
+    return forward * (1.0 if op == "attention_fwd" else BACKWARD_FLOPS)
 
 
 def top_left_only(problem: Problem) -> str | None:

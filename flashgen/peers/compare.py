@@ -23,8 +23,10 @@ from flashgen.bench.rounds import (
     verdict,
 )
 from flashgen.bench.timing import Measurement, summarise
+from flashgen.coverage import options_of, spelled, undrawn
 from flashgen.errors import UnsupportedProblemError
-from flashgen.peers.base import BACKWARD_FLOPS, BenchOp, Call, Peer, beyond_plain
+from flashgen.peers import options
+from flashgen.peers.base import BenchOp, Call, Peer, flops_of
 from flashgen.peers.inputs import Inputs
 from flashgen.peers.judge import PEER_SLACK, Judge
 from flashgen.peers.own import Flashgen
@@ -111,14 +113,20 @@ class Comparison:
         return self.contestants[0]
 
     @property
+    def options(self) -> list[str]:
+        """What the problem has beyond causality, as `attention()` spells it."""
+        return [spelled(flag) for flag in options_of(self.problem.spec)]
+
+    @property
     def flops(self) -> float:
         """Of one call."""
-        return self.problem.flops * (1.0 if self.op == "attention_fwd" else BACKWARD_FLOPS)
+        return flops_of(self.problem, self.op)
 
     @property
     def moved_bytes(self) -> int:
         """Each tensor once; a backward reads q, k, v, out and dout and writes three gradients."""
-        return self.problem.io_bytes * (1 if self.op == "attention_fwd" else 2)
+        beside = options.option_bytes(self.problem) if self.options else 0
+        return self.problem.io_bytes * (1 if self.op == "attention_fwd" else 2) + beside
 
 
 def compare(
@@ -138,7 +146,7 @@ def compare(
     """Measure one problem.
 
     Args:
-        problem: what is computed, and on which device; full or causal attention.
+        problem: what is computed, and on which device; options are drawn (`peers.options`), and a peer without one of them says so.
         op: forward, or backward without its forward.
         contestants: the first is the baseline, a `Flashgen`.
         rounds: samples of each.
@@ -154,13 +162,14 @@ def compare(
         All contestants, also those that were not timed, with the reason. Ctrl-C during the rounds keeps whole rounds.
 
     Raises:
-        UnsupportedProblemError: an option besides causal, or nothing of flashgen can be timed here.
+        UnsupportedProblemError: an option that cannot be drawn, or nothing of flashgen can be timed here.
     """
-    beyond = beyond_plain(problem)
-    if beyond:
+    why = undrawn(problem.spec)
+    if why is not None:
+        raise UnsupportedProblemError(f"bench of {problem} is not supported: {why}.")
+    if problem.dropout_p and cuda_graph:
         raise UnsupportedProblemError(
-            f"bench with {beyond} is not supported: peers compute different options, or none of them, and it compares the same work, full "
-            "and causal attention. Options are timed beside FlexAttention by benchmarks/freeform.py and benchmarks/hopper_freeform.py."
+            "bench with dropout and --cuda-graph is not supported: each call draws its seed anew."
         )
     problem = replace(problem, return_lse=False, requires_grad=False, layout="bshd", copies=())
     result = Comparison(problem=problem, op=op, cuda_graph=cuda_graph)
@@ -188,7 +197,8 @@ def _enter(peer: Peer, problem: Problem, op: BenchOp) -> Contestant:
     if reason is not None:
         return Contestant(name=peer.name, status="absent", message=reason)
     entry = Contestant(name=peer.name, version=peer.version())
-    reason = peer.supports(problem, op)
+    lacking = [spelled(flag) for flag in options_of(problem.spec) if flag not in peer.takes]
+    reason = f"has no {', '.join(lacking)}" if lacking else peer.supports(problem, op)
     if reason is not None:
         entry.status, entry.message = "unsupported", reason
     else:
@@ -212,7 +222,7 @@ class _Entrants:
         self.calls: dict[str, list[Call]] = {}
         self.peers: dict[str, Peer] = {}
         self._judges: dict[tuple[Hashable, int], Judge] = {}
-        result.coverage = Judge(result.problem, result.op, inputs.of("bshd")[0]).coverage
+        result.coverage = options.judge_of(result.problem, result.op, inputs.of("bshd")[0]).coverage
 
     def admit(self, peer: Peer, entry: Contestant) -> None:
         """Prepare a contestant and judge its first result."""
@@ -327,6 +337,8 @@ def _notes(result: Comparison, rounds: int) -> list[str]:
         notes.append(f"only {times[0].samples} of {rounds} rounds: {why}")
     if times and not result.settled:
         notes.append("the warm-up ended before the times had settled")
+    if result.options and options.option_bytes(result.problem):
+        notes.append("bias and attn_mask are one copy, shared by all contestants and calls")
     if not result.overflows:
         notes.append("the copies of the inputs fit into the cache: times are those of warm inputs")
     gpu = result.problem.device.startswith("cuda")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgen.peers.base import BenchOp, Call, Peer, Tensors
+from flashgen.peers.options import flex_mods
 from flashgen.problem import Problem
 
 
@@ -18,6 +19,7 @@ class Flex(Peer):
 
     name = "flex"
     layout = "bhsd"
+    takes = frozenset(("window", "softcap", "has_alibi", "has_bias", "has_attn_mask", "has_score_mod", "has_mask_mod"))
 
     def available(self, device: str) -> str | None:
         if device.startswith("cuda"):
@@ -41,15 +43,12 @@ class Flex(Peer):
         # Shapes are fixed here, as a user with one model's shapes would have them; what earlier problems left is dropped.
         torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs" if gpu else None)
+        score_mod, keep = flex_mods(problem)
         mask = None
-        if problem.causal:
-            offset = problem.causal_offset
-
-            def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return j <= i + offset
-
+        if keep is not None:
             mask = create_block_mask(keep, None, None, problem.seqlen_q, problem.seqlen_k, device=problem.device)
         options: dict[str, Any] = {
+            "score_mod": score_mod,
             "block_mask": mask,
             "scale": problem.softmax_scale,
             "enable_gqa": problem.num_heads_q != problem.num_heads_kv,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def row(comparison: Comparison, entry: Contestant, environment: Environment) -> 
     found |= {
         name: getattr(comparison, name) for name in ("protocol", "op", "cuda_graph", "copies", "overflows", "settled")
     }
+    if comparison.options:  # so that nobody takes the row for plain attention
+        found["op"] = f"{comparison.op}:{'+'.join(comparison.options)}"
     found |= {name: getattr(entry, name) for name in ("version", "detail", "status", "message", "verdict")}
     figures: dict[str, float | None] = {
         "budget_used": entry.budget_used,
@@ -143,8 +145,9 @@ def _comparison(one: Comparison) -> dict[str, Any]:
         "gpu_after", "notes", "interrupted", "expired",
     )  # fmt: skip
     return {
-        "problem": asdict(one.problem),
+        "problem": asdict(replace(one.problem, mods=None)),
         "key": str(one.problem),
+        "options": one.options,
         "flops": one.flops,
         "bytes": one.moved_bytes,
         **{name: getattr(one, name) for name in names},

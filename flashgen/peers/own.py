@@ -11,8 +11,10 @@ from torch import Tensor
 from flashgen import settings
 from flashgen.api import attention
 from flashgen.bench.environment import own_version
+from flashgen.coverage import options_of_a_call
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import UnsupportedProblemError
+from flashgen.peers import options as given_options
 from flashgen.peers.base import BenchOp, Peer
 from flashgen.problem import Problem
 
@@ -26,6 +28,8 @@ class Flashgen(Peer):
         backend: of the call.
         deterministic: gradients must repeat bit for bit; the name then ends in `-ordered`, after its fixed order of sums.
     """
+
+    takes = frozenset(options_of_a_call())
 
     def __init__(self, backend: str = "auto", *, deterministic: bool = False) -> None:
         self.backend, self.deterministic = backend, deterministic
@@ -71,7 +75,15 @@ class Flashgen(Peer):
             "backend": self.backend,
         }
 
+        generator = None
+        if given_options.has_options(problem):
+            options |= given_options.keywords(problem)
+            options["generator"] = generator = given_options.generator(problem)
+        seed = None if generator is None else generator.initial_seed()
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if generator is not None and seed is not None:
+                generator.manual_seed(seed)
             out: Tensor = attention(q, k, v, **options)  # type: ignore[assignment]  # no lse is asked for
             return out
 

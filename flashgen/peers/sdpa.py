@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashgen.bench.environment import free_bytes
 from flashgen.peers.base import BenchOp, Peer, top_left_only
+from flashgen.peers.options import dense_mask
 from flashgen.problem import Problem
 
 
@@ -24,19 +25,20 @@ class _Sdpa(Peer):
         return f"torch {torch.__version__}"
 
     def supports(self, problem: Problem, op: BenchOp) -> str | None:
-        return top_left_only(problem)
+        return None if problem.has_bias or problem.has_attn_mask else top_left_only(problem)
 
     def forward(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         chosen = [getattr(SDPBackend, self.backend)]
-        causal, scale = problem.causal, problem.softmax_scale
+        mask = dense_mask(problem) if self.takes else None
+        causal, scale = problem.causal and mask is None, problem.softmax_scale
         grouped = problem.num_heads_q != problem.num_heads_kv
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(chosen):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+                    q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
                 )
 
         return run
@@ -77,6 +79,7 @@ class SdpaEfficient(_Sdpa):
     """The memory-efficient kernels that came from xFormers."""
 
     name = "sdpa-efficient"
+    takes = frozenset(("has_bias", "has_attn_mask"))
     backend = "EFFICIENT_ATTENTION"
 
     def available(self, device: str) -> str | None:
@@ -92,6 +95,7 @@ class SdpaMath(_Sdpa):
     """Materialised scores, no fusion."""
 
     name = "sdpa-math"
+    takes = frozenset(("has_bias", "has_attn_mask"))
     backend = "MATH"
 
     def supports(self, problem: Problem, op: BenchOp) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flashgen.simulator.context import fail
 from flashgen.simulator.dtypes import DType, int1, int32, int64, rounded
-from flashgen.simulator.errors import IntegerError
+from flashgen.simulator.errors import IntegerError, UnsupportedOperationError
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -26,7 +26,7 @@ class Scalar(int):
         return self.dtype
 
     def to(self, dtype: DType, bitcast: bool = False) -> Any:
-        return scalar(int(self), dtype)
+        return _bits(int(self), self.dtype, dtype) if bitcast else scalar(int(self), dtype)
 
     def __bool__(self) -> bool:
         return int(self) != 0
@@ -57,7 +57,7 @@ class Float(float):
         return _float(abs(float(self)), self.dtype)
 
     def to(self, dtype: DType, bitcast: bool = False) -> Any:
-        return scalar(float(self), dtype)
+        return _bits(float(self), self.dtype, dtype) if bitcast else scalar(float(self), dtype)
 
 
 def _float(value: float, dtype: DType) -> Float:
@@ -124,6 +124,13 @@ for _name in ("add", "sub", "mul", "truediv"):
 for _name, _op in (("floordiv", operator.floordiv), ("mod", operator.mod)):
     setattr(Scalar, f"__{_name}__", _division(_op, False))
     setattr(Scalar, f"__r{_name}__", _division(_op, True))
+
+
+def _bits(value: float, held: DType, dtype: DType) -> Any:
+    """The bits of a scalar seen as another type."""
+    if held.raw.itemsize != dtype.raw.itemsize or held.narrow or dtype.narrow:
+        fail(UnsupportedOperationError, f"bitcast of {held} to {dtype}")
+    return scalar(np.asarray(value, held.held).view(dtype.held)[()], dtype)
 
 
 def scalar(value: Any, dtype: DType) -> Any:

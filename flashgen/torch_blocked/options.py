@@ -32,6 +32,7 @@ class Options:
         attn_mask: bool, broadcastable to (B, Hq, Sq, Sk), True = may attend.
         score_mod, mask_mod: FlexAttention's signatures, elementwise.
         block_mask: torch's BlockMask.
+        block_mod: its mask_mod, elementwise.
         dropout_p: probability of dropping.
         philox: (2,) int64 seed and offset.
         first_batch: index of the first sequence (packed sequences run one at a time).
@@ -51,6 +52,7 @@ class Options:
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     block_mask: Any = None
+    block_mod: Mod | None = None
     dropout_p: float = 0.0
     philox: Tensor | None = None
     first_batch: int = 0
@@ -135,7 +137,7 @@ class Block:
         if o.mask_mod is not None:
             parts.append(_four(o.mask_mod(*self.indices()).to(self.device)))  # its own, to write into
         if o.block_mask is not None:
-            parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j))
+            parts.append(_block_mask_visible(o.block_mask, b - o.first_batch, h, i, j, o.block_mod))
         if not parts:
             return None
         visible = parts[0]
@@ -228,11 +230,11 @@ def _add_reduced(total: Tensor, x: Tensor) -> None:
     total += x.sum(dims, keepdim=True) if dims else x  # sum([]) would sum everything
 
 
-def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def _block_mask_visible(mask: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, mod: Mod | None = None) -> Tensor:
     """A BlockMask as given: listed blocks only, its mask_mod inside the partial ones."""
     size_q, size_k = mask.BLOCK_SIZE
     partial = _listed(mask.kv_num_blocks, mask.kv_indices, b, h, i // size_q, j // size_k)
-    inside = _four(mask.mask_mod(*(x.clone() for x in (b, h, i, j))).to(i.device))
+    inside = _four((mod or mask.mask_mod)(*(x.clone() for x in (b, h, i, j))).to(i.device))
     visible = partial & inside
     if mask.full_kv_num_blocks is not None:
         visible = visible | _listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i // size_q, j // size_k)

@@ -147,10 +147,6 @@ class GluonBackwardSm90(BackwardText, Variant):
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
-        if problem.bias_grad and problem.deterministic:
-            return "the gradient of bias in a fixed order: not covered by this kernel yet"
-        if self.sums(problem.spec) and problem.deterministic:
-            return "gradients of tensors that score_mod captures in a fixed order: not covered by this kernel yet"
         return None
 
     # -- what it compiles --
@@ -216,7 +212,8 @@ class GluonBackwardSm90(BackwardText, Variant):
         }
         found |= {"ONE_KIND": True} if spec.has_block_mask else {}
         found |= {"ONE_SIDED": True}  # named by kernels with slopes alone
-        found |= {"SUM_BIAS": 1, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
+        found |= {"SUM_BIAS": 4, "BIAS_ROWS": True, "BIAS_KEYS": True} if spec.has_bias else {}
+        found |= {"SUMS": 1} if self.sums(spec) else {}
         return {**found, "MASKED": True, "PEELED": False} if spec.has_attn_mask else found
 
     def keeps_beside_scores(self, spec: AttentionSpec) -> bool:

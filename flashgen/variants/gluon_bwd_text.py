@@ -101,6 +101,8 @@ class BackwardText:
             found |= {f"stride_dbias_{x}": (f"stride_dbias_{x}", False) for x in "mn"}
         if self.sums(spec):
             found |= {name: (name, False) for name in ("start_n", "seqlen_k", *self.sums(spec))}
+        if self.summed(spec):
+            found |= {name: (name, False) for name in ("largest_ptr", "term_bits")}
         if spec.mods is not None:
             found |= {"b": ("off_b", False), "h": ("off_h", True)}
             found |= {name: (name, False) for name in spec.mods.program.parameters}
@@ -155,9 +157,31 @@ class BackwardText:
         ]
         return {f"sum_of_{name}_ptr": f"d{captured(name)}" for name in names}
 
-    def added(self, spec: AttentionSpec, derivative: Any) -> tuple[tuple[str, str, str, str], ...]:
-        """What a step adds to those gradients: the value of each pair, of keys x rows; the pointers, what of `part` goes there, and where."""
-        return tuple(_added(one, spec.mods.program.captures[one.capture].name) for one in derivative.gradients)  # type: ignore[union-attr]
+    def summed(self, spec: AttentionSpec) -> tuple[str, ...]:
+        """What `launch` calls the gradients that are sums over tiles: the bias's, and those of captured tensors."""
+        return (*(["dbias"] if spec.has_bias else []), *self.sums(spec).values())
+
+    def sum_arguments(self, spec: AttentionSpec) -> tuple[str, ...]:
+        """What the kernel and its consumers take for those sums."""
+        bias = ("dbias_ptr", *(f"stride_dbias_{x}" for x in "bhmn")) if spec.has_bias else ()
+        return (*bias, *self.sums(spec), *(("largest_ptr", "term_bits") if self.summed(spec) else ()))
+
+    def most_terms(self, spec: AttentionSpec) -> int:
+        """Contributions of one pair to one gradient, at most."""
+        return (
+            max(1, len(spec.mods.program.derivative.contributions)) if spec.mods is not None and self.sums(spec) else 1
+        )
+
+    def added(self, spec: AttentionSpec, derivative: Any) -> tuple[tuple[int, str, str, str, str], ...]:
+        """What a step adds to those gradients.
+
+        Each is the gradient's number among `summed`, the value of each pair, of keys x rows; the pointers, what of `part` goes there, and where.
+        """
+        names = [spec.mods.program.captures[one.capture].name for one in derivative.gradients]  # type: ignore[union-attr]
+        numbers = [self.summed(spec).index(f"d{captured(name)}") for name in names]
+        return tuple(
+            (number, *_added(one, name)) for number, one, name in zip(numbers, derivative.gradients, names, strict=True)
+        )
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
         """The jit functions that a spec's mods call, each once."""

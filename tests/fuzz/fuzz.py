@@ -3,9 +3,10 @@
     python tests/fuzz/fuzz.py --seeds 1000:500        500 cases from seed 1000 on
     python tests/fuzz/fuzz.py --seconds 600           as many as fit
     python tests/fuzz/fuzz.py --case '{"causal": true}'   exactly this one
-    python tests/fuzz/fuzz.py --device cuda --seconds 300 --seeds 0:0   on a GPU, by the most specialised kernel that covers the case
+    python tests/fuzz/fuzz.py --device cuda --seconds 300 --seeds 0:0   on a GPU, by the Hopper kernel where one covers the case, every third by the portable one
+    python tests/fuzz/fuzz.py --device cuda --only backward --seconds 300 --seeds 0:0 --json run.json   gradients alone; counts by kernel and option: `tally.py`
 
-Exit code 1 when a case fails; its last line is the command that repeats the shrunken case.
+Exit code 1 when a case fails; its last line is the command that repeats the shrunken case. 3: a case left the device unusable, and the rest did not run.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import random
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ if __name__ == "__main__":
         os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 
 from cases import Case, draw
+from edges import EDGES
 from judge import covered, judge
+from tally import Tally
 
 GPU_LENGTHS = (1, 17, 63, 64, 65, 127, 128, 129, 190, 193, 256, 257, 300)
 Judge = Callable[[Case], str | None]
@@ -90,11 +93,19 @@ def shrink(case: Case, judge: Judge = judge, *, seconds: float = 60.0) -> tuple[
     return case, said
 
 
-def for_gpu(seed: int) -> Case:
-    """A case of more and longer rows, most with head dims that every kernel takes, for the first of gluon, triton, torch that covers it."""
+def for_gpu(seed: int, only: str | None = None) -> Case:
+    """A case of more and longer rows, most with head dims that every kernel takes, for the first of gluon, triton, torch that covers it.
+
+    Args:
+        seed: every third is for triton first.
+        only: `forward` or `backward`; None for what the seed draws.
+    """
     case, r = draw(seed), random.Random(seed)
-    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
-    wide |= {"head_dim_v": wide["head_dim"] if r.random() < 0.8 else 128, "dtype": r.choice(("fp16", "bf16"))}
+    wide = {"head_dim": r.choice((64, 64, 128, 72, 40, 192, 256)), "strides": r.choice(("dense", "sbhd", "dense"))}
+    wide |= {
+        "head_dim_v": wide["head_dim"] if r.random() < 0.8 else r.choice((64, 128)),
+        "dtype": r.choice(("fp16", "bf16")),
+    }
     longer = {} if case.lengths else {"seqlen_q": r.choice(GPU_LENGTHS), "seqlen_k": r.choice(GPU_LENGTHS)}
     fewer = {"heads_kv": min(2, case.heads_kv), "group": min(2, case.group)}
     case = replace(case, **longer, **fewer, **(wide if r.random() < 0.75 else {}))
@@ -102,12 +113,30 @@ def for_gpu(seed: int) -> Case:
         plain = Case()
         names = ("window", "softcap", "alibi", "sinks", "bias", "bias_inf", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths", "seqused")  # fmt: skip
         case = replace(case, **{name: getattr(plain, name) for name in names}, batch=max(1, case.batch))
+    grads = dict.fromkeys((case.grad, False)) if only is None else (only == "backward",)
+    return first_of(case, ("triton", "gluon") if seed % 3 == 2 else ("gluon", "triton"), grads, seed % 2 == 0)
+
+
+def first_of(case: Case, backends: Iterable[str], grads: Iterable[bool], ordered: bool) -> Case:
+    """The case for the first kernel that covers it on a GPU; for torch where none does."""
     candidates = (
-        replace(case, backend=name, grad=grad, deterministic=grad and seed % 2 == 0)
-        for name in ("gluon", "triton")
-        for grad in dict.fromkeys((case.grad, False))
+        replace(case, backend=name, grad=grad, deterministic=grad and ordered) for name in backends for grad in grads
     )
     return next((one for one in candidates if covered(one, "cuda")), replace(case, backend="torch"))
+
+
+def edges_for_gpu(only: str | None) -> list[Case]:
+    """The edge cases, for every kernel that covers them; for the Hopper kernels of a head dim, a type and strides that they take."""
+    found: dict[Case, None] = {}
+    for case, backend in product(EDGES.values(), ("gluon", "triton")):
+        if backend == "gluon":
+            dtype = "bf16" if case.dtype == "fp32" else case.dtype
+            case = replace(case, dtype=dtype, head_dim=64, head_dim_v=64, strides="dense")
+        grads = dict.fromkeys((case.grad, False)) if only is None else (only == "backward",)
+        one = first_of(case, (backend,), grads, case.deterministic)
+        if one.backend != "torch":
+            found[one] = None
+    return list(found)
 
 
 def settled(case: Case) -> Case:
@@ -140,6 +169,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", default="0:200", help="first:count")
     parser.add_argument("--seconds", type=float, help="stop after so long; with no --seeds, from seed 0 on")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--only", choices=["forward", "backward"], help="with --device cuda: kernels of this pass alone"
+    )
+    parser.add_argument(
+        "--edges", metavar="N:OF", help="with --device cuda: first this share of the edge cases, 0:1 for all"
+    )
+    parser.add_argument("--json", type=Path, help="counts and failures into this file, after every case")
     given: Any = parser.parse_args(arguments)
     on = partial(judge, device=given.device)
     if given.case is not None:
@@ -149,14 +185,20 @@ def main(arguments: list[str]) -> int:
         return 0 if said is None else 1
     first, count = map(int, given.seeds.split(":"))
     end = None if given.seconds is None else time.monotonic() + given.seconds
-    failures = done = 0
-    backends: Counter[str] = Counter()
-    for seed in range(first, first + (count if end is None else sys.maxsize // 2)):
+    tally, failures = Tally(given.json, **about(given.device)), 0
+    seeds = range(first, first + (count if end is None else sys.maxsize // 2))
+    if given.device == "cpu":
+        cases: Iterator[Case] = (settled(draw(seed)) for seed in seeds)
+    else:
+        share, shares = map(int, (given.edges or "0:0").split(":"))
+        edges = edges_for_gpu(given.only)[share::shares] if shares else []
+        cases = chain(edges, (for_gpu(seed, given.only) for seed in seeds))
+    for case in cases:
         if end is not None and time.monotonic() > end:
             break
-        case, done = settled(draw(seed)) if given.device == "cpu" else for_gpu(seed), done + 1
+        tally.begin(case)
         said = verdict(case, on)
-        backends[case.backend] += 1
+        tally.end(case, said)
         if said is None:
             continue
         failures += 1
@@ -164,13 +206,35 @@ def main(arguments: list[str]) -> int:
         text = (
             report(case, said)
             if given.device == "cpu"
-            else f"seed {seed} failed: {said}\n{command(case)} --device cuda"
+            else f"seed {case.seed} failed: {said}\n{command(case)} --device cuda"
         )
         print(text, flush=True)
-    print(
-        f"{done} cases, {failures} failed; {', '.join(f'{count} {name}' for name, count in sorted(backends.items()))}"
-    )
+        if given.device == "cuda" and not usable():
+            return 3
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(tally.kernels.items()))
+    print(f"{tally.kernels.total()} cases, {failures} failed; {counts}")
     return 1 if failures else 0
+
+
+def about(device: str) -> dict[str, str]:
+    """Which card a run was on."""
+    if device == "cpu":
+        return {"device": device}
+    import torch
+    import triton
+
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+
+
+def usable() -> bool:
+    """Whether the GPU still answers this process: after an illegal access nothing does."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

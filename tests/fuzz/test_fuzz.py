@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from cases import MASK_MODS, SCORE_MODS, STRIDES, Case, draw
 from edges import EDGES
 from judge import covered, judge
+from tally import Tally, joined, text_of
 
 # Read while pytest collects, before conftest hides the user's settings.
 FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:240").split(":"))
@@ -67,6 +69,12 @@ def test_every_backend_meets_every_option(backend: str) -> None:
     assert {case.deterministic for case in cases if case.grad} == {True, False}
     assert any(case.block_mask == "given" for case in cases)
     assert {case.words for case in cases} == ({"", "none", "stale"} if backend == "gluon" else {""})
+    if backend == "gluon":  # tiles of keys and of values of another width, keys hidden in them
+        apart = [case for case in cases if (case.head_dim <= 64) != (case.head_dim_v <= 64)]
+        assert all(
+            any(getattr(case, name) != getattr(Case(), name) for case in apart)
+            for name in ("mask_mod", "attn_mask", "window", "lengths")
+        )
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -77,6 +85,42 @@ def test_a_case_survives_its_text(seed: int) -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(ValueError, match="a case has no colour"):
         Case.loads('{"colour": 1}')
+
+
+def test_what_a_run_met_is_counted_and_a_case_it_ended_in_is_a_failure(tmp_path: Path) -> None:
+    cases = [
+        Case(backend="gluon", causal=True, group=2),
+        Case(backend="triton", grad=True, causal=True, mask_mod="rows"),
+    ]
+    tally = Tally(tmp_path / "first.json", device="a card")
+    for case, said in zip(cases, (None, "dq: wrong"), strict=True):
+        tally.begin(case)
+        tally.end(case, said)
+    other = Tally(tmp_path / "second.json")
+    other.begin(cases[0])  # and the process ends
+    total = json.loads(text_of(joined(json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))))
+    assert (total["device"], total["cases"], total["failed"]) == ("a card", 2, 2)
+    assert total["kernels"] == {"gluon forward": 1, "triton backward": 1}
+    assert total["options"]["causal"] == {"gluon forward": 1, "triton backward": 1}
+    assert total["options"]["mask_mod: rows"] == {"triton backward": 1} and "grouped heads" in total["options"]
+    assert [Case.loads(json.dumps(one["case"])) for one in total["failures"]] == [cases[1], cases[0]]
+    assert [one["said"] for one in total["failures"]] == ["dq: wrong", "the process ended in it"]
+
+
+def test_cases_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option in either pass, on the Hopper kernel and, every third, on the portable one; a kernel that refuses hands on."""
+    monkeypatch.setattr(fuzz, "covered", lambda case, device: case.backend == "triton" or case.head_dim % 8 == 0)
+    for only in ("forward", "backward"):
+        cases = [fuzz.for_gpu(seed, only) for seed in range(300)]
+        assert {case.grad for case in cases} == {only == "backward"}
+        assert {case.deterministic for case in cases} == ({True, False} if only == "backward" else {False})
+        for backend in ("gluon", "triton"):
+            mine = [case for case in cases if case.backend == backend]
+            for name in ("window", "softcap", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths"):  # fmt: skip
+                assert any(getattr(case, name) != getattr(Case(), name) for case in mine), (only, backend, name)
+    edges = fuzz.edges_for_gpu("backward")
+    assert all(case.grad for case in edges)
+    assert all(sum(case.backend == name for case in edges) > 20 for name in ("gluon", "triton"))
 
 
 @pytest.mark.slow

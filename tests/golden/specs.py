@@ -47,6 +47,8 @@ OWN_KEYS = {
     "gluon_fwd_sm90": (
         "attention_fwd-bf16-d64-causal-softcap-lse",  # scores that are changed before they are scaled
         "attention_fwd-bf16-d128-causal-alibi-lse",
+        "attention_fwd-bf16-d192-dv128-causal-window-lse",  # hidden keys go through memory of the output's width in pieces
+        "attention_fwd-bf16-d64-dv128-attn_mask-lse",  # and through a part of it
     ),
     "gluon_bwd_sm90": (
         "attention_bwd-bf16-d128",  # the loops that must not spill, with the three above that are narrow

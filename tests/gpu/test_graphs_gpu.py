@@ -1,7 +1,19 @@
-"""Training steps in CUDA graphs and over and over: the bits of an eager call, with options, on every backend that takes them."""
+"""Calls in CUDA graphs and over and over: the bits of an eager call, with options, on every backend that takes them.
+
+    python tests/gpu/test_graphs_gpu.py WHAT STATE NAME HEAD_DIM BACKEND
+
+captures one call in a process of its own, which is what the tests of first captures run: WHAT is forward or step; STATE is cold (nothing
+was called before the capture), once (one eager call on the same stream), side (three on a side stream, as PyTorch's manual has it), recorded
+(one eager forward whose backward nobody asked for, so that it may still be compiling) or, to tell PyTorch's own limits from ours, kept
+(an eager step whose autograd graph lives on: PyTorch refuses to capture the next one).
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,13 +45,14 @@ def test_a_captured_step_replays_the_bits_of_an_eager_one(name: str, head_dim: i
     step(leaves, options, backend)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(leaves, options, backend)
+        # Detached: autograd's nodes would live on with the capturing stream, and PyTorch warns, once a process, of eager steps on another.
+        captured = [x.detach() for x in step(leaves, options, backend)]
     for turn in range(3):
         with torch.no_grad():
             for x in leaves:
                 x.mul_(-0.5 if turn else 1.0)  # what the graph reads changes between replays
         for x in captured:
-            x.detach().fill_(torch.nan)
+            x.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
         for which, got, want in zip(
@@ -58,3 +71,74 @@ def test_a_hundred_steps_have_the_same_bits(name: str, backend: str) -> None:
             ("out", "lse", "dq", "dk", "dv"), step(leaves, options, backend), first, strict=True
         ):
             assert torch.equal(got, want), which
+
+
+# -- the first capture of a kernel in a process --
+
+
+def forward(leaves: list[Tensor], options: dict[str, Any], backend: str) -> list[Tensor]:
+    """Out and lse, without gradients."""
+    return [*call([x.detach() for x in leaves], options, backend=backend)]
+
+
+def before_capture(state: str, run: Any, *arguments: Any) -> Any:
+    """What a user has called before; returns what has to live on."""
+    if state in ("once", "kept"):
+        run(*arguments)
+    if state == "side":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+    if state in ("recorded", "kept"):
+        leaves, options, backend = arguments
+        return call(leaves, options, backend=backend, deterministic=True)
+    return None
+
+
+def first_capture(what: str, state: str, name: str, head_dim: int, backend: str) -> None:
+    """Capture, replay with other inputs, and hold it against an eager call."""
+    run = {"forward": forward, "step": step}[what]
+    leaves, options = inputs(name, head_dim)
+    kept = before_capture(state, run, leaves, options, backend)
+    if state == "recorded":
+        kept = None  # and with it the leaves' accumulators
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(leaves, options, backend)
+    del kept
+    for turn in range(2):
+        with torch.no_grad():
+            for x in leaves:
+                x.mul_(-0.5 if turn else 1.0)
+        for x in captured:
+            x.detach().fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        for number, (got, want) in enumerate(zip(captured, run(leaves, options, backend), strict=True)):
+            assert torch.equal(got, want), f"replay {turn}: result {number} differs"
+    print(f"{what} {state} {name} {head_dim} {backend}: the bits of an eager call", flush=True)
+
+
+FIRST = [("forward", "cold"), ("step", "cold"), ("step", "once"), ("step", "side"), ("step", "recorded")]
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "mods", "packed"])
+@pytest.mark.parametrize(("what", "state"), FIRST)
+def test_the_first_capture_of_a_process(what: str, state: str, name: str, tmp_path: Path) -> None:
+    words = [sys.executable, __file__, what, state, name, "64", "auto"]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    if name == "plain":  # compiled during the capture, too; the others may be in the caches
+        environment |= {"FLASHGEN_CACHE_DIR": str(tmp_path / "flashgen"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    done = subprocess.run(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+if __name__ == "__main__":
+    what, state, name, head_dim, backend = sys.argv[1:]
+    first_capture(what, state, name, int(head_dim), backend)

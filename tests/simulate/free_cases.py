@@ -172,7 +172,7 @@ LEARNED = (
     Free(why="wide: a table of distances", sizes=GROUPS, learned=of_pairs, table=PAIRS, head_dim=136),
 )  # fmt: skip
 
-# The gradient of a bias, in fast mode alone: in order the portable kernel computes it.
+# The gradient of a bias.
 BIASES = (
     Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),
     Free(why="a bias of every pair with -inf, beside a mask", sizes=GROUPS, bias="bhij", bias_inf=True, dbias=True, mask_mod=shuffled),

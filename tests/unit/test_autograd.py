@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
-from flashgen import UnsupportedProblemError, execution
+from flashgen import UnsupportedProblemError, dispatch, execution
+from flashgen.variants import by_name
 
 MAPPED = 3
 
@@ -276,14 +277,22 @@ def test_transforms_that_functions_would_get_wrong_are_refused_by_name(backend: 
 # -- deterministic= --
 
 
-def test_a_gradient_that_a_named_backend_lacks_is_refused_by_the_forward() -> None:
+def test_a_gradient_that_a_named_backend_lacks_is_refused_by_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = type(by_name("gluon_bwd_sm90"))
+    monkeypatch.setattr(backward, "refuses", lambda self, problem: "no bias learns here" if problem.bias_grad else None)
+    dispatch.forget()
     q, k, v = (torch.randn(1, 64, 2, 64, dtype=torch.float16) for _ in range(3))
     bias = torch.randn(64, 64, requires_grad=True)
     options: dict[str, Any] = {"bias": bias, "backend": "gluon", "deterministic": True}
-    with pytest.raises(UnsupportedProblemError, match="the gradient of bias in a fixed order"):
+    with pytest.raises(UnsupportedProblemError, match="no bias learns here"):
         flashgen.attention(q, k, v, **options)
     with torch.no_grad():
         assert flashgen.explain(q, k, v, **options).variant == "gluon_fwd_sm90"
+    monkeypatch.undo()
+    dispatch.forget()
+    out: Any = flashgen.attention(q, k, v, **options)
+    out.sum().backward()
+    assert bias.grad is not None and bias.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -336,9 +336,16 @@ def test_nor_when_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -
     assert Flashgen("torch").supports(SMALL, "attention_fwd") is None
 
 
-def test_options_without_a_reference_are_refused() -> None:
-    with pytest.raises(UnsupportedProblemError, match="softcap"):
-        compare(replace(SMALL, softcap=5.0), "attention_fwd", [Flashgen()])
+def test_options_that_cannot_be_drawn_are_refused() -> None:
+    for field, why in (
+        ("has_score_mod", "are code"),
+        ("has_block_mask", "is not drawn"),
+        ("varlen", "lengths are the user's"),
+    ):
+        with pytest.raises(UnsupportedProblemError, match=why):
+            run(replace(SMALL, **{field: True}))
+    with pytest.raises(UnsupportedProblemError, match="dropout and --cuda-graph"):
+        run(replace(SMALL, dropout_p=0.1), cuda_graph=True)
 
 
 # -- what peers say of themselves --

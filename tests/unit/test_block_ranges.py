@@ -123,10 +123,10 @@ def test_floats_with_nan_are_compared_by_their_bits(dtype: torch.dtype) -> None:
 
 def test_under_capture_nothing_is_copied_to_the_host() -> None:
     program, tensors = documents(ids_of(50))
-    with mock.patch.object(block_ranges, "_capturing", lambda device: True):
+    with mock.patch.object(block_ranges, "capturing", lambda device: True):
         with mock.patch.object(block_ranges, "_analysed", side_effect=AssertionError("synchronises")):
             assert block_ranges.mask_ranges(program, tensors, PROBLEM, CONFIG) is None
-        with mock.patch.object(block_ranges, "_capturing", lambda device: False):
+        with mock.patch.object(block_ranges, "capturing", lambda device: False):
             known = found(program, tensors)
         with mock.patch.object(block_ranges, "_analysed", side_effect=AssertionError("synchronises")):
             assert torch.equal(found(program, tensors), known)

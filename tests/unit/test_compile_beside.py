@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +29,11 @@ class Compiler:
     def __init__(self) -> None:
         self.done: list[tuple[str, bool, float, float]] = []
         self.launched: list[str] = []
+        self.sources: list[Any] = []  # as Triton's compiled kernels keep theirs
 
     def __call__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
         start = time.perf_counter()
+        self.sources.append(src)
         src.make_ir()
         time.sleep(SECONDS)
         mine = threading.current_thread() is threading.main_thread()
@@ -102,6 +107,58 @@ def test_the_backward_is_compiled_beside_the_forward_and_then_launched(compiler:
     assert sorted(compiler.launched) == sorted(["attention_fwd", *BACKWARD])
 
 
+class Mark:
+    """Lives as long as the node that has it."""
+
+
+MARKS: list[weakref.ref[Mark]] = []
+
+
+class Marked(torch.autograd.Function):
+    """A node of autograd's graph that can be watched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark = Mark()
+        MARKS.append(weakref.ref(ctx.mark))
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 2
+
+
+def test_while_it_is_compiled_no_graph_of_autograd_lives_on(compiler: Compiler) -> None:
+    q, k = drawn()
+    out = attend(Marked.apply(q), k)  # type: ignore[no-untyped-call]
+    (thread,) = execution._beside.values()
+    assert MARKS[-1]() is not None and thread.is_alive()
+    with gc_off():
+        del out
+        assert MARKS[-1]() is None and thread.is_alive()
+
+
+def test_what_is_compiled_keeps_nothing_of_the_call(compiler: Compiler) -> None:
+    """An autograd graph that lived on kept its leaves' accumulators, which remember a stream: a captured backward then failed."""
+    q, k = drawn()
+    out = attend(q, k)
+    torch.autograd.grad(out.sum(), [q, k])
+    watch = weakref.ref(out)
+    with gc_off():
+        del out
+        assert watch() is None, "by its count of references: PyTorch collects no cycles before a capture"
+    assert len(compiler.sources) == 1 + len(BACKWARD)
+
+
+@contextmanager
+def gc_off() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def test_who_wants_no_gradient_starts_nothing(compiler: Compiler) -> None:
     q, k = drawn()
     with torch.no_grad():
@@ -125,7 +182,7 @@ def test_a_bias_that_wants_a_gradient_waits_for_its_turn(compiler: Compiler) -> 
 
 
 def test_a_backward_that_cannot_be_compiled_says_so_where_it_is_asked_for(compiler: Compiler) -> None:
-    with mock.patch.object(execution, "_run_backward_kernel", side_effect=MemoryError("no room")):
+    with mock.patch.object(execution, "gradients", side_effect=MemoryError("no room")):
         out = attend(*drawn())
         (thread,) = execution._beside.values()
         thread.join()

@@ -37,7 +37,8 @@ def spec_of(words: str) -> AttentionSpec:
         ("bf16-d64-dv33", H100, "head_dim_v 33 is no multiple of 8"),
         ("bf16-d64-window-softcap-alibi-sinks-bias-attn_mask-dropout-varlen", H100, None),
         ("bf16-d64-paged", H100, "paged: not covered"),
-        ("bf16-d192-dv128-window", H100, "padded alike"),
+        ("bf16-d192-dv128-window", H100, None),
+        ("bf16-d64-dv256-attn_mask-varlen", H100, None),
     ],
 )
 def test_supports_names_the_reason(words: str, target: Target, reason: str | None) -> None:

@@ -300,3 +300,33 @@ def test_work_begins_once_a_kernel_was_read_and_only_where_one_is_compiled(path:
         path.write_text(TEXT.replace("twice(21)", "twice(22)"))
         compiled(path)
     assert begun == ["read", "work", "stage", "read", "stage"]
+
+
+# -- numbers of lines --
+
+
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_kernels_are_compiled_without_numbers_of_lines_unless_asked(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.nvidia import compiler
+
+    monkeypatch.setattr(compiler, "knobs", getattr(compiler.knobs, "_knobs", compiler.knobs))
+    if asked is not None:
+        monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", asked)
+    seen: list[bool] = []
+
+    def compile(*_: Any, **__: Any) -> Any:
+        seen.append(bool(compiler.knobs.compilation.disable_line_info))
+        others = threading.Thread(target=lambda: seen.append(bool(compiler.knobs.compilation.disable_line_info)))
+        others.start()
+        others.join()
+        assert compiler.knobs.compilation.dump_ir is not None and compiler.knobs.nvidia is not None
+        return SimpleNamespace()
+
+    monkeypatch.setattr(jit, "_launcher_beside", lambda src: None)
+    jit._Compile(compile)(SimpleNamespace())
+    mine, another_threads = seen
+    assert mine == (asked != "0")
+    assert another_threads == (asked == "1"), "other kernels of the process are not ours"
+    assert bool(compiler.knobs.compilation.disable_line_info) == (asked == "1")

@@ -40,6 +40,18 @@ def test_problems_and_candidates_are_legal(portfolio: Any) -> None:
         assert len(seen) >= 4
     files = portfolio.shards(H200, portfolio.ORDER)
     assert len({(variant.name, problem.spec.key) for variant, problem in files}) == len(files)
+    widths = [max(problem.head_dim, problem.head_dim_v) for _, problem in files]
+    assert widths == sorted(widths, reverse=True)  # what takes longest is begun first
+
+
+def test_what_is_measured_already_is_not_compiled(portfolio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("triton_fwd", "gluon_bwd_sm90")
+    monkeypatch.setattr(
+        portfolio, "shipped", lambda variant, problem, target: variant.name == "triton_fwd" or problem.head_dim != 128
+    )
+    every, left = (portfolio.shards(H200, names, missing) for missing in (False, True))
+    wanted = [(v.name, p.spec.key) for v, p in every if v.name == "gluon_bwd_sm90" and p.head_dim == 128]
+    assert wanted and [(v.name, p.spec.key) for v, p in left] == wanted
 
 
 def test_the_fastest_right_candidate_wins(portfolio: Any, monkeypatch: pytest.MonkeyPatch) -> None:

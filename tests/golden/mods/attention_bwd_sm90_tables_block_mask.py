@@ -256,6 +256,38 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
+    """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
+
+    MODE says how: 1 atomically in fp32, in the order in which thread blocks arrive; 4 by storing them, where each element gets one.
+    Integers add up to the same in any order, so deterministic sums take two passes: 2 notes the largest size at largest_ptr (as the bits
+    of an fp32 number, which order like integers); 3 adds multiples of a power of two, so small that 2^term_bits of that size fit 63 bits.
+    """
+    if MODE == 1:
+        gl.atomic_add(sum_ptrs, value, mask=inside, sem="relaxed")
+    elif MODE == 2:
+        gl.atomic_max(largest_ptr, largest_bits(value), sem="relaxed")
+    elif MODE == 3:
+        # Every contribution is below 2^(the largest's exponent - 126); a factor beyond 2^126 has no inverse that is a normal number.
+        shift = gl.minimum(188 - term_bits - (gl.load(largest_ptr) >> 23), 126)
+        factor = ((shift + 127) << 23).to(gl.float32, bitcast=True)
+        gl.atomic_add(sum_ptrs, gl.floor(value * factor + 0.5).to(gl.int64), mask=inside, sem="relaxed")
+    elif MODE == 4:
+        gl.store(sum_ptrs, value, mask=inside)
+
+
+@gluon.jit
+def largest_bits(value):
+    """The largest size in a tile, as the bits of an fp32 number; those of a NaN are larger than any number's."""
+    bits = gl.abs(value).to(gl.int32, bitcast=True)
+    if len(value.shape) == 2:
+        bits = gl.max(gl.max(bits, 1), 0)
+    elif len(value.shape) == 1:
+        bits = gl.max(bits, 0)
+    return bits
+
+
+@gluon.jit
 def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, nothing):
     """Starts the product of keys and the queries of a step; `use_acc` says that the accumulator starts from nothing."""
     stage = step % STAGES
@@ -286,6 +318,8 @@ def attend(
     block_kinds_ptr,
     stride_block_kinds_m,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     b,
     h,
     table_ptr,
@@ -309,6 +343,7 @@ def attend(
     SCORES_AHEAD: gl.constexpr,
     DV_FIRST: gl.constexpr,
     ONE_KIND: gl.constexpr,
+    SUMS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
@@ -380,12 +415,12 @@ def attend(
     d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
     d_value = sigmoid(d_table_value)
     d_table_index1_2 = floor_mod(q_idx - kv_idx, 5)
-    # -- what a captured tensor gets, in the order in which thread blocks arrive --
+    # -- what a captured tensor gets --
     part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
     part = gl.where(p != 0.0, part, 0.0)
     sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
     gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-    gl.atomic_add(sum_ptrs, part, mask=gets_some, sem="relaxed")
+    add_gradient(sum_ptrs, largest_ptr + 0, part, gets_some, term_bits, SUMS)
     ds = ds * d_value
     if IS_MASKED:
         # A derivative may be anything where nothing is seen.
@@ -458,6 +493,8 @@ def consume(
     table_stride1,
     documents_stride0,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -470,6 +507,7 @@ def consume(
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
     ONE_KIND: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
@@ -544,6 +582,8 @@ def consume(
                 block_kinds_ptr + off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h,
                 stride_block_kinds_m,
                 sum_of_table_ptr,
+                largest_ptr,
+                term_bits,
                 off_b,
                 off_h,
                 table_ptr,
@@ -567,6 +607,7 @@ def consume(
                 SCORES_AHEAD,
                 DV_FIRST,
                 ONE_KIND,
+                SUMS,
                 IS_MASKED=True,
             )
     if PEELED or not MASKED:
@@ -596,6 +637,8 @@ def consume(
                 block_kinds_ptr + off_b.to(gl.int64) * stride_block_kinds_b + off_h.to(gl.int64) * stride_block_kinds_h,
                 stride_block_kinds_m,
                 sum_of_table_ptr,
+                largest_ptr,
+                term_bits,
                 off_b,
                 off_h,
                 table_ptr,
@@ -619,6 +662,7 @@ def consume(
                 SCORES_AHEAD,
                 DV_FIRST,
                 ONE_KIND,
+                SUMS,
                 IS_MASKED=False,
             )
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
@@ -641,6 +685,7 @@ def consume(
         "table_size0",
         "table_size1",
         "documents_size0",
+        "term_bits",
         "num_heads_kv",
         "group",
         "seqlen_q",
@@ -684,6 +729,8 @@ def attention_bwd(
     stride_row_counts_h,
     stride_row_counts_n,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     visits_ptr,
     stride_visits_b,
     stride_visits_h,
@@ -705,6 +752,7 @@ def attention_bwd(
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
     ONE_KIND: gl.constexpr,
+    SUMS: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -784,6 +832,8 @@ def attention_bwd(
                     table_stride1,
                     documents_stride0,
                     sum_of_table_ptr,
+                    largest_ptr,
+                    term_bits,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -796,6 +846,7 @@ def attention_bwd(
                     PEELED,
                     MASKED,
                     ONE_KIND,
+                    SUMS,
                 ),
             ),
             (
@@ -997,8 +1048,8 @@ def launch(
     block_kinds: uint8 (batch or 1, num_heads_q or 1, blocks, blocks) of block_size_q queries x block_size_k keys: 0 not listed, 1
     where mask_mod counts, 2 all seen. row_blocks, row_counts: int32 (batch or 1, num_heads_q or 1, blocks of BLOCK_N keys, ...):
     the blocks of BLOCK_M rows that each visits, first those that need a mask; how many do and how many do not.
-    dcaptured_table: its gradient, fp32, contiguous, zeroed; summed in the order in which thread blocks arrive.
-    deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
+    dcaptured_table: its gradient, fp32, contiguous, zeroed.
+    deterministic: the same inputs give the same bits; otherwise sums are added in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
@@ -1037,66 +1088,83 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
-    attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
-        describe(q, seqlen_q, BLOCK_M, 128),
-        describe(k, seqlen_k, BLOCK_N, 128),
-        describe(v, seqlen_k, BLOCK_N, 128),
-        describe(dout, seqlen_q, BLOCK_M, 128),
-        TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk, seqlen_k, BLOCK_N, 128),
-        describe(dv, seqlen_k, BLOCK_N, 128),
-        TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
-        TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
-        turns,
-        block_kinds,
-        captured_table,
-        captured_documents,
-        row_blocks,
-        row_counts,
-        1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
-        sm_scale,
-        block_size_q,
-        block_size_k,
-        captured_table.shape[0],
-        captured_table.shape[1],
-        captured_documents.shape[0],
-        block_kinds.stride(0),
-        block_kinds.stride(1),
-        block_kinds.stride(2),
-        captured_table.stride(0),
-        captured_table.stride(1),
-        captured_documents.stride(0),
-        row_blocks.stride(0),
-        row_blocks.stride(1),
-        row_blocks.stride(2),
-        row_counts.stride(0),
-        row_counts.stride(1),
-        row_counts.stride(2),
-        dcaptured_table,
-        visits,
-        *(visits.stride()[:2] if deterministic else (0, 0)),
-        num_heads_kv,
-        num_heads_q // num_heads_kv,
-        seqlen_q,
-        seqlen_k,
-        num_n_blocks,
-        BLOCK_M,
-        BLOCK_N,
-        128,
-        128,
-        STAGES,
-        DS_STAGES,
-        DQ_STAGES,
-        PRODUCER_REGS,
-        SCORES_AHEAD,
-        DV_FIRST,
-        PEELED,
-        True,
-        block_size_q % BLOCK_M == 0 and block_size_k % BLOCK_N == 0,
-        deterministic,
-        num_warps=BLOCK_N // 16,
-        enable_fp_fusion=True,
-    )
+    # -- sums of gradients: how each pass adds them, see add_gradient --
+    gradients = (dcaptured_table,)
+    largest, fixed = (q.new_zeros if deterministic else q.new_empty)((len(gradients),), dtype=torch.int32), []
+    term_bits = (batch * num_heads_q * seqlen_q * seqlen_k).bit_length()
+    mode = 2 if deterministic else 1
+    passes = [(gradients, 0, mode)]
+    shared = gradients
+    if deterministic and any(gradient is not None for gradient in shared):
+        fixed = [None if x is None else torch.zeros(x.shape, dtype=torch.int64, device=x.device) for x in shared]
+        passes.append((fixed, 0, 3))
+    for number, (sums, _, mode) in enumerate(passes):
+        if number > 0:
+            turns.zero_()
+            dq_sum.zero_()
+        attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
+            describe(q, seqlen_q, BLOCK_M, 128),
+            describe(k, seqlen_k, BLOCK_N, 128),
+            describe(v, seqlen_k, BLOCK_N, 128),
+            describe(dout, seqlen_q, BLOCK_M, 128),
+            TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
+            describe(dk, seqlen_k, BLOCK_N, 128),
+            describe(dv, seqlen_k, BLOCK_N, 128),
+            TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
+            TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
+            turns,
+            block_kinds,
+            captured_table,
+            captured_documents,
+            row_blocks,
+            row_counts,
+            1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
+            sm_scale,
+            block_size_q,
+            block_size_k,
+            captured_table.shape[0],
+            captured_table.shape[1],
+            captured_documents.shape[0],
+            block_kinds.stride(0),
+            block_kinds.stride(1),
+            block_kinds.stride(2),
+            captured_table.stride(0),
+            captured_table.stride(1),
+            captured_documents.stride(0),
+            row_blocks.stride(0),
+            row_blocks.stride(1),
+            row_blocks.stride(2),
+            row_counts.stride(0),
+            row_counts.stride(1),
+            row_counts.stride(2),
+            sums[0],
+            largest,
+            term_bits,
+            visits,
+            *(visits.stride()[:2] if deterministic else (0, 0)),
+            num_heads_kv,
+            num_heads_q // num_heads_kv,
+            seqlen_q,
+            seqlen_k,
+            num_n_blocks,
+            BLOCK_M,
+            BLOCK_N,
+            128,
+            128,
+            STAGES,
+            DS_STAGES,
+            DQ_STAGES,
+            PRODUCER_REGS,
+            SCORES_AHEAD,
+            DV_FIRST,
+            PEELED,
+            True,
+            block_size_q % BLOCK_M == 0 and block_size_k % BLOCK_N == 0,
+            mode,
+            deterministic,
+            num_warps=BLOCK_N // 16,
+            enable_fp_fusion=True,
+        )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
         dq_sum,
         dq,
@@ -1111,6 +1179,12 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,
     )
+    for gradient, units, size in zip(gradients, fixed, largest, strict=False):
+        # Back from units to numbers; anything that is none makes all of them none.
+        if units is not None:
+            shift = (188 - term_bits - (size >> 23)).clamp(max=126)
+            gradient.copy_(torch.ldexp(units.double(), -shift))
+            gradient.masked_fill_(size >= 0x7F800000, float("nan"))
 
 
 def of_groups(blocks, counts, num_heads_kv):

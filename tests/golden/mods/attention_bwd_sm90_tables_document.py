@@ -329,6 +329,38 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
+    """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
+
+    MODE says how: 1 atomically in fp32, in the order in which thread blocks arrive; 4 by storing them, where each element gets one.
+    Integers add up to the same in any order, so deterministic sums take two passes: 2 notes the largest size at largest_ptr (as the bits
+    of an fp32 number, which order like integers); 3 adds multiples of a power of two, so small that 2^term_bits of that size fit 63 bits.
+    """
+    if MODE == 1:
+        gl.atomic_add(sum_ptrs, value, mask=inside, sem="relaxed")
+    elif MODE == 2:
+        gl.atomic_max(largest_ptr, largest_bits(value), sem="relaxed")
+    elif MODE == 3:
+        # Every contribution is below 2^(the largest's exponent - 126); a factor beyond 2^126 has no inverse that is a normal number.
+        shift = gl.minimum(188 - term_bits - (gl.load(largest_ptr) >> 23), 126)
+        factor = ((shift + 127) << 23).to(gl.float32, bitcast=True)
+        gl.atomic_add(sum_ptrs, gl.floor(value * factor + 0.5).to(gl.int64), mask=inside, sem="relaxed")
+    elif MODE == 4:
+        gl.store(sum_ptrs, value, mask=inside)
+
+
+@gluon.jit
+def largest_bits(value):
+    """The largest size in a tile, as the bits of an fp32 number; those of a NaN are larger than any number's."""
+    bits = gl.abs(value).to(gl.int32, bitcast=True)
+    if len(value.shape) == 2:
+        bits = gl.max(gl.max(bits, 1), 0)
+    elif len(value.shape) == 1:
+        bits = gl.max(bits, 0)
+    return bits
+
+
+@gluon.jit
 def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, nothing):
     """Starts the product of keys and the queries of a step; `use_acc` says that the accumulator starts from nothing."""
     stage = step % STAGES
@@ -355,6 +387,8 @@ def attend(
     start_n,
     seqlen_k,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     b,
     h,
     table_ptr,
@@ -377,6 +411,7 @@ def attend(
     WARP_COLS: gl.constexpr,
     SCORES_AHEAD: gl.constexpr,
     DV_FIRST: gl.constexpr,
+    SUMS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
@@ -440,12 +475,12 @@ def attend(
     d_table_value = gl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
     d_value = sigmoid(d_table_value)
     d_table_index1_2 = floor_mod(q_idx - kv_idx, 5)
-    # -- what a captured tensor gets, in the order in which thread blocks arrive --
+    # -- what a captured tensor gets --
     part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
     part = gl.where(p != 0.0, part, 0.0)
     sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
     gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-    gl.atomic_add(sum_ptrs, part, mask=gets_some, sem="relaxed")
+    add_gradient(sum_ptrs, largest_ptr + 0, part, gets_some, term_bits, SUMS)
     ds = ds * d_value
     if IS_MASKED:
         # A derivative may be anything where nothing is seen.
@@ -512,6 +547,8 @@ def consume(
     table_stride1,
     documents_stride0,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -523,6 +560,7 @@ def consume(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
@@ -598,6 +636,8 @@ def consume(
                 start_n,
                 seqlen_k,
                 sum_of_table_ptr,
+                largest_ptr,
+                term_bits,
                 off_b,
                 off_h,
                 table_ptr,
@@ -620,6 +660,7 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                SUMS,
                 IS_MASKED=True,
             )
         # -- blocks whose rows see every key --
@@ -642,6 +683,8 @@ def consume(
                 start_n,
                 seqlen_k,
                 sum_of_table_ptr,
+                largest_ptr,
+                term_bits,
                 off_b,
                 off_h,
                 table_ptr,
@@ -664,6 +707,7 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                SUMS,
                 IS_MASKED=False,
             )
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
@@ -684,6 +728,7 @@ def consume(
         "table_size0",
         "table_size1",
         "documents_size0",
+        "term_bits",
         "num_heads_kv",
         "group",
         "seqlen_q",
@@ -716,6 +761,8 @@ def attention_bwd(
     stride_row_ranges_b,
     stride_row_ranges_h,
     sum_of_table_ptr,
+    largest_ptr,
+    term_bits,
     num_heads_kv,
     group,
     seqlen_q,
@@ -733,6 +780,7 @@ def attention_bwd(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    SUMS: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -811,6 +859,8 @@ def attention_bwd(
                     table_stride1,
                     documents_stride0,
                     sum_of_table_ptr,
+                    largest_ptr,
+                    term_bits,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -822,6 +872,7 @@ def attention_bwd(
                     DV_FIRST,
                     PEELED,
                     MASKED,
+                    SUMS,
                 ),
             ),
             (
@@ -1022,8 +1073,8 @@ def launch(
     causal_offset: query i sees keys j <= i + causal_offset (ignored: this kernel is not causal).
     row_ranges: int32 (batch or 1, num_heads_q or 1, blocks of keys, 4): for each block of BLOCK_N keys the first block of
     BLOCK_M rows that sees any of them, the first and the end of those that see all of them, the end; None if not known.
-    dcaptured_table: its gradient, fp32, contiguous, zeroed; summed in the order in which thread blocks arrive.
-    deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
+    dcaptured_table: its gradient, fp32, contiguous, zeroed.
+    deterministic: the same inputs give the same bits; otherwise sums are added in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
@@ -1061,52 +1112,69 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
-    attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
-        describe(q, seqlen_q, BLOCK_M, 128),
-        describe(k, seqlen_k, BLOCK_N, 128),
-        describe(v, seqlen_k, BLOCK_N, 128),
-        describe(dout, seqlen_q, BLOCK_M, 128),
-        TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk, seqlen_k, BLOCK_N, 128),
-        describe(dv, seqlen_k, BLOCK_N, 128),
-        TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
-        TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
-        turns,
-        captured_table,
-        captured_documents,
-        row_ranges,
-        1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
-        sm_scale,
-        captured_table.shape[0],
-        captured_table.shape[1],
-        captured_documents.shape[0],
-        captured_table.stride(0),
-        captured_table.stride(1),
-        captured_documents.stride(0),
-        0 if row_ranges is None else row_ranges.stride(0),
-        0 if row_ranges is None else row_ranges.stride(1),
-        dcaptured_table,
-        num_heads_kv,
-        num_heads_q // num_heads_kv,
-        seqlen_q,
-        seqlen_k,
-        num_n_blocks,
-        BLOCK_M,
-        BLOCK_N,
-        128,
-        128,
-        STAGES,
-        DS_STAGES,
-        DQ_STAGES,
-        PRODUCER_REGS,
-        SCORES_AHEAD,
-        DV_FIRST,
-        PEELED,
-        True,
-        deterministic,
-        num_warps=BLOCK_N // 16,
-        enable_fp_fusion=True,
-    )
+    # -- sums of gradients: how each pass adds them, see add_gradient --
+    gradients = (dcaptured_table,)
+    largest, fixed = (q.new_zeros if deterministic else q.new_empty)((len(gradients),), dtype=torch.int32), []
+    term_bits = (batch * num_heads_q * seqlen_q * seqlen_k).bit_length()
+    mode = 2 if deterministic else 1
+    passes = [(gradients, 0, mode)]
+    shared = gradients
+    if deterministic and any(gradient is not None for gradient in shared):
+        fixed = [None if x is None else torch.zeros(x.shape, dtype=torch.int64, device=x.device) for x in shared]
+        passes.append((fixed, 0, 3))
+    for number, (sums, _, mode) in enumerate(passes):
+        if number > 0:
+            turns.zero_()
+            dq_sum.zero_()
+        attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
+            describe(q, seqlen_q, BLOCK_M, 128),
+            describe(k, seqlen_k, BLOCK_N, 128),
+            describe(v, seqlen_k, BLOCK_N, 128),
+            describe(dout, seqlen_q, BLOCK_M, 128),
+            TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
+            describe(dk, seqlen_k, BLOCK_N, 128),
+            describe(dv, seqlen_k, BLOCK_N, 128),
+            TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
+            TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
+            turns,
+            captured_table,
+            captured_documents,
+            row_ranges,
+            1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
+            sm_scale,
+            captured_table.shape[0],
+            captured_table.shape[1],
+            captured_documents.shape[0],
+            captured_table.stride(0),
+            captured_table.stride(1),
+            captured_documents.stride(0),
+            0 if row_ranges is None else row_ranges.stride(0),
+            0 if row_ranges is None else row_ranges.stride(1),
+            sums[0],
+            largest,
+            term_bits,
+            num_heads_kv,
+            num_heads_q // num_heads_kv,
+            seqlen_q,
+            seqlen_k,
+            num_n_blocks,
+            BLOCK_M,
+            BLOCK_N,
+            128,
+            128,
+            STAGES,
+            DS_STAGES,
+            DQ_STAGES,
+            PRODUCER_REGS,
+            SCORES_AHEAD,
+            DV_FIRST,
+            PEELED,
+            True,
+            mode,
+            deterministic,
+            num_warps=BLOCK_N // 16,
+            enable_fp_fusion=True,
+        )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
         dq_sum,
         dq,
@@ -1121,6 +1189,12 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,
     )
+    for gradient, units, size in zip(gradients, fixed, largest, strict=False):
+        # Back from units to numbers; anything that is none makes all of them none.
+        if units is not None:
+            shift = (188 - term_bits - (size >> 23)).clamp(max=126)
+            gradient.copy_(torch.ldexp(units.double(), -shift))
+            gradient.masked_fill_(size >= 0x7F800000, float("nan"))
 
 
 def of_groups(ranges, num_heads_kv):

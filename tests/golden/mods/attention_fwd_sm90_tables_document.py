@@ -1333,39 +1333,42 @@ def consume(
                     )
                     step += 1
                 p = repacked(p)
-        # -- words of another content: what was made with them counts for nothing --
-        if is_other:
-            m_i, l_row = statistics(
-                q,
-                o_tiles.index(WG),
-                k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh,
-                stride_kn,
-                qk_scale,
-                rows_m,
-                first * BLOCK_N,
-                gl.minimum(end * BLOCK_N, seqlen_k),
-                seqlen_q,
-                seqlen_k,
-                sm_scale,
-                off_h,
-                table_ptr,
-                table_stride0,
-                table_stride1,
-                table_size1,
-                documents_ptr,
-                documents_stride0,
-                documents_size0,
-                mask_words_ptr,
-                slot,
-                BLOCK_D,
-                O_LAYOUT,
-                ROW_LAYOUT,
-            )
-            if LAZY_SUM:
-                lanes = gl.arange(0, 4, gl.SliceLayout(0, l_i.type.layout))[None, :]
-                l_i = gl.where(lanes == 0, gl.convert_layout(l_row, gl.SliceLayout(1, l_i.type.layout))[:, None], 0.0)
-            else:
-                l_i = l_row
+        # -- words of another content: what was made with them counts for nothing. Without words no such branch is to be there: one that is
+        #    never taken crashes Triton 3.6, whose analysis of axes leaves it out --
+        if mask_words_ptr is not None:
+            if is_other:
+                m_i, l_row = statistics(
+                    q,
+                    o_tiles.index(WG),
+                    k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh,
+                    stride_kn,
+                    qk_scale,
+                    rows_m,
+                    first * BLOCK_N,
+                    gl.minimum(end * BLOCK_N, seqlen_k),
+                    seqlen_q,
+                    seqlen_k,
+                    sm_scale,
+                    off_h,
+                    table_ptr,
+                    table_stride0,
+                    table_stride1,
+                    table_size1,
+                    documents_ptr,
+                    documents_stride0,
+                    documents_size0,
+                    mask_words_ptr,
+                    slot,
+                    BLOCK_D,
+                    O_LAYOUT,
+                    ROW_LAYOUT,
+                )
+                if LAZY_SUM:
+                    lanes = gl.arange(0, 4, gl.SliceLayout(0, l_i.type.layout))[None, :]
+                    l_row = gl.convert_layout(l_row, gl.SliceLayout(1, l_i.type.layout))
+                    l_i = gl.where(lanes == 0, l_row[:, None], 0.0)
+                else:
+                    l_i = l_row
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)

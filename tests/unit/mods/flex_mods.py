@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from flex_further_mods import FURTHER_MASK_MODS, FURTHER_SCORE_MODS
 
 SIZE, HEADS, BATCH = 64, 4, 2
 _random = torch.Generator().manual_seed(11)
@@ -277,3 +278,6 @@ MASK_MODS: dict[str, Callable[..., Any]] = {
     "a nest of all and any": any_of(all_of(causal, any_of(lambda b, h, q, k: k < 7, lambda b, h, q, k: q - k < 13)), lambda b, h, q, k: q == k),
     "fractions": lambda b, h, q, k: (q / 7).floor() == (k / 7).floor(),
 }  # fmt: skip
+
+SCORE_MODS |= FURTHER_SCORE_MODS
+MASK_MODS |= FURTHER_MASK_MODS

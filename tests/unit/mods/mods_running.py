@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import interpret, mods
+from flashgen import interpret, mods, probe
 from flashgen.mods.emit import Emission
 from flashgen.render import KernelSource
 from flashgen.simulator import simulate
@@ -88,6 +88,10 @@ def in_torch(
 ) -> Tensor:
     """The same by PyTorch itself, called as the torch backend calls it."""
     rows, columns = score.shape
+    scores = kind == "score_mod"
+    program, _ = mods.program(function if scores else None, {} if scores else {"mask_mod": function}, CPU)
+    if program.per_score:
+        function = probe.per_score(function)
     indices = (
         torch.tensor([b], dtype=torch.int32).view(1, 1, 1, 1),
         torch.tensor([h], dtype=torch.int32).view(1, 1, 1, 1),
@@ -138,8 +142,8 @@ def derivative_in_triton(
     emission = program.emit_derivative(like="score")
     assert len(tensors) <= 1
     additions = [
-        f"tl.atomic_add(table_grad_ptr + {' + '.join(f'({place}) * {tensors[0].stride(d)}' for d, place in enumerate(one.places))} + "
-        f"tl.zeros_like(place), ({one.value}).to(tl.float32), mask={one.inside} & (place >= 0))"
+        f"tl.atomic_add(table_grad_ptr + {' + '.join(f'({place}) * {tensors[0].stride(d)}' for d, place in enumerate(one.places)) or 0} + "
+        f"tl.zeros_like(place), ({one.value}).to(tl.float32), mask=({one.inside or 'place >= 0'}) & (place >= 0))"
         for one in emission.gradients
     ]
     text = _DERIVATIVE.format(

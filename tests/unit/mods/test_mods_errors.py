@@ -9,6 +9,7 @@ import pytest
 import torch
 from mods_running import CPU
 
+import flashgen
 from flashgen import mods
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 
@@ -48,6 +49,9 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "a write into a view": (lambda b, h, q, k: q.view_as(q).add_(1) > k, "aten.add_.Tensor on a view"),
     "a write into a row": (lambda b, h, q, k: TABLE[3].add_(q) > k, "aten.add_.Tensor on a view"),
     "reinterpreted bits": (lambda b, h, q, k: q.float().view(torch.int32) > 3, "reinterprets bits"),
+    "where a tensor lies": (lambda b, h, q, k: q + TABLE.storage_offset() > k, "lies in memory (storage_offset())"),
+    "where a view lies": (lambda b, h, q, k: q + TABLE[2:].storage_offset() > k, "lies in memory (storage_offset())"),
+    "strides of a view": (lambda b, h, q, k: q + TABLE.view(4, 4).T.stride(0) > k, "lies in memory (stride())"),
     "a matrix product": (lambda b, h, q, k: TABLE.view(4, 4) @ TABLE.view(4, 4) > q, "aten.mm.default"),
 }
 
@@ -62,6 +66,66 @@ def test_an_operation_that_kernels_lack_is_named_with_its_line(name: str) -> Non
     assert here(function, 0) in message
     assert message.startswith("mask_mod uses")
     assert "backend='torch'" in message
+
+
+class OwnBackward(torch.autograd.Function):
+    """Its gradient is not that of what it computes: a trace of the forward would lose it."""
+
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return torch.tanh(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad * 3 * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class OwnBackwardWithContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad
+
+
+@pytest.mark.parametrize("own", [OwnBackward, OwnBackwardWithContext])
+def test_a_function_with_its_own_backward_is_left_to_pytorch(own: Any) -> None:
+    with pytest.raises(UnsupportedProblemError, match=rf"autograd.Function {own.__name__}, whose backward is its own"):
+        trace_score(lambda s, b, h, q, k: 2 * own.apply(s / 2))
+    trace_mask(lambda b, h, q, k: own.apply(q.float()) > 0)  # a mask has no gradient
+
+
+def test_the_torch_backend_takes_a_functions_own_backward() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+    found = []
+    for mod in (lambda s, b, h, i, j: OwnBackward.apply(s), lambda s, b, h, i, j: 3 * s.tanh() - 2 * s.tanh().detach()):
+        out = flashgen.attention(q, k, v, score_mod=mod)
+        found.append(torch.autograd.grad(out.square().sum(), (q, k, v)))  # type: ignore[union-attr]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_mod_may_print_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        print(q, f"{k}", repr(TABLE[q]), q - k)
+        return q >= k
+
+    trace_mask(mask)
+    assert "traced(q_idx, torch.int32) traced(kv_idx, torch.int32) traced(load0(q_idx)" in capsys.readouterr().out
+
+
+def test_what_is_reduced_is_written_out_up_to_64_elements() -> None:
+    long = torch.zeros(4, 65)
+    with pytest.raises(UnsupportedProblemError, match="over 65 elements: 1 to 64 are written out"):
+        trace_score(lambda s, b, h, q, k: s + long[h].sum())
+    with pytest.raises(UnsupportedProblemError, match="of a single value: it would reduce over scores"):
+        trace_score(lambda s, b, h, q, k: s - s.sum())
 
 
 VALUES: dict[str, Callable[..., Any]] = {

@@ -13,6 +13,14 @@ from flashgen import mods
 
 # On functions that hardware and NumPy approximate; all others have every bit.
 APPROXIMATE = {"alibi computed", "soft cap", "soft cap of a bias", "tanh", "silu", "trigonometry", "exponential decay"}
+APPROXIMATE |= {
+    "silu function",
+    "gelu instead of softmax",
+    "relu instead of softmax",
+    "distance in space",
+    "distance in space added",
+}
+APPROXIMATE |= {"latent attention", "latent attention by a sum", "graph edges"}
 APPROXIMATE |= {"nested trigonometry", "branching trigonometry", "head gate"}
 
 

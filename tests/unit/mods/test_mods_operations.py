@@ -14,6 +14,7 @@ from mods_running import CPU, in_torch, in_triton
 from flashgen import mods
 from flashgen.mods import semantics
 
+EDGES = torch.tensor([-2, 0, 3, 3, 9])
 SMALL = torch.tensor([-7, 5, 3, -2, 0, 1, 9, -4, 100, -128, 127, 2, 33, -1, 6, 8], dtype=torch.int8)
 FLAGS = torch.tensor([True, False] * 8)
 HALF = torch.linspace(-3.0, 3.0, 16).half()
@@ -80,6 +81,19 @@ EXACT: dict[str, Callable[..., Any]] = {
     "constant": lambda s, b, h, q, k: torch.full_like(s, 2.5),
     "independent of the score": lambda s, b, h, q, k: (q + 1).float(),
     "created": lambda s, b, h, q, k: s + torch.tensor(3.0) + s.new_zeros(()) + torch.ones(()) + torch.zeros_like(s),
+    "two to an integer": lambda s, b, h, q, k: s + 2 ** (k - 3) + 4**h + 1**q + 2 ** (k * 4),
+    "threshold of a sum": lambda s, b, h, q, k: (
+        s + torch.stack([q > 3, k > 2, q == k]).sum() + torch.stack([q, k]).sum()
+    ),
+    "any and all": lambda s, b, h, q, k: torch.where(
+        torch.stack([q - 3, k]).all() | torch.stack([q > 9, k > 9, s > 0]).any(0), s, 1.0
+    ),
+    "lookup in a list": lambda s, b, h, q, k: s + torch.isin(q, EDGES) * 1 + torch.isin(k, 3, invert=True) * 2,
+    "buckets": lambda s, b, h, q, k: (
+        s + torch.bucketize(q - 3, EDGES) + torch.bucketize(s, EDGES.float(), right=True, out_int32=True)
+    ),
+    "stacked": lambda s, b, h, q, k: s + torch.stack([q, k, -k], 0)[(q - k) % 3] + torch.stack([q.float(), s])[-1],
+    "squeezed": lambda s, b, h, q, k: s + HALF[None, :, None].squeeze()[q] + HALF[None].squeeze(0)[k],
     "nothing": lambda s, b, h, q, k: s,
     "0-d arguments": lambda s, b, h, q, k: s + b * 10 + h,
 }
@@ -114,6 +128,24 @@ CLOSE: dict[str, Callable[..., Any]] = {
     "trigonometry": lambda s, b, h, q, k: torch.sin(s) + torch.cos(q * 0.1),
     "erf": lambda s, b, h, q, k: torch.erf(s),
     "reciprocal": lambda s, b, h, q, k: torch.reciprocal(s.abs() + 1) + 1 / (q + 1),
+    "silu": lambda s, b, h, q, k: torch.nn.functional.silu(s) + torch.nn.functional.mish(s),
+    "gelu": lambda s, b, h, q, k: torch.nn.functional.gelu(s) + torch.nn.functional.gelu(s * 0.5, approximate="tanh"),
+    "softplus": lambda s, b, h, q, k: (
+        torch.nn.functional.softplus(s * 9) + torch.nn.functional.softplus(s, beta=2.0, threshold=3.0)
+    ),
+    "bent lines": lambda s, b, h, q, k: (
+        torch.nn.functional.leaky_relu(s, 0.1) + torch.nn.functional.elu(s) + torch.nn.functional.selu(s)
+    ),
+    "hard lines": lambda s, b, h, q, k: (
+        torch.nn.functional.hardtanh(s) + torch.nn.functional.hardswish(s) + torch.nn.functional.relu6(s * 4)
+    ),
+    "one plus": lambda s, b, h, q, k: torch.log1p(s * s) + torch.expm1(s) + torch.log10(s.abs() + 1) + torch.erfc(s),
+    "fused": lambda s, b, h, q, k: (
+        torch.lerp(s, q.float(), 0.25) + torch.addcmul(s, q.float(), s, value=0.5) + torch.addcdiv(s, s, k.float() + 1)
+    ),
+    "means": lambda s, b, h, q, k: s + (HALF.float().view(4, 4)[q // 4] * HALF.view(4, 4)[k // 4]).mean(-1),
+    "dot": lambda s, b, h, q, k: s + torch.dot(HALF.float().view(4, 4)[q // 4], HALF.float().view(4, 4)[k // 4]),
+    "sum of a captured row": lambda s, b, h, q, k: s + HALF.view(4, 4)[h].float().sum(-1) + HALF.float().sum(),
     "power of two": lambda s, b, h, q, k: s * 2.0 ** (-(h + 1) / 2) + 3.0 ** (q / 16),
     "power": lambda s, b, h, q, k: (q - k) ** ((k - 8).float()) + (s.abs() + 0.1) ** (k / 10) + q**0.5,
 }
@@ -164,6 +196,14 @@ def test_tanh_keeps_its_digits_near_zero() -> None:
     relative = ((found.double() - x.double().tanh()) / x.double().tanh()).abs().max()
     assert relative < 5e-7, relative
     assert math.isfinite(relative)
+
+
+@pytest.mark.parametrize("function", [torch.log1p, torch.expm1])
+def test_functions_of_one_plus_a_little_keep_their_digits(function: Callable[..., Any]) -> None:
+    x = torch.linspace(-0.9, 0.9, 256).view(16, 16) ** 7
+    found = in_triton("score_mod", lambda s, b, h, q, k: function(s), x, 0, 0)
+    wanted = function(x.double())
+    assert ((found.double() - wanted) / wanted).abs().max() < 5e-7
 
 
 def test_names_keep_clear_of_the_kernels_own() -> None:

@@ -270,6 +270,38 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
+    """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
+
+    MODE says how: 1 atomically in fp32, in the order in which thread blocks arrive; 4 by storing them, where each element gets one.
+    Integers add up to the same in any order, so deterministic sums take two passes: 2 notes the largest size at largest_ptr (as the bits
+    of an fp32 number, which order like integers); 3 adds multiples of a power of two, so small that 2^term_bits of that size fit 63 bits.
+    """
+    if MODE == 1:
+        gl.atomic_add(sum_ptrs, value, mask=inside, sem="relaxed")
+    elif MODE == 2:
+        gl.atomic_max(largest_ptr, largest_bits(value), sem="relaxed")
+    elif MODE == 3:
+        # Every contribution is below 2^(the largest's exponent - 126); a factor beyond 2^126 has no inverse that is a normal number.
+        shift = gl.minimum(188 - term_bits - (gl.load(largest_ptr) >> 23), 126)
+        factor = ((shift + 127) << 23).to(gl.float32, bitcast=True)
+        gl.atomic_add(sum_ptrs, gl.floor(value * factor + 0.5).to(gl.int64), mask=inside, sem="relaxed")
+    elif MODE == 4:
+        gl.store(sum_ptrs, value, mask=inside)
+
+
+@gluon.jit
+def largest_bits(value):
+    """The largest size in a tile, as the bits of an fp32 number; those of a NaN are larger than any number's."""
+    bits = gl.abs(value).to(gl.int32, bitcast=True)
+    if len(value.shape) == 2:
+        bits = gl.max(gl.max(bits, 1), 0)
+    elif len(value.shape) == 1:
+        bits = gl.max(bits, 0)
+    return bits
+
+
+@gluon.jit
 def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, nothing):
     """Starts the product of keys and the queries of a step; `use_acc` says that the accumulator starts from nothing."""
     stage = step % STAGES
@@ -301,6 +333,8 @@ def attend(
     dbias_ptr,
     stride_dbias_m,
     stride_dbias_n,
+    largest_ptr,
+    term_bits,
     tiles,
     bars,
     BLOCK_M: gl.constexpr,
@@ -358,7 +392,7 @@ def attend(
         dp = warpgroup_mma_wait(0, deps=(dp_product,))
     delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     ds = p * (dp - delta[None, :])
-    # -- the bias's gradient: stored where each pair has an element of its own, else added to what pairs share --
+    # -- the bias's gradient --
     if SUM_BIAS > 0:
         if BIAS_ROWS and BIAS_KEYS:
             # It is contiguous: 32 bits hold what is added within a tile.
@@ -366,18 +400,15 @@ def attend(
             row_places = gl.arange(0, BLOCK_M, COLUMN) * stride_dbias_m
             dbias_ptrs = tile_ptr + (row_places[None, :] + ((offs_n - start_n) * stride_dbias_n)[:, None])
             exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-            if SUM_BIAS == 1:
-                gl.store(dbias_ptrs, ds, mask=exists)
-            else:
-                gl.atomic_add(dbias_ptrs, ds, mask=exists, sem="relaxed")
+            add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m
-            gl.atomic_add(dbias_ptrs, gl.sum(ds, 0), mask=rows_m < seqlen_q, sem="relaxed")
+            add_gradient(dbias_ptrs, largest_ptr, gl.sum(ds, 0), rows_m < seqlen_q, term_bits, SUM_BIAS)
         elif BIAS_KEYS:
             dbias_ptrs = dbias_ptr + offs_n.to(gl.int64) * stride_dbias_n
-            gl.atomic_add(dbias_ptrs, gl.sum(ds, 1), mask=offs_n < seqlen_k, sem="relaxed")
+            add_gradient(dbias_ptrs, largest_ptr, gl.sum(ds, 1), offs_n < seqlen_k, term_bits, SUM_BIAS)
         else:
-            gl.atomic_add(dbias_ptr, gl.sum(gl.sum(ds, 1), 0), sem="relaxed")
+            add_gradient(dbias_ptr, largest_ptr, gl.sum(gl.sum(ds, 1), 0), None, term_bits, SUM_BIAS)
     ds = ds.to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     # The other warpgroup may still be reading what was here.
@@ -444,6 +475,8 @@ def consume(
     stride_dbias_h,
     stride_dbias_m,
     stride_dbias_n,
+    largest_ptr,
+    term_bits,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -531,6 +564,8 @@ def consume(
                 dbias_at,
                 stride_dbias_m,
                 stride_dbias_n,
+                largest_ptr,
+                term_bits,
                 tiles,
                 (q_full, do_full, dq_empty),
                 BLOCK_M,
@@ -573,6 +608,8 @@ def consume(
                 dbias_at,
                 stride_dbias_m,
                 stride_dbias_n,
+                largest_ptr,
+                term_bits,
                 tiles,
                 (q_full, do_full, dq_empty),
                 BLOCK_M,
@@ -609,6 +646,7 @@ def consume(
         "first_row",
         "first_key",
         "end_key",
+        "term_bits",
         "num_heads_kv",
         "group",
         "seqlen_q",
@@ -643,6 +681,8 @@ def attention_bwd(
     stride_dbias_h,
     stride_dbias_m,
     stride_dbias_n,
+    largest_ptr,
+    term_bits,
     num_heads_kv,
     group,
     seqlen_q,
@@ -746,6 +786,8 @@ def attention_bwd(
                     stride_dbias_h,
                     stride_dbias_m,
                     stride_dbias_n,
+                    largest_ptr,
+                    term_bits,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
@@ -959,9 +1001,8 @@ def launch(
     num_heads_q, seqlen_q); lse as the forward wrote it (natural logarithm, -inf for a row that saw no key), dlse None for
     zero. dq, dk and dv are written whole.
     causal_offset: query i sees keys j <= i + causal_offset.
-    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k). dbias: its gradient, fp32, contiguous, zeroed, or None; with broadcast
-    dimensions it is summed in the order in which thread blocks arrive.
-    deterministic: the same inputs give the same bits; otherwise dq is summed in the order in which thread blocks arrive.
+    bias: broadcastable to (batch, num_heads_q, seqlen_q, seqlen_k). dbias: its gradient, fp32, contiguous, zeroed, or None.
+    deterministic: the same inputs give the same bits; otherwise sums are added in the order in which thread blocks arrive.
     """
     batch, seqlen_q, num_heads_q, _ = q.shape
     _, seqlen_k, num_heads_kv, _ = k.shape
@@ -977,11 +1018,10 @@ def launch(
     for gradient in (dk, dv):
         gradient[:, :first_key].zero_()
         gradient[:, end_key:].zero_()
-    # Elements that pairs share are added to in the order in which thread blocks arrive.
-    bias_steps, sum_bias = (0, 0, 0, 0), 0
+    bias_steps, whole_bias = (0, 0, 0, 0), False
     if dbias is not None:
         bias_steps = dbias.expand(batch, num_heads_q, seqlen_q, seqlen_k).stride()
-        sum_bias = 1 if dbias.numel() == batch * num_heads_q * seqlen_q * seqlen_k else 2
+        whole_bias = dbias.numel() == batch * num_heads_q * seqlen_q * seqlen_k
     bias = bias.expand(batch, num_heads_q, seqlen_q, seqlen_k)
     num_m_blocks = -(-seqlen_q // BLOCK_M)
     num_n_blocks = -(-end_key // BLOCK_N) - first_key // BLOCK_N
@@ -1011,54 +1051,70 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,  # said aloud: Triton 3.10 changes the default
     )
-    attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
-        describe(q[:, first_row:], end_row - first_row, BLOCK_M, 128),
-        describe(k[:, first_key:], end_key - first_key, BLOCK_N, 128),
-        describe(v[:, first_key:], end_key - first_key, BLOCK_N, 128),
-        describe(dout[:, first_row:], end_row - first_row, BLOCK_M, 128),
-        TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
-        describe(dk, seqlen_k, BLOCK_N, 128),
-        describe(dv, seqlen_k, BLOCK_N, 128),
-        TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
-        TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
-        turns,
-        bias,
-        1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
-        sm_scale,
-        causal_offset,
-        first_row,
-        first_key,
-        end_key,
-        bias.stride(0),
-        bias.stride(1),
-        bias.stride(2),
-        bias.stride(3),
-        lse2 if dbias is None else dbias,
-        *bias_steps,
-        num_heads_kv,
-        num_heads_q // num_heads_kv,
-        seqlen_q,
-        seqlen_k,
-        num_n_blocks,
-        BLOCK_M,
-        BLOCK_N,
-        128,
-        128,
-        STAGES,
-        DS_STAGES,
-        DQ_STAGES,
-        PRODUCER_REGS,
-        SCORES_AHEAD,
-        DV_FIRST,
-        PEELED,
-        True,
-        sum_bias,
-        bias_steps[2] != 0,
-        bias_steps[3] != 0,
-        deterministic,
-        num_warps=BLOCK_N // 16,
-        enable_fp_fusion=True,
-    )
+    # -- sums of gradients: how each pass adds them, see add_gradient --
+    gradients = (dbias,)
+    largest, fixed = (q.new_zeros if deterministic else q.new_empty)((len(gradients),), dtype=torch.int32), []
+    term_bits = (batch * num_heads_q * seqlen_q * seqlen_k).bit_length()
+    mode = 2 if deterministic else 1
+    passes = [(gradients, 0 if dbias is None else 4 if whole_bias else mode, mode)]
+    shared = (None, *gradients[1:]) if whole_bias else gradients
+    if deterministic and any(gradient is not None for gradient in shared):
+        fixed = [None if x is None else torch.zeros(x.shape, dtype=torch.int64, device=x.device) for x in shared]
+        passes.append((fixed, 0 if fixed[0] is None else 3, 3))
+    for number, (sums, sum_bias, _) in enumerate(passes):
+        if number > 0:
+            turns.zero_()
+            dq_sum.zero_()
+        attention_bwd[(num_n_blocks * num_heads_kv * batch,)](
+            describe(q[:, first_row:], end_row - first_row, BLOCK_M, 128),
+            describe(k[:, first_key:], end_key - first_key, BLOCK_N, 128),
+            describe(v[:, first_key:], end_key - first_key, BLOCK_N, 128),
+            describe(dout[:, first_row:], end_row - first_row, BLOCK_M, 128),
+            TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
+            describe(dk, seqlen_k, BLOCK_N, 128),
+            describe(dv, seqlen_k, BLOCK_N, 128),
+            TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
+            TensorDescriptor.from_tensor(delta, [1, BLOCK_M], unswizzled(2)),
+            turns,
+            bias,
+            1.4426950408889634,  # log2(e): exponentials are taken in base 2, of scores that are scaled already
+            sm_scale,
+            causal_offset,
+            first_row,
+            first_key,
+            end_key,
+            bias.stride(0),
+            bias.stride(1),
+            bias.stride(2),
+            bias.stride(3),
+            lse2 if sums[0] is None else sums[0],
+            *bias_steps,
+            largest,
+            term_bits,
+            num_heads_kv,
+            num_heads_q // num_heads_kv,
+            seqlen_q,
+            seqlen_k,
+            num_n_blocks,
+            BLOCK_M,
+            BLOCK_N,
+            128,
+            128,
+            STAGES,
+            DS_STAGES,
+            DQ_STAGES,
+            PRODUCER_REGS,
+            SCORES_AHEAD,
+            DV_FIRST,
+            PEELED,
+            True,
+            sum_bias,
+            bias_steps[2] != 0,
+            bias_steps[3] != 0,
+            deterministic,
+            num_warps=BLOCK_N // 16,
+            enable_fp_fusion=True,
+        )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
         dq_sum,
         dq,
@@ -1073,6 +1129,12 @@ def launch(
         num_warps=8,
         enable_fp_fusion=True,
     )
+    for gradient, units, size in zip(gradients, fixed, largest, strict=False):
+        # Back from units to numbers; anything that is none makes all of them none.
+        if units is not None:
+            shift = (188 - term_bits - (size >> 23)).clamp(max=126)
+            gradient.copy_(torch.ldexp(units.double(), -shift))
+            gradient.masked_fill_(size >= 0x7F800000, float("nan"))
 
 
 def describe(x, seqlen, rows, columns):

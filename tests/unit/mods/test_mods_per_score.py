@@ -1,0 +1,94 @@
+"""Mods that are right for single values alone, as FlexAttention calls them: every backend means the same by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+import flashgen
+from flashgen import mods
+
+BATCH, HEADS, SIZE = 2, 2, 12
+_random = torch.Generator().manual_seed(4)
+TABLE = torch.randn(BATCH, SIZE, generator=_random).requires_grad_()
+PLACES = torch.randn(SIZE, 3, generator=_random).requires_grad_()
+COLUMN = torch.randn(
+    BATCH, 1, generator=_random
+).requires_grad_()  # of one element, which would broadcast without an error
+INTERVALS = torch.tensor([[0, 5], [3, 12]])
+IMAGE = torch.arange(SIZE) // 6
+
+SCORES: dict[str, tuple[Callable[..., Any], Tensor]] = {
+    "index after index": (lambda s, b, h, q, k: s + TABLE[b][q] * k, TABLE),
+    "dot": (lambda s, b, h, q, k: s + torch.dot(PLACES[q], PLACES[k]), PLACES),
+    "sum": (lambda s, b, h, q, k: s + (PLACES[q] * PLACES[k]).sum(), PLACES),
+    "first of a row": (lambda s, b, h, q, k: s + COLUMN[b][0] * k, COLUMN),
+}
+ON_BLOCKS: dict[str, Callable[..., Any]] = {
+    "index after index": lambda s, b, h, q, k: s + TABLE[b, q] * k,
+    "dot": lambda s, b, h, q, k: s + (PLACES[q] * PLACES[k]).sum(-1),
+    "sum": lambda s, b, h, q, k: s + (PLACES[q] * PLACES[k]).sum(-1),
+    "first of a row": lambda s, b, h, q, k: s + COLUMN[b, 0] * k,
+}
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(BATCH, SIZE, HEADS, 16, requires_grad=True) for _ in range(3)]
+
+
+def direct(leaves: list[Tensor], mod: Callable[..., Any]) -> Tensor:
+    """Attention by its formula, with a mod of whole blocks."""
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    index = (
+        torch.arange(n).view([-1 if at == place else 1 for at in range(4)])
+        for place, n in enumerate((BATCH, HEADS, SIZE, SIZE))
+    )
+    return (mod(q @ k.mT / 4, *index).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_mod_of_single_values_is_the_same_everywhere(name: str, backend: Any) -> None:
+    mod, table = SCORES[name]
+    leaves = inputs()
+    out = flashgen.attention(*leaves, score_mod=mod, backend=backend)
+    wanted = direct(leaves, ON_BLOCKS[name])
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    found, expected = (torch.autograd.grad(x.square().sum(), (*leaves, table)) for x in (out, wanted))  # type: ignore[union-attr]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("as_block_mask", [False, True])
+def test_a_mask_mod_of_single_values_is_the_same_everywhere(backend: Any, as_block_mask: bool) -> None:
+    def vision(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        interval = INTERVALS[IMAGE[k]]
+        return (q >= interval[0]) & (q < interval[1])
+
+    i, j = torch.arange(SIZE)[:, None], torch.arange(SIZE)
+    dense = (i >= INTERVALS[IMAGE[j], 0]) & (i < INTERVALS[IMAGE[j], 1])
+    option: dict[str, Any] = {"mask_mod": vision}
+    if as_block_mask:
+        option = {"block_mask": create_block_mask(vision, None, None, SIZE, SIZE, device="cpu", BLOCK_SIZE=4)}
+    q, k, v = (x.detach() for x in inputs())
+    out = flashgen.attention(q, k, v, backend=backend, **option)
+    torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
+
+
+def test_what_runs_on_blocks_is_not_mapped() -> None:
+    cpu = torch.device("cpu")
+    for mod in (
+        ON_BLOCKS["index after index"],
+        lambda s, b, h, q, k: s + (TABLE * 2)[0][q] + TABLE.T[q, b] + TABLE.sum(),
+    ):
+        assert not mods.program(mod, {}, cpu)[0].per_score
+    for mod, _ in SCORES.values():
+        assert mods.program(mod, {}, cpu)[0].per_score == {"score_mod"}
+    assert not mods.program(None, {"mask_mod": lambda b, h, q, k: torch.isin(k, IMAGE)}, cpu)[0].per_score
