@@ -162,10 +162,12 @@ class _Compile:
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        with _without_lines():
-            made = self._compile(src, target=target, options=options, **more)
-        if launcher is not None:
-            launcher.join()
+        try:
+            with _without_lines():
+                made = self._compile(src, target=target, options=options, **more)
+        finally:
+            if launcher is not None:
+                launcher.join()
         return _loading_apart(made)
 
 
@@ -294,7 +296,7 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
             directories = {"library_dirs": driver.library_dirs(), "include_dirs": driver.include_dirs}
             compile_module(src=text, name="__triton_launcher", libraries=driver.libraries, **directories)
 
-    thread = threading.Thread(target=build, name="flashgen-launcher", daemon=True)
+    thread = threading.Thread(target=build, name="flashgen-launcher")  # no daemon: the end of the process waits for it
     thread.start()
     return thread
 
