@@ -166,6 +166,8 @@ class _Compile:
             with _without_lines():
                 made = self._compile(src, target=target, options=options, **more)
         finally:
+            # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
+            vars(src).pop("make_ir", None)
             if launcher is not None:
                 launcher.join()
         return _loading_apart(made)

@@ -32,20 +32,20 @@ class Compiler:
     def __init__(self) -> None:
         self.done: list[tuple[str, bool, float, float]] = []
         self.launched: list[str] = []
-        self.another = threading.Event()  # set once a backward's kernel is compiled
         self.sources: list[Any] = []  # as Triton's compiled kernels keep theirs
+        # The main thread's kernels take until another thread compiles, at most so long.
+        self.elsewhere, self.patience = threading.Event(), SECONDS
 
     def __call__(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
         start = time.perf_counter()
         self.sources.append(src)
-        if src.name != "attention_fwd":
-            self.another.set()
         src.make_ir()
-        time.sleep(SECONDS)
-        # On a busy machine, too, a compilation takes longer than the Python before another.
-        while not self.another.is_set() and any(x.name == "flashgen-backward" for x in threading.enumerate()):
-            self.another.wait(0.05)
         mine = threading.current_thread() is threading.main_thread()
+        if mine:
+            self.elsewhere.wait(self.patience)
+        else:
+            self.elsewhere.set()
+            time.sleep(SECONDS)
         self.done.append((src.name, mine, start, time.perf_counter()))
         return SimpleNamespace(
             launch_metadata=lambda *_: None,
@@ -110,6 +110,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
 
 def test_the_backward_is_compiled_beside_the_forward_and_then_launched(compiler: Compiler) -> None:
     table = torch.randn(4)
+    compiler.patience = 60.0  # on a machine that others use a text is not rendered in SECONDS
     out = attend(*drawn(), score_mod=lambda s, b, h, i, j: s + table[h], mask_mod=lambda b, h, i, j: i - j < 9)
     forward = next(row for row in compiler.done if row[0] == "attention_fwd")
     assert forward[1] and compiler.launched == ["attention_fwd"]

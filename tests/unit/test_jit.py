@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,3 +332,27 @@ def test_kernels_are_compiled_without_numbers_of_lines_unless_asked(
     assert mine == (asked != "0")
     assert another_threads == (asked == "1"), "other kernels of the process are not ours"
     assert bool(compiler.knobs.compilation.disable_line_info) == (asked == "1")
+
+
+# -- what is compiled beside it --
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_source_that_is_not_read_keeps_no_work(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds the binary by itself where it is another than the one known here: its kernel keeps the source for good."""
+
+    class Call:
+        """Stands for the tensors of the call."""
+
+    def compile(*_: Any, **__: Any) -> Any:
+        if fails:
+            raise RuntimeError("ptxas")
+        return SimpleNamespace()
+
+    monkeypatch.setattr(jit, "_launcher_beside", lambda src: None)
+    src, call = SimpleNamespace(), Call()
+    watch = weakref.ref(call)
+    with jit.beside(lambda call=call: None), contextlib.suppress(RuntimeError):  # type: ignore[misc]
+        jit._Compile(compile)(src)
+    del call
+    assert watch() is None and not hasattr(src, "make_ir")
