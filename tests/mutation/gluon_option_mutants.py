@@ -14,9 +14,9 @@ from judge import judge
 from flashgen.errors import AccuracyError
 
 FORWARD = "gluon/attention_fwd_sm90.py.jinja"
-RANGE, WALK, SCORES, RECOMPUTE, DROPOUT, PACKING, LAUNCH = (
+RANGE, WALK, SCORES, CAPS, RECOMPUTE, DROPOUT, PACKING, LAUNCH = (
     f"gluon/parts/fwd_{part}.py.jinja"
-    for part in ("key_range", "walk", "scores", "recompute", "dropout", "packing", "launch_options")
+    for part in ("key_range", "walk", "scores", "caps", "recompute", "dropout", "packing", "launch_options")
 )
 
 _SMALL = {
@@ -123,8 +123,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("the first listed block met twice", "for place in range(gl.where(part == 0, 1, n_listed),", "for place in range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
     ("kinds of the first rows", "block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q", "block_row = gl.minimum(start_m, 0)", SCORES, "block_mask of large blocks"),
     ("blocks left of the walk not released", "        for _ in range(first - n_first):\n", "        for _ in range(0 * (first - n_first)):\n", FORWARD, "window"),
-    ("softcap without its factor", "2.8853900817779268 * rate, 1.0 / rate]", "2.8853900817779268 * rate, 1.0]", SCORES, "softcap"),
-    ("a cap in the exponents without its factor", "            qk_scale / rate,\n", "            qk_scale,\n", SCORES, "softcap, wide"),
+    ("softcap without its factor", "2.8853900817779268 * rate, 1.0 / rate]", "2.8853900817779268 * rate, 1.0]", CAPS, "softcap"),
+    ("a cap in the exponents without its factor", "            qk_scale / rate,\n", "            qk_scale,\n", CAPS, "softcap, wide"),
     ("scores not scaled before options", "    qk *= sm_scale\n", "", SCORES, "bias"),
     ("ALiBi in front of the diagonal is a bonus", "qk -= slope * gl.abs(less_columns(", "qk -= slope * (less_columns(", SCORES, "alibi"),
     ("ALiBi from the top left", "    qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n)", "    qk -= slope * gl.abs(less_columns(rows_m + (0 * alibi_shift - start_n)", SCORES, "alibi"),

@@ -42,21 +42,6 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
 FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
-# Exponents of sixteen scores of a lane, registers 0 to 15: of scores (16 to 31) less maxima (32 to 47), capped by a polynomial, or exactly where 48 to 63
-# say that one of the warp's is too far for it. Then come the polynomial's terms, the rate of the exact cap, the cap, and what keeps -inf as it is.
-_NEAR = "mul.f32 t, ${1}, ${1}; fma.rn.f32 u, t, $64, $80; fma.rn.f32 u, t, u, $96; fma.rn.f32 ${0}, ${1}, u, ${2};"
-_FAR = (
-    "mul.f32 t, ${1}, $112; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; "
-    "fma.rn.f32 t, t, $128, ${2}; fma.rn.f32 ${0}, ${1}, 0f00800000, t;"
-)
-CAP_ASM = gl.constexpr(
-    "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR; "
-    + " ".join(_NEAR.format(i, 16 + i, 32 + i) for i in range(16))
-    + " bra.uni DONE; FAR: "
-    + " ".join(_FAR.format(i, 16 + i, 32 + i) for i in range(16))
-    + " DONE: }"
-)
-CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 32 + ["r"] * 16 + ["f"] * 80))
 LEAST = gl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row that has seen no key
 
 
@@ -254,6 +239,23 @@ def soft_cap(scores, softcap):
         "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + t], dtype=gl.float32, is_pure=True, pack=1
     )
     return softcap - (2.0 * softcap) * inverse
+
+
+# Exponents of sixteen scores of a lane, registers 0 to 15: of scores (16 to 31) less maxima (32 to 47), capped by a polynomial, or exactly where 48 to 63
+# say that one of the warp's is too far for it. Then come the polynomial's terms, the rate of the exact cap, the cap, and what keeps -inf as it is.
+_NEAR = "mul.f32 t, ${1}, ${1}; fma.rn.f32 u, t, $64, $80; fma.rn.f32 u, t, u, $96; fma.rn.f32 ${0}, ${1}, u, ${2};"
+_FAR = (
+    "mul.f32 t, ${1}, $112; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; "
+    "fma.rn.f32 t, t, $128, ${2}; fma.rn.f32 ${0}, ${1}, 0f00800000, t;"
+)
+CAP_ASM = gl.constexpr(
+    "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR; "
+    + " ".join(_NEAR.format(i, 16 + i, 32 + i) for i in range(16))
+    + " bra.uni DONE; FAR: "
+    + " ".join(_FAR.format(i, 16 + i, 32 + i) for i in range(16))
+    + " DONE: }"
+)
+CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 32 + ["r"] * 16 + ["f"] * 80))
 
 
 @gluon.jit
