@@ -25,6 +25,7 @@ from flashgen.graph_memory import held
 from flashgen.mask_words import Tables
 from flashgen.problem import Problem
 from flashgen.stream_capture import apart, capturing
+from flashgen.variants.features import captured
 
 _KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
 _MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
@@ -84,6 +85,33 @@ def looked_up(
         names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
         names["mask_slots"] = found.slots
     return names
+
+
+def launch_values(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tiles: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel, by the names of the rendered launch.
+
+    Args:
+        program, tensors, problem: as in `mask_ranges`.
+        tiles: of `Variant.mask_tiles`; without any nothing is looked for.
+    """
+    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
+    given = (x.resolve_neg() for x in tensors)
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
+    for x, source in zip(tensors, program.sources, strict=True):
+        if source < 0:  # made inside a mod: nobody but the program has it
+            held(x, problem.device)
+    if problem.has_mask_mod and not problem.has_block_mask:
+        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
+            tile = tiles.get(walks)
+            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
+        values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
+        if "words" in tiles:
+            values |= looked_up(program, tensors, problem, tiles["words"])
+        # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
+        values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
+    return values
 
 
 # What is made of a mask; other numbers are queries of a tile: words, with lists where blocks are scattered, of a negative one without.

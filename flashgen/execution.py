@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -323,7 +324,8 @@ def backward(
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         wanted = {"bias": bias_grad, "sinks": sinks_grad}
-        return _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
+        launch = partial(_launch, plan, operands)
+        return gradients(plan, launch, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
     operands.require_as_traced(q.device)
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
@@ -338,8 +340,9 @@ def backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
 
 
-def _run_backward_kernel(
+def gradients(
     plan: Plan,
+    launch: Callable[..., None],
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -351,7 +354,7 @@ def _run_backward_kernel(
     layout: str,
     wanted: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
-    """Run a generated backward; a gradient that autograd left out counts as zero. Sums are in fp32."""
+    """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
@@ -376,7 +379,7 @@ def _run_backward_kernel(
     captured = operands.captured_gradients(problem)
     extra |= {name: sum_of(x) for name, x in captured.items()}
     outputs = (seen(x) for x in (dq, dk, dv))
-    _launch(plan, operands, _unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
+    launch(_unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
     totals = {id(x): extra[name] for name, x in captured.items()}
     sums = torch_blocked.GradientSums(
         bias=extra.get("dbias"),

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe, settings
-from flashgen.block_ranges import looked_up, ranges
+from flashgen.block_ranges import launch_values
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
-from flashgen.graph_memory import held
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
@@ -61,7 +60,9 @@ class Operands:
 
     def options_captured(self) -> tuple[Tensor, ...]:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
-        return captured_tensors(self.score_mod) if self.captured_as is None else self.captured_as
+        if self.captured_as is None:
+            return () if self.score_mod is None else captured_tensors(self.score_mod)
+        return self.captured_as
 
     def as_now(self, device: torch.device) -> Operands:
         """The same with what its mods mean now, for a backward that comes after a loop variable in a closure has moved on.
@@ -389,21 +390,5 @@ class Operands:
 def _of_program(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
-    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
-    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
-    given = (x.resolve_neg() for x in tensors)
-    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
-    for x, source in zip(tensors, program.sources, strict=True):
-        if source < 0:  # made inside a mod: nobody but the program has it
-            held(x, problem.device)
-    if problem.has_mask_mod and not problem.has_block_mask:
-        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
-        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
-            tile = tiles.get(walks)
-            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
-        if "words" in tiles:
-            values |= looked_up(program, tensors, problem, tiles["words"])
-        # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
-        values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
-    return values
+    tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+    return launch_values(program, tensors, problem, tiles)

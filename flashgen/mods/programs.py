@@ -43,8 +43,8 @@ class Program:
         title: what the user calls the functions, for a comment.
         sites: the user's line of each load, by id of its node.
         graph: makes nodes that are shared with these.
-        per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
         looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
+        per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
     """
 
     score: Node | None
@@ -55,8 +55,8 @@ class Program:
     title: str
     sites: Mapping[int, Site]
     graph: Graph
-    per_score: frozenset[str] = frozenset()
     looked_up: int = 0
+    per_score: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context, named, predicates
+from flashgen.simulator import context, held, named, predicates
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -397,7 +397,7 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
         return scalar(0, int32)
     text = " ".join(str(asm).split())
     made = next((function for start, function in _MADE.items() if text.startswith(start)), None)
-    function = made or ASM.get(text) or predicates.parse(text)
+    function = made or ASM.get(text) or predicates.parse(text) or held.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,

@@ -182,7 +182,7 @@ def test_a_bias_that_wants_a_gradient_waits_for_its_turn(compiler: Compiler) -> 
 
 
 def test_a_backward_that_cannot_be_compiled_says_so_where_it_is_asked_for(compiler: Compiler) -> None:
-    with mock.patch.object(execution, "_run_backward_kernel", side_effect=MemoryError("no room")):
+    with mock.patch.object(execution, "gradients", side_effect=MemoryError("no room")):
         out = attend(*drawn())
         (thread,) = execution._beside.values()
         thread.join()

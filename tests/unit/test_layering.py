@@ -53,6 +53,7 @@ ROWS = (
     ("execution",),
     ("ops",),
     ("autograd",),
+    ("recorded",),
     ("warm", "uncompiled"),
     ("api", "offline"),
     ("integrations", "peers"),
