@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flashgen.simulator import held
 
-Lanes = np.ndarray
+Lanes = Any  # 32 numbers or truth values, or one for all lanes
 F32 = np.float32
 
 
@@ -65,7 +66,7 @@ def run(text: str, registers: dict[str, Lanes]) -> tuple[dict[str, Lanes], int]:
     return r, ran
 
 
-def held_number(word: str) -> Lanes | int:
+def held_number(word: str) -> Lanes:
     return np.uint32(int(word[2:], 16)).view(F32) if word.startswith("0f") else int(word, 0)
 
 
@@ -111,13 +112,13 @@ def test_corrections(count: int) -> None:
     """Each register by its own row's correction; a warp whose corrections are all 1 multiplies nothing."""
     rng = np.random.default_rng(count)
     values = [rng.normal(size=32).astype(F32) for _ in range(count)]
-    for alphas in ((F32(1), F32(1)), (F32(0.5), F32(1)), (F32(1), F32(0.25))):
+    for alphas in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.25)):
         operands = {f"${i}": value for i, value in enumerate(values)}
-        operands |= {f"${2 * count + i}": np.full(32, alphas[i >> 1 & 1]) for i in range(count)}
+        operands |= {f"${2 * count + i}": np.full(32, alphas[i >> 1 & 1], F32) for i in range(count)}
         found, ran = run(held.rescale(count), operands)
-        assert ran == 4 + (count if alphas != (1, 1) else 0)
+        assert ran == 4 + (count if alphas != (1.0, 1.0) else 0)
         for i, value in enumerate(values):
-            np.testing.assert_array_equal(found[f"${i}"], value * alphas[i >> 1 & 1])
+            np.testing.assert_array_equal(found[f"${i}"], value * F32(alphas[i >> 1 & 1]))
 
 
 def test_another_text_is_not_known() -> None:
