@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flashgen import execution, launches
+from flashgen import execution, launches, ops
 from flashgen.autograd import NotTwiceDifferentiable
 from flashgen.dispatch import Plan
 from flashgen.operands import Operands
-from flashgen.ops import draw_philox
 from flashgen.variants import by_name
 
 _MOST = 64  # layouts of one kind's gradients that are remembered
@@ -142,7 +141,7 @@ class RecordedCall(torch.autograd.Function):
         *given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the forward with lse."""
-        philox = draw_philox(q, bound.dropout_p, generator)
+        philox = ops.draw_philox(q, bound.dropout_p, generator)
         out, lse = bound.forward(q, k, v, given, philox=philox)
         ctx.save_for_backward(q, k, v, out, lse, philox, *given)
         ctx.bound = bound
