@@ -326,9 +326,9 @@ class GluonForwardSm90(WithMods, Variant):
         return int(tiles * spec.itemsize + 8 * barriers + _ARGUMENT_BYTES)
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
-        for known in self.known_good(spec, target):
-            if self.illegal(spec, target, known.config) is None:
-                return known.config
+        known = self.known_good(spec, target)
+        if known:
+            return known[0].config
         return self.config(
             BLOCK_M=128, BLOCK_N=32, STAGES=2, CONSUMER_REGS=240, PRODUCER_REGS=24, SECTION=4, OWN_STAGING=True, LAZY_SUM=True,
             TAKE_TURNS=False,
@@ -353,10 +353,11 @@ class GluonForwardSm90(WithMods, Variant):
             first.insert(0, (_ROOMY_64, _COMPILED))
         rows = tuple(dict([*first, *_PORTFOLIO[width]] if options(spec).any else _PLAIN[width]).items())
         names = [knob.name for knob in self.knobs]
-        return tuple(
+        known = (
             KnownGood(config=self.config(**dict(zip(names, values, strict=True))), source=source)
             for values, source in rows
         )
+        return self.legal(known, spec, target)
 
 
 def _is_int(value: Tunable) -> bool:
