@@ -372,7 +372,7 @@ def _capped_exponents(score: Any, less: Any, is_far: Any, *coefficients: Any) ->
 
 
 # How texts that are made for sixteen registers begin.
-_MADE = {
+_MADE: dict[str, Callable[..., Any]] = {
     "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;": _capped,
     "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR;": _capped_exponents,
 }
@@ -396,8 +396,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
         named.meet(*barrier)
         return scalar(0, int32)
     text = " ".join(str(asm).split())
-    made = next((function for start, function in _MADE.items() if text.startswith(start)), None)
-    function = made or ASM.get(text) or predicates.parse(text) or held.parse(text)
+    by_start = next((one for start, one in _MADE.items() if text.startswith(start)), None)
+    function = by_start or ASM.get(text) or predicates.parse(text) or held.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,
