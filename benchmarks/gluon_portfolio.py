@@ -43,8 +43,8 @@ GLUON, PORTABLE = by_name("gluon_fwd_sm90"), by_name("triton_fwd")
 _NAMES = [knob.name for knob in GLUON.knobs]
 MORE: dict[int, tuple[tuple[Any, ...], ...]] = {
     64: (
-        *((192, 128, 3, 160, 32, section, True, False, True) for section in (2, 4, 8, 32)),
-        *((256, 64, 4, 112, 32, section, True, False, True) for section in (4, 8, 16, 32)),
+        *((192, 128, 3, 160, 32, section, True, lazy, True) for section in (2, 4, 8, 32) for lazy in (False, True)),
+        *((256, 64, 4, 112, 32, section, True, lazy, True) for section in (4, 8, 16, 32) for lazy in (False, True)),
         (192, 128, 2, 160, 32, 4, True, False, True),
         (128, 128, 3, 240, 24, 16, True, False, True),
     ),
@@ -54,7 +54,7 @@ MORE: dict[int, tuple[tuple[Any, ...], ...]] = {
         (128, 128, 2, 240, 24, 4, True, False, True),
     ),
     256: (
-        *((128, 64, 2, 240, 24, section, False, False, False) for section in (1, 2, 8)),
+        *((128, 64, 2, 240, 24, section, False, lazy, False) for section in (1, 2, 8) for lazy in (False, True)),
         *((128, 64, 2, 240, 24, section, False, False, True) for section in (1, 4)),
         (128, 64, 2, 240, 24, 4, False, True, False),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST = {"gluon_fwd_sm90": 13, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
+MOST = {"gluon_fwd_sm90": 20, "gluon_bwd_sm90": 7}  # candidates of a problem; 12 of others
 SECTIONS = (1, 2, 4, 8, 16)  # heads in one go, of the Hopper forward: every one with the tile that leads the list
 # Beside known-good tiles and portfolio, by variant and wider padded head dim: values of the knobs in their order.
 MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
@@ -66,6 +66,7 @@ MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
     # as in gluon_portfolio.py
     ("gluon_fwd_sm90", 64): (
         *((256, 64, 4, 112, 32, section, True, False, True) for section in (4, 16, 8)),  # four warpgroups, without lse
+        *((256, 64, 4, 112, 32, section, True, True, True) for section in (16, 8)),
         (192, 128, 2, 160, 32, 4, True, False, False),
         (192, 128, 3, 160, 32, 4, True, False, True),
         (192, 128, 4, 160, 32, 4, True, False, True),
@@ -74,9 +75,10 @@ MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
         (128, 128, 2, 240, 24, 4, True, False, True),
         (128, 128, 3, 240, 24, 16, True, False, True),
     ),
+    ("gluon_fwd_sm90", 128): tuple((128, 128, 2, 240, 24, section, True, False, False) for section in (4, 2, 8, 1)),
     ("gluon_fwd_sm90", 256): (
-        (128, 64, 2, 240, 24, 4, False, True, False),
-        (128, 64, 2, 240, 24, 16, False, False, False),
+        (128, 64, 2, 240, 24, 4, False, True, True),
+        (128, 64, 2, 240, 24, 8, False, False, False),
         (128, 64, 2, 240, 24, 4, False, False, True),
         (128, 128, 2, 240, 24, 4, True, True, False),
     ),

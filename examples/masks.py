@@ -1,4 +1,4 @@
-"""A gallery of masks: what each becomes in a kernel, which tiles it skips, runs unmasked or masks, and that PyTorch agrees.
+"""A gallery of masks: what each becomes in a kernel, which tiles it skips, runs unmasked or masks, and that eager PyTorch agrees.
 
 python examples/masks.py               # a table
 python examples/masks.py gallery.png   # and a picture (pip install flashgen[plot])
@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+import flashgen
 from flashgen import mods, plot
 from flashgen.errors import FlashgenError
 
 TOKENS, TILE, HEADS = 96, 8, 4
 CPU = torch.device("cpu")
+TILES = flashgen.KernelConfig(
+    variant="triton_fwd", BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1
+)  # of the kernel that is run
 
 document = torch.tensor([0] * 30 + [1] * 11 + [2] * 55, dtype=torch.int32)  # three texts, packed
 slopes = torch.exp2(-8.0 * torch.arange(1, HEADS + 1) / HEADS)
@@ -138,6 +142,22 @@ def judged(entry: Entry) -> tuple[Any, Any]:
     return pairs, kinds
 
 
+def attend(entry: Entry) -> float:
+    """The generated kernel, run in Triton's interpreter, beside attention as eager PyTorch writes it: the largest difference."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, TOKENS, HEADS, 16) for _ in range(3))
+    out = flashgen.attention(q, k, v, mask_mod=entry.mask, score_mod=entry.score, config=TILES)
+
+    b, h = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.arange(HEADS, dtype=torch.int32).view(1, -1, 1, 1)
+    i, j = (torch.arange(TOKENS, dtype=torch.int32).view(shape) for shape in ((1, 1, -1, 1), (1, 1, 1, -1)))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 4  # the root of the head dim
+    if entry.score is not None:
+        scores = entry.score(scores, b, h, i, j)
+    scores = scores.masked_fill(~entry.mask(b, h, i, j), -torch.inf)
+    eager = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+    return float((out - eager).abs().max())
+
+
 def draw(found: list[tuple[Any, Any]], path: Path) -> None:
     """All masks with their tiles."""
     made, axes = plot.figure(3, rows=3, title=f"{TOKENS} tokens in tiles of {TILE} x {TILE}", size=(3.6, 3.8))
@@ -163,6 +183,10 @@ def main() -> None:
             plot.check(path)
         found = [judged(entry) for entry in GALLERY]
         print("every tile of every mask is what eager PyTorch says")
+        worst = max(attend(entry) for entry in GALLERY)
+        if worst > 1e-5:
+            raise SystemExit(f"a generated kernel is {worst:.1e} off eager attention")
+        print(f"every generated kernel gives eager attention, within {worst:.0e}")
         if path is not None:
             draw(found, path)
             print(f"drawn in {path}")

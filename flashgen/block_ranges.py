@@ -25,6 +25,7 @@ from flashgen.graph_memory import held
 from flashgen.mask_words import Tables
 from flashgen.problem import Problem
 from flashgen.stream_capture import apart, capturing
+from flashgen.variants.features import captured
 
 _KEPT = 64  # masks without tensors, and contents of captured tensors, whose ranges are remembered
 _MOST_BYTES = 1 << 26  # of captured tensors that are copied to the host, and kept once more on the device
@@ -72,17 +73,45 @@ def looked_up(
         tile: queries of a thread block, a multiple of 64, and keys of a block.
 
     Returns:
-        `mask_ranges`, or `mask_lists` of a mask without a diagonal that leaves blocks scattered; and `mask_words`. No words where they would be
-        too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of one content,
+        `mask_ranges`, or `mask_lists` of a mask without a diagonal that leaves blocks scattered; and `mask_words`. `mask_slots` tells of each block
+        where its words are, for `shared_masks`. No words where they would be too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of one content,
         and a kernel that is told of another evaluates each pair far from its fast loops.
     """
     # What a diagonal hides is not in a list.
     may_list = not problem.causal and problem.window_size == (-1, -1)
     found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), tile[0] if may_list else -tile[0])
-    names: dict[str, Tensor | None] = {"mask_ranges": None, "mask_lists": None, "mask_words": None}
+    names: dict[str, Tensor | None] = dict.fromkeys(("mask_ranges", "mask_lists", "mask_words", "mask_slots"))
     if found is not None:
         names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
+        names["mask_slots"] = found.slots
     return names
+
+
+def launch_values(
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tiles: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel, by the names of the rendered launch.
+
+    Args:
+        program, tensors, problem: as in `mask_ranges`.
+        tiles: of `Variant.mask_tiles`; without any nothing is looked for.
+    """
+    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
+    given = (x.resolve_neg() for x in tensors)
+    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
+    for x, source in zip(tensors, program.sources, strict=True):
+        if source < 0:  # made inside a mod: nobody but the program has it
+            held(x, problem.device)
+    if problem.has_mask_mod and not problem.has_block_mask:
+        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
+            tile = tiles.get(walks)
+            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
+        values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
+        if "words" in tiles:
+            values |= looked_up(program, tensors, problem, tiles["words"])
+        # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
+        values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
+    return values
 
 
 # What is made of a mask; other numbers are queries of a tile: words, with lists where blocks are scattered, of a negative one without.
@@ -98,7 +127,7 @@ def _tables(
     read = program.mask_reads
     if not read:
         made, stream = _of_code(_ByDigest(program), sizes, problem.device, kind)
-        _used([x for x in (made.table, made.words) if x is not None], stream)
+        _used([x for x in (made.table, made.words, made.slots) if x is not None], stream)
         return held(made, problem.device)
     return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, kind)
 
@@ -120,7 +149,8 @@ class _ByDigest:
 def _of_code(program: _ByDigest, sizes: tuple[int, ...], device: str, kind: int) -> tuple[Tables, int]:
     with apart(torch.device(device)):  # what is remembered is no graph's, and no replay has to make it again
         made = _analysed(program.program, (), sizes, device, kind)
-        made = replace(made, table=broadcast(made.table.to(device)))
+        slots = None if made.slots is None else broadcast(made.slots.to(device))
+        made = replace(made, table=broadcast(made.table.to(device)), slots=slots)
         return made, _settled(made.table.device)
 
 
@@ -230,7 +260,7 @@ def _remember(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
             copies=() if indifferent else tuple(_bits(kept[id(x)]) for x in read),
-            precise=replace(precise, table=broadcast(precise.table.to(device))),
+            precise=replace(precise, table=broadcast(precise.table.to(device)), slots=None),
             masked=broadcast(masked.to(device)),
             stream=_settled(read[0].device),
         )

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from flashgen import settings
@@ -289,10 +290,12 @@ def _report_fallback(plan: Plan, env: Settings) -> None:
 def _configure(
     variant: Variant, spec: AttentionSpec, problem: Problem, target: Target, env: Settings
 ) -> tuple[KernelConfig, str]:
-    digest = render(spec, variant).digest
-    database = _database_rows(variant, spec, digest, target, env)
+    text = cache(lambda: render(spec, variant))  # a first call need not wait for it where there are no rows
+    database = _database_rows(variant, spec, lambda: text().digest, target, env)
     shipped = [
-        r for r in _seed_rows(spec, target) if (r.spec_key, r.variant, r.digest) == (spec.key, variant.name, digest)
+        row
+        for row in _seed_rows(spec, target)
+        if (row.spec_key, row.variant) == (spec.key, variant.name) and row.digest == text().digest
     ]
     order = (
         ("database", select.best_measured, database),
@@ -337,7 +340,9 @@ def _legal(row: Record | Member | None, variant: Variant, spec: AttentionSpec, t
         return None
 
 
-def _database_rows(variant: Variant, spec: AttentionSpec, digest: str, target: Target, env: Settings) -> list[Record]:
+def _database_rows(
+    variant: Variant, spec: AttentionSpec, digest: Callable[[], str], target: Target, env: Settings
+) -> list[Record]:
     if env.require_db_digest is not None:
         raise UnsupportedProblemError(
             "FLASHGEN_REQUIRE_DB_DIGEST is not supported by this version of flashgen: unset it."
@@ -348,7 +353,7 @@ def _database_rows(variant: Variant, spec: AttentionSpec, digest: str, target: T
     from flashgen.store import open_store  # imports sqlalchemy: only where there is a database
 
     with open_store(env.database_url) as store:
-        rows = store.trials(spec_key=spec.key, digest=digest, gpu=_gpu_filter(target))
+        rows = store.trials(spec_key=spec.key, digest=digest(), gpu=_gpu_filter(target))
     return [row for row in rows if row.variant == variant.name]
 
 

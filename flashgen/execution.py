@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from flashgen.operands import Operands
 from flashgen.problem import Problem, not_built, tma_addressable
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
+from flashgen.shared_masks import kernel_spec
 from flashgen.stream_capture import capturing, free_stream, relaxed
 from flashgen.variants import by_name
 
@@ -195,8 +197,14 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         raise not_built(
             "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
         )
-    source = render(problem.spec, variant)
-    values = {**operands.launch_values(problem, plan.config), **variant.launch_options(problem), **extra, **plan.config}
+    spec = kernel_spec(plan)
+    source = render(spec, variant)
+    values = {
+        **operands.launch_values(problem, plan.config, spec=spec),
+        **variant.launch_options(problem),
+        **extra,
+        **plan.config,
+    }
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -204,13 +212,11 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         return
     kernel = build(source)
     if _ran.compiles_only:
-        with jit.compiling_only(kernel.module):
+        with jit.compiling_only():
             kernel.launch(*arguments, **values)
         return
     if _beside:
-        beside = _beside.pop(_kernel(plan), None)
-        if beside is not None:
-            beside.join()  # it is compiling what would be compiled here
+        join_beside(plan)
     device = next(x.device for x in arguments if x is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
@@ -245,6 +251,13 @@ _beside: dict[tuple[Any, str], threading.Thread] = {}  # by the kernel that is c
 
 def _kernel(plan: Plan) -> tuple[Any, str]:
     return plan.problem.spec, plan.variant
+
+
+def join_beside(plan: Plan) -> None:
+    """Wait for the thread that compiles what would be compiled here, if there is one."""
+    thread = _beside.pop(_kernel(plan), None)
+    if thread is not None:
+        thread.join()
 
 
 def _backward_beside(
@@ -316,7 +329,8 @@ def backward(
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
         wanted = {"bias": bias_grad, "sinks": sinks_grad}
-        return _run_backward_kernel(plan, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
+        launch = partial(_launch, plan, operands)
+        return gradients(plan, launch, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)
     operands.require_as_traced(q.device)
     options, wanted = operands.options(problem), {"bias_grad": bias_grad, "sinks_grad": sinks_grad}
     if problem.varlen:
@@ -331,8 +345,9 @@ def backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), sums
 
 
-def _run_backward_kernel(
+def gradients(
     plan: Plan,
+    launch: Callable[..., None],
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -344,7 +359,7 @@ def _run_backward_kernel(
     layout: str,
     wanted: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
-    """Run a generated backward; a gradient that autograd left out counts as zero. Sums are in fp32."""
+    """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
@@ -369,7 +384,7 @@ def _run_backward_kernel(
     captured = operands.captured_gradients(problem)
     extra |= {name: sum_of(x) for name, x in captured.items()}
     outputs = (seen(x) for x in (dq, dk, dv))
-    _launch(plan, operands, _unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
+    launch(_unit_last_stride(seen(dout)), dlse, *inputs, lse.contiguous(), *outputs, **extra)
     totals = {id(x): extra[name] for name, x in captured.items()}
     sums = torch_blocked.GradientSums(
         bias=extra.get("dbias"),

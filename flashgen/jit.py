@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +22,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flashgen import launches
 from flashgen.stream_capture import relaxed
 
 _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """What this thread is about: work to begin beside its next compilation; whether its launches only compile."""
+    """What this thread is about.
+
+    Attributes:
+        beside: work to begin beside its next compilation.
+        compiles_only: whether its launches only compile.
+        lineless: whether without numbers of lines.
+    """
 
     beside: Callable[[], None] | None = None
     compiles_only: bool = False
+    lineless: bool = False
 
 
 _thread = _Thread()
@@ -121,6 +130,7 @@ def adopt(module: ModuleType, path: Path, digest: str) -> None:
             function.hash = hashlib.sha256(f"{digest}:{name}".encode()).hexdigest()
         if own and isinstance(function, jit.JITFunction):
             function._do_compile = functools.partial(_do_compile, function)
+            function.run = functools.partial(_run, function)
 
 
 def _do_compile(function: Any, *arguments: Any, **more: Any) -> Any:
@@ -152,10 +162,55 @@ class _Compile:
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        made = self._compile(src, target=target, options=options, **more)
-        if launcher is not None:
-            launcher.join()
+        try:
+            with _without_lines():
+                made = self._compile(src, target=target, options=options, **more)
+        finally:
+            # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
+            vars(src).pop("make_ir", None)
+            if launcher is not None:
+                launcher.join()
         return _loading_apart(made)
+
+
+class _Lineless:
+    """Triton's knobs, as its compilers read them: this thread may do without the numbers of source lines.
+
+    Machine code is the same without them, a quarter of the binary is left, and LLVM and ptxas have less to carry.
+    """
+
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+        self.compilation = _Compilation(knobs.compilation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._knobs, name)
+
+
+class _Compilation:
+    def __init__(self, knobs: Any) -> None:
+        self._knobs = knobs
+
+    def __getattr__(self, name: str) -> Any:
+        return True if name == "disable_line_info" and _thread.lineless else getattr(self._knobs, name)
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO says what is wanted; it is a part of Triton's keys."""
+    if "TRITON_DISABLE_LINE_INFO" in os.environ:
+        yield
+        return
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton.backends.nvidia import compiler
+
+        if not isinstance(compiler.knobs, _Lineless):
+            compiler.knobs = _Lineless(compiler.knobs)
+    _thread.lineless = True
+    try:
+        yield
+    finally:
+        _thread.lineless = False
 
 
 def _loading_apart(kernel: Any) -> Any:
@@ -243,7 +298,7 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
             directories = {"library_dirs": driver.library_dirs(), "include_dirs": driver.include_dirs}
             compile_module(src=text, name="__triton_launcher", libraries=driver.libraries, **directories)
 
-    thread = threading.Thread(target=build, name="flashgen-launcher", daemon=True)
+    thread = threading.Thread(target=build, name="flashgen-launcher")  # no daemon: the end of the process waits for it
     thread.start()
     return thread
 
@@ -277,21 +332,18 @@ def _after_reading(src: Any, work: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def compiling_only(module: ModuleType) -> Iterator[None]:
-    """Launches of a rendered file's kernels, on this thread, compile and run nothing."""
-    from triton.runtime import jit
-
-    functions = [one for one in vars(module).values() if isinstance(one, jit.JITFunction)]
-    for function in functions:
-        function.run = functools.partial(_run, function)
+def compiling_only() -> Iterator[None]:
+    """Launches of rendered files' kernels, on this thread, compile and run nothing."""
     _thread.compiles_only = True
     try:
         yield
     finally:
         _thread.compiles_only = False
-        for function in functions:
-            function.__dict__.pop("run", None)
 
 
-def _run(function: Any, *arguments: Any, warmup: bool, **more: Any) -> Any:
-    return type(function).run(function, *arguments, warmup=warmup or _thread.compiles_only, **more)
+def _run(function: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+    """`JITFunction.run`, unless this thread only compiles, or knows what it would find."""
+    known = launches.current()
+    if known is None or warmup or _thread.compiles_only:
+        return type(function).run(function, *arguments, grid=grid, warmup=warmup or _thread.compiles_only, **more)
+    return known.run(function, arguments, grid, more)

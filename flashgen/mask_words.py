@@ -20,6 +20,7 @@ _MOST_A_ROW = (
     32  # masked tiles of a block of rows, on average: beyond it a mask is dense in them, and words would take O(S^2)
 )
 _MOST_WORDS = 1 << 23  # 32 MB of one mask
+_MOST_SLOTS = 1 << 20  # 4 MB of one mask
 _MASKED = 0.3  # what a masked block costs beyond an unmasked one
 _SAVES = 0.9  # of the time of ranges: what lists must be below to be worth it
 _AT_ONCE = 1 << 21  # scores that are evaluated at a time
@@ -40,11 +41,14 @@ class Tables:
         words: int32 (tiles, 64, 4). Bit 2 k + e of a row's word l is column 8 k + 2 l + e of a block. Of ranges each masked block has a tile, in
             order; of lists one for each 64 queries of the tile. The first hide everything. None where they would be too many.
         listed: whether the table holds lists.
+        slots: int32 (batch or 1, num_heads or 1, blocks of 64 queries, blocks of keys, padded to sixteen): the tile of words of each, -1 where
+            all is seen. None without words, and where they would be too many.
     """
 
     table: Tensor
     words: Tensor | None
     listed: bool
+    slots: Tensor | None = None
 
 
 def of_ranges(
@@ -77,7 +81,8 @@ def of_ranges(
     within = torch.arange(total) - (places - 1)[line]
     lower, upper = first.flatten()[line] + within, full_end.flatten()[line] + within - before[line]
     key = torch.where(within < before[line], lower, upper)
-    return Tables(table, _words(program, tensors, _tiles(line, first.shape, key), 1, sizes, device), False)
+    words = _words(program, tensors, _tiles(line, first.shape, key), 1, sizes, device)
+    return Tables(table, words, False, _slots_of_ranges(table[..., :5].numpy(), sizes))
 
 
 def of_lists(
@@ -131,7 +136,33 @@ def of_lists(
     shape = torch.Size((batch, heads, tiles * groups))
     at = _tiles(torch.from_numpy(line), shape, torch.from_numpy(key[is_masked].repeat(groups)))
     made = torch.from_numpy(table).view(batch, heads, tiles, -1)
-    return Tables(made, _words(program, tensors, at, groups, sizes, device), True)
+    words = _words(program, tensors, at, groups, sizes, device)
+    slots = _no_slots((batch, heads, tiles * groups), sizes)
+    if slots is not None:
+        place = (np.arange(len(owner)) - (np.cumsum(all_of) - all_of)[owner]) * groups + table[owner, 2]
+        within = slots.reshape(every, groups, -1)
+        for group in range(groups):
+            within[owner, group, key] = np.where(is_masked, place + group, -1)
+    return Tables(made, words, True, None if slots is None else torch.from_numpy(slots))
+
+
+def _no_slots(lines: tuple[int, int, int], sizes: tuple[int, ...]) -> Any:
+    """Slots of a mask that hides everything, which the first words say; None where they would be too many."""
+    blocks = -(-sizes[3] // sizes[5])
+    shape = (*lines, blocks + -blocks % 16)  # of a stride that Triton need not compile for anew
+    return np.zeros(shape, np.int32) if np.prod(shape, dtype=np.int64) <= _MOST_SLOTS else None
+
+
+def _slots_of_ranges(table: Any, sizes: tuple[int, ...]) -> Tensor | None:
+    """Slots of (batch, num_heads, lines, 5): the first block, first and end of the unmasked, the end, where the words start."""
+    slots = _no_slots(table.shape[:3], sizes)
+    if slots is None:
+        return None
+    first, full_first, full_end, end, place = (table[..., number, None] for number in range(5))
+    block = np.arange(slots.shape[-1], dtype=np.int32)
+    at = place + block - first - np.where(block >= full_end, full_end - full_first, 0)
+    at = np.where((block >= full_first) & (block < full_end), -1, at)
+    return torch.from_numpy(np.where((block >= first) & (block < end), at, 0))
 
 
 def _turns(first: Any, last: Any, groups: int) -> Tensor:

@@ -90,10 +90,13 @@ _CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values], ...] =
     ({"seqlen_q": 5, "seqlen_k": 193, "num_heads_q": 8, "num_heads_kv": 2}, {}, "normal"),
     # Logits that overflow an exponential without the running maximum.
     ({"seqlen_q": 64, "seqlen_k": 193}, {}, "large"),
+    # Rows of many blocks, in both ways of summing them.
+    ({"seqlen_q": 64, "seqlen_k": 460}, {"BLOCK_N": 32}, "normal"),
+    ({"seqlen_q": 64, "seqlen_k": 460}, {"BLOCK_N": 32, "LAZY_SUM": False}, "normal"),
 )
 _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values], ...] = (
     # The last key is the first of its block.
-    ({"seqlen_q": 193, "seqlen_k": 193}, {"BLOCK_N": 32}, "normal"),
+    ({"seqlen_q": 193, "seqlen_k": 193}, {"BLOCK_N": 32, "LAZY_SUM": False}, "normal"),
     # Rows that see no key; warpgroups that see none.
     ({"seqlen_q": 300, "seqlen_k": 90}, {"BLOCK_N": 32}, "normal"),
     # More blocks above the diagonal of the first warpgroup than stages: it releases them unread.
@@ -105,6 +108,7 @@ _CAUSAL_CASES: tuple[tuple[dict[str, Any], dict[str, Tunable], accuracy.Values],
     # Top-left: keys that no row sees, and rows beyond the last key.
     ({"seqlen_q": 90, "seqlen_k": 300, "causal_alignment": "top-left"}, {"BLOCK_N": 32}, "normal"),
     ({"seqlen_q": 300, "seqlen_k": 90, "causal_alignment": "top-left"}, {}, "normal"),
+    ({"seqlen_q": 300, "seqlen_k": 90}, {"BLOCK_N": 32, "LAZY_SUM": False}, "normal"),
 )
 _SMALL: dict[str, Tunable] = {
     "BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "CONSUMER_REGS": 240, "PRODUCER_REGS": 24, "SECTION": 2,

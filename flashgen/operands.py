@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from flashgen import block_lists, checks, probe, settings
-from flashgen.block_ranges import looked_up, ranges
+from flashgen.block_ranges import launch_values
 from flashgen.config import KernelConfig
 from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
-from flashgen.graph_memory import held
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.mods.reached import captured_tensors
 from flashgen.problem import Problem
-from flashgen.spec import Mods
+from flashgen.spec import AttentionSpec, Mods
 from flashgen.torch_blocked import Options
 from flashgen.variants import by_name
 from flashgen.variants.features import captured, signature
@@ -61,7 +60,9 @@ class Operands:
 
     def options_captured(self) -> tuple[Tensor, ...]:
         """The tensors that score_mod reads and that want gradients, in a fixed order."""
-        return captured_tensors(self.score_mod) if self.captured_as is None else self.captured_as
+        if self.captured_as is None:
+            return () if self.score_mod is None else captured_tensors(self.score_mod)
+        return self.captured_as
 
     def as_now(self, device: torch.device) -> Operands:
         """The same with what its mods mean now, for a backward that comes after a loop variable in a closure has moved on.
@@ -186,7 +187,7 @@ class Operands:
                 if mask is not None:
                     probe.mask_mod(name, mask, device)
         except InvalidProblemError as error:
-            if "device" in str(error.__cause__):
+            if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
         if not self._is_elementwise(device):
@@ -205,8 +206,10 @@ class Operands:
         if self.has_functions and not torch.compiler.is_compiling():
             try:
                 per_score = self._program(device)[0].per_score
-            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
-                per_score = frozenset()
+            except UnsupportedProblemError as error:
+                per_score = error.per_score
+            except (FlashgenError, AttributeError):
+                pass  # it runs as it is, or the checks say what is wrong
         score, mask, block = (
             probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
         )
@@ -352,7 +355,12 @@ class Operands:
         return set(_of_program(program, tensors, problem, None)), bind
 
     def launch_values(
-        self, problem: Problem, config: KernelConfig | None = None, *, with_ranges: bool = True
+        self,
+        problem: Problem,
+        config: KernelConfig | None = None,
+        *,
+        with_ranges: bool = True,
+        spec: AttentionSpec | None = None,
     ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
@@ -360,6 +368,7 @@ class Operands:
             problem: the call.
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
             with_ranges: whether those are looked for; else None stands in their place.
+            spec: of the kernel, where it is not the problem's own.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -372,7 +381,7 @@ class Operands:
             "bottom_right": problem.causal_alignment == "bottom-right",
             **self._captured(problem, config if with_ranges else None),
         }
-        wanted = (signature if config is None else by_name(config.variant).signature)(problem.spec).launch
+        wanted = (signature if config is None else by_name(config.variant).signature)(spec or problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
         values = {name: x.resolve_neg() if isinstance(x, Tensor) else x for name, x in values.items()}
         if not problem.varlen:  # packed sequences have offsets of their own
@@ -383,19 +392,5 @@ class Operands:
 def _of_program(
     program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
 ) -> dict[str, Any]:
-    """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel."""
-    # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
-    given = (x.resolve_neg() for x in tensors)
-    values: dict[str, Any] = {captured(row.name): x for row, x in zip(program.captures, given, strict=True)}
-    for x, source in zip(tensors, program.sources, strict=True):
-        if source < 0:  # made inside a mod: nobody but the program has it
-            held(x, problem.device)
-    if problem.has_mask_mod and not problem.has_block_mask:
-        tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
-        for walks, name in (("keys", "mask_ranges"), ("rows", "row_ranges")):
-            tile = tiles.get(walks)
-            values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
-        values |= {"mask_lists": None, "mask_words": None}
-        if "words" in tiles:
-            values |= looked_up(program, tensors, problem, tiles["words"])
-    return values
+    tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
+    return launch_values(program, tensors, problem, tiles)

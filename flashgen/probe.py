@@ -113,7 +113,7 @@ def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> N
 
 # What PyTorch says where Python asks a tensor of several elements for one value.
 _READ_IN_PYTHON = ("Boolean value of Tensor", "converted to Python scalars", "cannot be converted to Scalar")
-_BRANCHES = "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
+BRANCHES = "It cannot branch on data, since it is run for many scores at once: use torch.where for `if`, & | ~ for and/or/not, // for int(). "
 
 
 class _OnTheCpu(TorchFunctionMode):
@@ -154,7 +154,7 @@ def _run(name: str, signature: str, function: Callable[..., Any], arguments: tup
     except Exception as error:
         branches = any(words in str(error) for words in _READ_IN_PYTHON)
         raise InvalidProblemError(
-            f"{name} raises {type(error).__name__}: {error}. {_BRANCHES if branches else ''}It is called as {name.rpartition('.')[2]}({signature}) with tensors "
+            f"{name} raises {type(error).__name__}: {error}. {BRANCHES if branches else ''}It is called as {name.rpartition('.')[2]}({signature}) with tensors "
             f"that broadcast to (batch, heads, queries, keys), here {_SIZES}, indices int32; captured tensors are to be "
             "indexed with b, h, q_idx, kv_idx."
         ) from error

@@ -2,13 +2,15 @@
 
 A kind is everything that checks, dispatch and launch depend on: shapes, strides, dtypes, devices and alignment of all tensors, options,
 the fingerprint of score_mod and mask_mod (code, closures, globals, shapes of what they capture), and the raw FLASHGEN_* variables. A call
-that autograd records, that something traces, or that brings a BlockMask goes the long way, through the operators. Nothing is decided here
+that something traces, that autograd records beside functions or operands that want gradients, or that brings a BlockMask goes the long way, through
+the operators; what else autograd records runs `recorded`. Nothing is decided here
 that the long way did not decide first: `bind` remembers, `find` looks up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from flashgen import dispatch, execution, ops, settings
+from flashgen import dispatch, execution, launches, ops, recorded, settings
 from flashgen.build import build
 from flashgen.config import KernelConfig
 from flashgen.mods.fingerprint import fingerprint
 from flashgen.operands import Operands
 from flashgen.render import render
+from flashgen.shared_masks import kernel_spec
 from flashgen.variants import by_name
 
 Key = tuple[Any, ...]
@@ -42,10 +45,12 @@ class Call(NamedTuple):
     Attributes:
         key: its kind.
         tensors: what its mods capture, in the order of their walk.
+        recorded: whether autograd records it.
     """
 
     key: Key
     tensors: tuple[Tensor, ...] = ()
+    recorded: bool = False
 
 
 Bound = Callable[..., tuple[Tensor, Tensor | None]]
@@ -81,7 +86,6 @@ def key_of(
         type(q) not in _ORDINARY
         or type(k) not in _ORDINARY
         or type(v) not in _ORDINARY
-        or (_grads() and (q.requires_grad or k.requires_grad or v.requires_grad))
         # A lazily negated view (the imaginary part of a conjugate) holds the values of the tensor before the minus.
         or q.is_neg()
         or k.is_neg()
@@ -89,19 +93,24 @@ def key_of(
         or not _nobody_listens()
     ):
         return None
+    recorded = _grads() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if recorded and mods:
+        return None
     try:
-        key = (
+        key: Key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, options, _environment(),
         )  # fmt: skip
+        if recorded:
+            key += ("recorded", torch.are_deterministic_algorithms_enabled())
         if not operands and not mods:
-            return Call(key)
-        return _with_operands(key, operands, mods)
+            return Call(key, (), recorded)
+        return _with_operands(key, operands, mods, recorded)
     except RuntimeError:  # sparse and nested tensors have no strides: the long way says what is wrong
         return None
 
 
-def _with_operands(key: Key, operands: tuple[Any, ...], mods: tuple[Any, ...]) -> Call | None:
+def _with_operands(key: Key, operands: tuple[Any, ...], mods: tuple[Any, ...], recorded: bool) -> Call | None:
     words: list[Any] = [*key]
     for x in operands:
         if x is None:
@@ -111,7 +120,7 @@ def _with_operands(key: Key, operands: tuple[Any, ...], mods: tuple[Any, ...]) -
         else:
             words += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
     if not mods:
-        return Call(tuple(words))
+        return Call(tuple(words), (), recorded)
     found = fingerprint(mods)
     if found.key is None:
         return None
@@ -163,6 +172,8 @@ def bind(call: Call, plan: dispatch.Plan, known: Table, operands: Operands | Non
     kept = plan.backend != "torch" and plan.target.backend != "cpu" and not plan.problem.copies
     kept = kept and not settings.read().check_values  # which looks at every call
     launcher = _launcher(plan, operands or Operands()) if kept else None
+    if launcher is not None and call.recorded:
+        launcher = recorded.bind(plan, operands or Operands(), launcher, OPERANDS, _launch_of)
     if len(known) >= _MOST:
         known.clear()
     known[call.key] = launcher
@@ -172,11 +183,16 @@ def bind(call: Call, plan: dispatch.Plan, known: Table, operands: Operands | Non
 OPERANDS = ("alibi_slopes", "sinks", "bias", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 
 
+def _launch_of(plan: dispatch.Plan) -> Callable[..., None]:
+    """The rendered launch of a plan."""
+    return build(render(kernel_spec(plan), by_name(plan.variant))).launch
+
+
 def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
     problem, variant = plan.problem, by_name(plan.variant)
-    launch = build(render(problem.spec, variant)).launch
+    spec, launch = kernel_spec(plan), _launch_of(plan)
     # What each call binds anew is not made here: a comparison on the device loads code for it, 46 ms on an H200.
-    values = operands.launch_values(problem, plan.config, with_ranges=problem.has_block_mask)
+    values = operands.launch_values(problem, plan.config, with_ranges=problem.has_block_mask, spec=spec)
     values |= {**variant.launch_options(problem), **plan.config}
     given = tuple(
         (name, place)
@@ -197,11 +213,14 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
     heads_first, varlen = problem.layout == "bhsd", problem.varlen
     rows = (problem.num_heads_q, problem.seqlen_q)
     shape = (problem.batch, *(rows if heads_first else rows[::-1]), problem.head_dim_v)
-    lse_shape = (problem.batch, *rows) if problem.return_lse else None
-    dropout_p, with_lse = problem.dropout_p, problem.return_lse
+    dropout_p, with_lse = problem.dropout_p, problem.spec.has_lse
+    lse_shape = (problem.batch, *rows) if with_lse else None
     empty, float32 = torch.empty, torch.float32
     several = torch.cuda.device_count() > 1
     simple = not per_call
+    # Of a kind all is the same that Triton specialises on, where no table of the call's own content is among it.
+    kernels = None if rebind is not None else launches.Kernels()
+    start = launch if kernels is None else partial(launches.launched, kernels, launch)
 
     def run(
         q: Tensor,
@@ -210,6 +229,7 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
         operands: tuple[Tensor | None, ...] = (),
         tensors: tuple[Tensor, ...] = (),
         generator: torch.Generator | None = None,
+        philox: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         device = q.device
         if varlen:
@@ -227,7 +247,7 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
         if not simple:
             scalars = {**fixed, **{name: operands[place] for name, place in given}}
             if drawn:
-                scalars["philox"] = ops.draw_philox(q, dropout_p, generator)
+                scalars["philox"] = ops.draw_philox(q, dropout_p, generator) if philox is None else philox
             if rebind is not None:
                 made = rebind(tensors)
                 for name in bound:
@@ -235,9 +255,9 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
         try:
             if several and device.type == "cuda" and torch.cuda.current_device() != device.index:
                 with torch.cuda.device(device):
-                    launch(q, k, v, o, lse, **scalars)
+                    start(q, k, v, o, lse, **scalars)
             else:
-                launch(q, k, v, o, lse, **scalars)
+                start(q, k, v, o, lse, **scalars)
         except Exception as error:
             raise execution.explained(error, plan) from error
         return out, lse

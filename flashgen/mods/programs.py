@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen.errors import InvalidProblemError
+from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods import bounds, emit
 from flashgen.mods.captures import Capture, Captures
 from flashgen.mods.classes import arrays_of
@@ -43,6 +43,7 @@ class Program:
         title: what the user calls the functions, for a comment.
         sites: the user's line of each load, by id of its node.
         graph: makes nodes that are shared with these.
+        looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
         per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
     """
 
@@ -54,6 +55,7 @@ class Program:
     title: str
     sites: Mapping[int, Site]
     graph: Graph
+    looked_up: int = 0
     per_score: frozenset[str] = frozenset()
 
     @cached_property
@@ -67,6 +69,7 @@ class Program:
             lines.append(f"{node.op}:{node.dtype}:{node.value!r}:{[numbers[id(arg)] for arg in node.args]}")
         lines += [str(numbers[id(root)]) for root in roots]
         lines += [f"{row.name}:{row.dtype}:{len(row.shape)}:{row.requires_grad}" for row in self.captures]
+        lines += [f"looked up by {self.looked_up}"] if self.looked_up else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @cached_property
@@ -284,12 +287,27 @@ def _traced(
 ) -> Program:
     graph, sites, per_score = Graph(), dict[int, Site](), set[str]()
     captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
-    score = trace(score_mod, "score_mod", graph, captures, sites, per_score) if score_mod is not None else None
+    refused: list[UnsupportedProblemError] = []
+
+    def traced(function: Mod, kind: str) -> Node | None:
+        try:
+            return trace(function, kind, graph, captures, sites, per_score)
+        except UnsupportedProblemError as error:
+            refused.append(error)  # the others are traced all the same, for `per_score`
+        except FlashgenError:
+            if not refused:
+                raise
+        return None
+
+    score = None if score_mod is None else traced(score_mod, "score_mod")
     mask: Node | None = None
     for name, mod in mask_mods.items():
-        found = trace(mod, name, graph, captures, sites, per_score)
-        mask = found if mask is None else graph.make("and", mask, found)
-    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites, per_score)
+        found = traced(mod, name)
+        mask = found if mask is None or found is None else graph.make("and", mask, found)
+    block = None if block_mod is None else traced(block_mod, _BLOCK)
+    if refused:
+        refused[0].per_score = frozenset(per_score)
+        raise refused[0]
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     return Program(
         score=score,

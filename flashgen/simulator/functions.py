@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import context, named, predicates
+from flashgen.simulator import context, held, named, predicates
 from flashgen.simulator.context import fail, launch, partition
 from flashgen.simulator.dtypes import Array, DType, float32, int32, rounded
 from flashgen.simulator.errors import IntegerError, KernelAssertionError, ShapeError, UnsupportedOperationError
@@ -345,6 +345,11 @@ ASM: dict[str, Callable[..., Any]] = {
     "ex2.approx.f32 $0, $1;": np.exp2,
     "lg2.approx.f32 $0, $1;": np.log2,
     "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+    # What a warp's lanes agree on, each says for itself here.
+    "{ .reg .pred far, farther; setp.gt.f32 far, $2, $4; setp.gt.f32 farther, $3, $4; or.pred far, far, farther; "
+    "vote.sync.any.pred far, far, 0xffffffff; selp.s32 $0, 1, 0, far; mov.s32 $1, $0; }": (
+        lambda most, limit: (most > limit).astype(np.int32)
+    ),
     "fma.rn.f32 $0, $1, $2, $3;": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
 }
 
@@ -356,7 +361,21 @@ def _capped(near: Any, score: Any, limit: Any, rate: Any, cap: Any) -> Any:
     return np.where(np.abs(score) > limit, far, near).astype(np.float32)
 
 
-_LATE_CAP = "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;"  # how that text begins
+def _capped_exponents(score: Any, less: Any, is_far: Any, *coefficients: Any) -> Any:
+    """What `capped_exponents` of that text makes of a score: by a polynomial, or exactly where one of its warp's is far."""
+    fifth, third, scale, rate, cap = coefficients
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = score * score
+        near = score * (squares * (squares * fifth + third) + scale) + less
+        far = np.where(np.isneginf(score), score, cap * (1 - 2 / (1 + np.exp2(rate * score))) + less)
+    return np.where(is_far != 0, far, near).astype(np.float32)
+
+
+# How texts that are made for sixteen registers begin.
+_MADE = {
+    "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000;": _capped,
+    "{ .reg .f32 t, u; .reg .pred far; setp.ne.s32 far, $48, 0; @far bra FAR;": _capped_exponents,
+}
 
 
 def register_asm(text: str, function: Callable[..., Any]) -> None:
@@ -377,7 +396,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
         named.meet(*barrier)
         return scalar(0, int32)
     text = " ".join(str(asm).split())
-    function = _capped if text.startswith(_LATE_CAP) else ASM.get(text) or predicates.parse(text)
+    made = next((function for start, function in _MADE.items() if text.startswith(start)), None)
+    function = made or ASM.get(text) or predicates.parse(text) or held.parse(text)
     if function is None:
         fail(
             UnsupportedOperationError,

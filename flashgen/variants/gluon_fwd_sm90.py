@@ -57,7 +57,19 @@ _PORTFOLIO: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     ),
 }
 
+_HELD = "measured on one H200 beside the running maximum, bf16, S 1024, 2048 and 8192 (benchmarks/results/h200_hopper_hold.csv)"
+
+# Of plain kernels: references held first, which wins but for short causal rows; then as above.
+_PLAIN: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (((192, 128, 3, 160, 32, 16, True, True, True), _HELD), *_PORTFOLIO[64][:2], _PORTFOLIO[64][3]),
+    128: (*_PORTFOLIO[128][:3], ((128, 128, 2, 240, 24, 16, True, False, False), _H200)),
+    256: (((128, 64, 2, 240, 24, 16, False, True, False), _HELD), *_PORTFOLIO[256]),
+}
+
 _H200_OPTIONS = "measured on one H200, bf16, S 8192, beside two other tiles (option by option)"
+_H200_TABLES = (
+    "measured on one H200, bf16, S 2048 to 16384: documents of mixed length, 0.82 to 0.97 of the time of BLOCK_N=128"
+)
 _COMPILED = "never timed: the tile whose loops do not spill when compiled with Triton 3.6"
 
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
@@ -119,7 +131,11 @@ class GluonForwardSm90(WithMods, Variant):
             values=(False, True),
             meaning="the output leaves through shared memory of its own, not q's",
         ),
-        Knob(name="LAZY_SUM", values=(False, True), meaning="row sums are reduced across lanes once, at the end"),
+        Knob(
+            name="LAZY_SUM",
+            values=(False, True),
+            meaning="row sums are reduced across lanes once, at the end; a plain kernel then holds references",
+        ),
         Knob(name="TAKE_TURNS", values=(False, True), meaning="warpgroups issue their products one after the other"),
     )
 
@@ -179,6 +195,10 @@ class GluonForwardSm90(WithMods, Variant):
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
+
+    def caps_in_exponents(self, spec: AttentionSpec) -> bool:
+        """Whether a cap joins the exponents, where it takes fewer instructions: measured to gain at head dim 128, not at 64."""
+        return options(spec).capped and self.block_d(spec) > 64
 
     def panels(self, spec: AttentionSpec) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products that make up the scores: powers of two, as blocks must be.
@@ -241,8 +261,6 @@ class GluonForwardSm90(WithMods, Variant):
             return (
                 f"BLOCK_M={config.BLOCK_M}: four consumer warpgroups are for head dims up to 64 without lse and options"
             )
-        if config.BLOCK_M == 4 * _WG_ROWS and config.LAZY_SUM:
-            return f"LAZY_SUM={config.LAZY_SUM}: the tensor cores sum the rows of four warpgroups"
         if config.BLOCK_N not in _BLOCK_N or not _is_int(config.BLOCK_N):
             return f"BLOCK_N={config.BLOCK_N!r} must be one of {', '.join(map(str, _BLOCK_N))}"
         for name, (low, high) in (("STAGES", _STAGES), ("SECTION", _SECTION)):
@@ -324,9 +342,16 @@ class GluonForwardSm90(WithMods, Variant):
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
         first = [row for flag, row in _WITH_OPTIONS[width].items() if getattr(spec, flag)]
+        if (
+            first == [_WITH_OPTIONS[64]["has_mask_mod"]]
+            and spec.mods
+            and spec.mods.program
+            and spec.mods.program.mask_reads
+        ):
+            first.insert(0, (_DEEP_64, _H200_TABLES))
         if width == 64 and sum(getattr(spec, flag) for flag in _HEAVY) > 1:
             first.insert(0, (_ROOMY_64, _COMPILED))
-        rows = tuple(dict([*first, *_PORTFOLIO[width]]).items())
+        rows = tuple(dict([*first, *_PORTFOLIO[width]] if options(spec).any else _PLAIN[width]).items())
         names = [knob.name for knob in self.knobs]
         known = (
             KnownGood(config=self.config(**dict(zip(names, values, strict=True))), source=source)

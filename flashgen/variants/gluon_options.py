@@ -42,6 +42,7 @@ class Options:
         signature: arguments of the kernel and of `launch`.
         score: what `modify_scores` takes beside the scores and where they are.
         mask: what `mask_scores` takes.
+        operands: what tiles of bias and attn_mask are loaded by, which both of them take.
         dropout: what `keep` takes beside the block of keys.
         ranges: what `key_range` takes.
         listing: what finds a tile's list in a block mask.
@@ -55,6 +56,7 @@ class Options:
     signature: Signature
     score: tuple[str, ...]
     mask: tuple[str, ...]
+    operands: tuple[str, ...]
     dropout: tuple[str, ...]
     ranges: tuple[str, ...]
     listing: tuple[str, ...]
@@ -92,7 +94,7 @@ class Options:
     @property
     def inner(self) -> tuple[str, ...]:
         """What one step over keys takes."""
-        return tuple(dict.fromkeys((*self.score, *self.mask, *self.bits, *self.dropout)))
+        return tuple(dict.fromkeys((*self.score, *self.mask, *self.operands, *self.bits, *self.dropout)))
 
     @property
     def looks_at_batch(self) -> bool:
@@ -153,6 +155,7 @@ def options(spec: AttentionSpec) -> Options:
         signature=signature_of(spec),
         score=_score(spec),
         mask=_mask(spec),
+        operands=_operands(spec),
         dropout=("philox_seed", "philox_offset", "off_bh", "start_m", "dropout_threshold") if spec.dropout else (),
         ranges=_ranges(spec),
         listing=_LISTING if spec.has_block_mask else (),
@@ -164,7 +167,7 @@ def options(spec: AttentionSpec) -> Options:
         by_bits=spec.has_mask_mod and not spec.has_block_mask,
         evaluated=tuple(_evaluated(spec)),
         tabled=has_words(spec),
-        reads=has_words(spec) and bool(spec.mods and spec.mods.program.mask_reads),
+        reads=has_words(spec) and bool(spec.mods and spec.mods.program.mask_reads and not spec.mods.program.looked_up),
         masked_when="True" if spec.has_attn_mask else "IS_MASKED" if spec.has_diagonal or spec.has_free_mask else "",
     )
 
@@ -174,7 +177,6 @@ def _score(spec: AttentionSpec) -> tuple[str, ...]:
     names += ["softcap"] if spec.softcap else []
     names += _captured(spec, "score") if spec.has_score_mod else []
     names += ["slope", "alibi_shift"] if spec.has_alibi else []
-    names += [*_matrix("bias"), "seqlen_q"] if spec.has_bias else []
     return tuple(dict.fromkeys(names))
 
 
@@ -185,8 +187,12 @@ def _mask(spec: AttentionSpec) -> tuple[str, ...]:
         names += _captured(spec, "mask") if spec.has_mask_mod else []
         names += ["start_m", "block_kinds_head", "stride_block_kinds_m", "block_size_q", "block_size_k", "seqlen_q"]
         names += _captured(spec, "block")
-    names += [*_matrix("attn_mask"), "seqlen_q"] if spec.has_attn_mask else []
     return tuple(dict.fromkeys(names))
+
+
+def _operands(spec: AttentionSpec) -> tuple[str, ...]:
+    names = [name for name in ("bias", "attn_mask") if getattr(spec, f"has_{name}")]
+    return (*(word for name in names for word in _matrix(name)), "seqlen_q") if names else ()
 
 
 def signature_of(spec: AttentionSpec) -> Signature:

@@ -102,6 +102,8 @@ class TritonForward(WithMods, Variant):
             rows = (*triton_fwd_tiles.PADDED.get(key, ()), *rows)
         if target.smem_bytes <= triton_fwd_tiles.SMALL_SMEM_BYTES:
             rows = (*triton_fwd_tiles.SMALL_SMEM.get(key, ()), *rows)
+        if spec.has_mask_mod or spec.has_block_mask:
+            rows = (*triton_fwd_tiles.FREE_MASK.get(key, ()), *rows)
         if self.keeps_beside_scores(spec):
             rows = (*triton_fwd_tiles.BESIDE_SCORES[key[1:]], *rows)
             if key[0] in ("sm_80", "sm_120"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashgen import mods
 from flashgen.render import render
+from flashgen.shared_masks import shared
 from flashgen.spec import AttentionSpec, Mods, Op
 from flashgen.variants import by_name
 
@@ -51,21 +52,39 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_the_golden(name: str, pytestconfig: pytest.Config) -> None:
-    variant, given = SPECS[name]
+_ANY_MASK = AttentionSpec(dtype="bf16", head_dim=128, head_dim_v=128, has_mask_mod=True)
+SHARED = {
+    "attention_fwd_sm90_any_mask_of_128": ("gluon_fwd_sm90", shared(_ANY_MASK, 128)),
+    "attention_fwd_sm90_any_mask_of_32": ("gluon_fwd_sm90", shared(_ANY_MASK, 32)),
+}
+
+
+def golden(name: str, variant: str, given: AttentionSpec, pytestconfig: pytest.Config) -> str:
+    """The text, which is the golden one."""
     text, path = render(given, by_name(variant)).text, GOLDEN / "mods" / f"{name}.py"
     if pytestconfig.getoption("update_golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text(), "if that is what you meant: pytest tests/golden --update-golden"
+    return text
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_golden(name: str, pytestconfig: pytest.Config) -> None:
+    text = golden(name, *SPECS[name], pytestconfig)
     assert "* sigmoid(" in text and "visible " in text
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_golden_of_masks_that_share_a_kernel(name: str, pytestconfig: pytest.Config) -> None:
+    text = golden(name, *SHARED[name], pytestconfig)
+    assert "tile_slots_ptr" in text and "is_other" not in text, "its tables are never of another content"
 
 
 def test_they_are_formatted_and_clean() -> None:
     beside = Path(sys.executable).parent / "ruff"
     program = str(beside) if beside.exists() else "ruff"
-    paths = [str(GOLDEN / "mods" / f"{name}.py") for name in SPECS]
+    paths = [str(GOLDEN / "mods" / f"{name}.py") for name in (*SPECS, *SHARED)]
     for arguments in (["format", "--check", "--diff"], ["check", "--select", "E9,F"]):
         command = [program, *arguments, "--isolated", "--no-cache", "--line-length", "120", *paths]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -38,7 +38,10 @@ _SETTLING = (
     "blocks more or fewer go through the loop that compares numbers, whose results are the same bits: only slower"
 )
 _FULL |= {
-    "consume: comparison off by one: gl.min(m_i, 0) >= 0.0": _SETTLING + "; a maximum of 0 is right in either loop",
+    "is_settled: comparison off by one: gl.min(gl.min(m_i, 1), 0) >= -8.0": _SETTLING + "; -8 is right in either loop",
+    "is_settled: comparison off by one: gl.min(m_i, 0) >= 0.0": _SETTLING + "; a maximum of 0 is right in either loop",
+    "consume: comparison off by one: n_full >= 12": _SETTLING,
+    "consume: choices swapped: gl.where(is_long, gl.minimum(left, gl.where(left == n_full, 1, 8)), left)": _SETTLING,
     "consume: choices swapped: gl.where(left == n_full, 1, 8)": _SETTLING,
     "consume: comparison inverted: left == n_full": _SETTLING,
     "consume: minimum and maximum swapped: gl.minimum(left, gl.where(left == n_full, 1, 8))": (

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 # inside a package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
 ROWS = (
     ("errors",),
-    ("settings", "assets", "plot", "stream_capture"),
+    ("settings", "assets", "plot", "stream_capture", "launches"),
     ("mods",),
     ("spec",),
     ("config",),
@@ -49,10 +49,11 @@ ROWS = (
     ("mask_words", "graph_memory"),
     ("block_ranges", "block_lists"),
     ("operands",),
-    ("samples",),
+    ("samples", "shared_masks"),
     ("execution",),
     ("ops",),
     ("autograd",),
+    ("recorded",),
     ("warm", "uncompiled"),
     ("api", "offline"),
     ("integrations", "peers"),

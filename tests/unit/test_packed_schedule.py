@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashgen.render import render
@@ -61,24 +62,68 @@ class Language:
         return pointer.values[pointer.at]
 
 
+class Blocks(Language):
+    """The words of `list_keys`, on arrays."""
+
+    int64 = int
+    arange, cdiv = staticmethod(np.arange), staticmethod(lambda x, y: -(-x // y))
+    where, sum = staticmethod(np.where), staticmethod(np.sum)
+
+    @staticmethod
+    def load(pointer: Any, mask: Any = None, other: int = 0) -> Any:
+        values, at = np.asarray(pointer.values), np.asarray(pointer.at)
+        there = np.ones(at.shape, bool) if mask is None else mask
+        return np.where(there, values[np.where(there, at, 0)], other)
+
+    @staticmethod
+    def store(pointer: Any, value: Any, mask: Any) -> None:
+        pointer.values[pointer.at[mask]] = np.broadcast_to(value, mask.shape)[mask]
+
+
+def listed_keys(known: dict[str, Callable[..., Any]], ends: list[int], block: int) -> Any:
+    """(2, blocks): of each thread block of the Hopper backward its sequence and the number of its keys, as its preprocess lists them."""
+    batch = len(ends) - 1
+    count = ends[-1] // block + batch
+    made = np.full(2 * count, -1)
+    for sequence in range(batch):
+        known["list_keys"](Pointer(made), Pointer(ends), Pointer(ends), sequence, batch, count, block)  # type: ignore[arg-type]
+    return made.reshape(2, count)
+
+
 def functions(variant: str) -> dict[str, Callable[..., Any]]:
     """The functions of a rendered kernel that say which block is whose, as Python."""
     op = by_name(variant).op
     text = render(
         AttentionSpec(op=op, dtype="bf16", head_dim=128, head_dim_v=128, causal=True, varlen=True), by_name(variant)
     ).text
-    space: dict[str, Any] = {"gl": Language, "tl": Language}
+    lists = variant == "gluon_bwd_sm90"
+    space: dict[str, Any] = {"gl": Language, "tl": Blocks if lists else Language}
+    if lists:
+        space["sequence"] = lambda ends, b: (ends.values[b], ends.values[b + 1] - ends.values[b])
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name in ("find_block", "tile_of"):
+        if isinstance(node, ast.FunctionDef) and node.name in (
+            "find_block",
+            "tile_of",
+            *(["list_keys"] if lists else []),
+        ):
             node.decorator_list = []
             exec(textwrap.dedent(ast.unparse(node)), space)
     return space
 
 
-def tiles_of(variant: str, ends: list[int], block: int) -> Iterator[tuple[int, int]]:
+def tiles_of(variant: str, ends: list[int], block: int, *, ordered: bool = False) -> Iterator[tuple[int, int]]:
     """(sequence, first row or key) of each thread block, or ticket, in the order in which they start."""
     known, batch = functions(variant), len(ends) - 1
     blocks = ends[-1] // block + batch
+    if variant.startswith("gluon_bwd"):
+        owners, numbers = listed_keys(known, ends, block)
+        for number in range(blocks * HEADS):
+            owner, n_block = int(owners[number % blocks]), int(numbers[number % blocks])
+            length = ends[owner + 1] - ends[owner]
+            if ordered and n_block * block < length:  # the last keys of a sequence start first
+                n_block = -(-length // block) - 1 - n_block
+            yield owner, n_block * block
+        return
     for number in range(blocks * HEADS):
         if variant == "gluon_fwd_sm90":
             _, _, _, m_block = known["tile_of"](number, HEADS, 1, blocks, HEADS, 16, 1)
@@ -107,9 +152,9 @@ def schedule(works: list[float]) -> tuple[float, float]:
     return max(free), max(sum(works) / SMS, max(works, default=0.0))
 
 
-VARIANTS = {"gluon_fwd_sm90": 128, "triton_fwd": 128, "triton_bwd": 128}
+VARIANTS = {"gluon_fwd_sm90": 128, "triton_fwd": 128, "triton_bwd": 128, "gluon_bwd_sm90": 128}
 # The Hopper forward starts the last rows of all heads first; the others one head after another, whose last blocks may begin late.
-MOST = {"gluon_fwd_sm90": 1.035, "triton_fwd": 1.11, "triton_bwd": 1.11}
+MOST = {"gluon_fwd_sm90": 1.035, "triton_fwd": 1.11, "triton_bwd": 1.11, "gluon_bwd_sm90": 1.11}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -136,6 +181,17 @@ def test_unequal_lengths_are_balanced(variant: str, name: str, causal: bool) -> 
     end, ideal = schedule(works)
     assert end <= ideal + max(works)  # Graham's bound, whatever the order
     assert end / ideal <= MOST[variant]
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_ordered_backward_is_balanced_too(name: str) -> None:
+    lengths = LENGTHS[name]
+    ends = [0, *accumulate(lengths)]
+    found = list(tiles_of("gluon_bwd_sm90", ends, 128, ordered=True))
+    assert sorted(found) == sorted(tiles_of("gluon_bwd_sm90", ends, 128)), "the same blocks in another order"
+    works = [work_of("gluon_bwd_sm90", lengths[n], start, 128, True) for n, start in found]
+    end, ideal = schedule(works)
+    assert end / ideal <= 1.12
 
 
 def test_a_thread_block_a_sequence_would_not_be() -> None:

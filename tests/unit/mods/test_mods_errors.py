@@ -49,6 +49,9 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], str]] = {
     "a write into a view": (lambda b, h, q, k: q.view_as(q).add_(1) > k, "aten.add_.Tensor on a view"),
     "a write into a row": (lambda b, h, q, k: TABLE[3].add_(q) > k, "aten.add_.Tensor on a view"),
     "reinterpreted bits": (lambda b, h, q, k: q.float().view(torch.int32) > 3, "reinterprets bits"),
+    "where a tensor lies": (lambda b, h, q, k: q + TABLE.storage_offset() > k, "lies in memory (storage_offset())"),
+    "where a view lies": (lambda b, h, q, k: q + TABLE[2:].storage_offset() > k, "lies in memory (storage_offset())"),
+    "strides of a view": (lambda b, h, q, k: q + TABLE.view(4, 4).T.stride(0) > k, "lies in memory (stride())"),
     "a matrix product": (lambda b, h, q, k: TABLE.view(4, 4) @ TABLE.view(4, 4) > q, "aten.mm.default"),
 }
 

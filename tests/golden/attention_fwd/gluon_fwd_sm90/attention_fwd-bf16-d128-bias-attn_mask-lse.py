@@ -227,26 +227,43 @@ def lane_sums(p, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def operand(
+    head,
+    stride_m,
+    stride_n,
+    rows_m,
+    start_n,
+    seqlen_q,
+    seqlen_k,
+    BLOCK_N: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+    EVEN_K: gl.constexpr,
+):
+    """What a matrix of the caller's has for rows and a block of keys; beyond the ends the last row's and key's, which nothing is made of."""
+    rows = gl.minimum(rows_m, seqlen_q - 1)
+    columns = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
+    if not EVEN_K:
+        # Only then: two neighbours of a lane are one load, unless the end may stand between them.
+        columns = gl.minimum(columns, seqlen_k - 1)
+    ptrs = head + rows.to(gl.int64)[:, None] * stride_m + columns.to(gl.int64)[None, :] * stride_n
+    return gl.load(ptrs)
+
+
+@gluon.jit
 def modify_scores(
     qk,
     rows_m,
     start_n,
     seqlen_k,
     sm_scale,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
-    seqlen_q,
+    bias,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores as they enter the softmax: scaled first, so that what follows meets true scores."""
-    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     qk *= sm_scale
-    # -- bias: beyond the ends the last row's and key's, which nothing is made of: a condition for each score takes more registers --
-    bias_ptrs = bias_head + gl.minimum(rows_m, seqlen_q - 1).to(gl.int64)[:, None] * stride_bias_m
-    bias_ptrs += gl.minimum(start_n + offs_n, seqlen_k - 1).to(gl.int64)[None, :] * stride_bias_n
-    qk += gl.load(bias_ptrs).to(gl.float32)
+    # -- bias --
+    qk += bias.to(gl.float32)
     return qk
 
 
@@ -298,22 +315,15 @@ def mask_scores(
     rows_m,
     start_n,
     seqlen_k,
-    attn_mask_head,
-    stride_attn_mask_m,
-    stride_attn_mask_n,
-    seqlen_q,
+    attn_mask,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores with -inf where a row does not see a key."""
     seen = bits_upto(rows_m * 0 + (seqlen_k - 1 - start_n), BLOCK_N, QK_LAYOUT)
     qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    # -- the caller's mask: beyond the ends the last row's and key's, as of a bias --
-    attn_mask_ptrs = attn_mask_head + gl.minimum(rows_m, seqlen_q - 1).to(gl.int64)[:, None] * stride_attn_mask_m
-    attn_mask_ptrs += gl.minimum(offs_n, seqlen_k - 1).to(gl.int64)[None, :] * stride_attn_mask_n
-    allowed = gl.load(attn_mask_ptrs)
-    qk = gl.where(allowed != 0, qk, -float("inf"))
+    # -- the caller's mask --
+    qk = gl.where(attn_mask != 0, qk, -float("inf"))
     return qk
 
 
@@ -371,10 +381,10 @@ def attend(
     bias_head,
     stride_bias_m,
     stride_bias_n,
-    seqlen_q,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
+    seqlen_q,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -386,12 +396,39 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
+    # -- what the caller's matrices say of it: asked for before it is needed --
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
@@ -412,10 +449,7 @@ def attend(
         start_n,
         seqlen_k,
         sm_scale,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -424,10 +458,7 @@ def attend(
         rows_m,
         start_n,
         seqlen_k,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -483,16 +514,38 @@ def fresh_scores(
     nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
     scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     qk = warpgroup_mma_wait(0, deps=(scores,))
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+
     qk = modify_scores(
         qk,
         rows_s,
         start_n,
         seqlen_k,
         sm_scale,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         KEYS,
         QK_LAYOUT,
     )
@@ -501,10 +554,7 @@ def fresh_scores(
         rows_s,
         start_n,
         seqlen_k,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         KEYS,
         QK_LAYOUT,
     )
@@ -713,6 +763,31 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
+        bias = operand(
+            bias_head,
+            stride_bias_m,
+            stride_bias_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+        attn_mask = operand(
+            attn_mask_head,
+            stride_attn_mask_m,
+            stride_attn_mask_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         if TAKE_TURNS:
@@ -728,10 +803,7 @@ def consume(
             (end - 1) * BLOCK_N,
             seqlen_k,
             sm_scale,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
-            seqlen_q,
+            bias,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -740,10 +812,7 @@ def consume(
             rows_m,
             (end - 1) * BLOCK_N,
             seqlen_k,
-            attn_mask_head,
-            stride_attn_mask_m,
-            stride_attn_mask_n,
-            seqlen_q,
+            attn_mask,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -769,10 +838,10 @@ def consume(
                 bias_head,
                 stride_bias_m,
                 stride_bias_n,
-                seqlen_q,
                 attn_mask_head,
                 stride_attn_mask_m,
                 stride_attn_mask_n,
+                seqlen_q,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
@@ -784,6 +853,7 @@ def consume(
                 NUM_WG,
                 LAZY_SUM,
                 TAKE_TURNS,
+                EVEN_K,
             )
             step += 1
         # -- the last block's values --

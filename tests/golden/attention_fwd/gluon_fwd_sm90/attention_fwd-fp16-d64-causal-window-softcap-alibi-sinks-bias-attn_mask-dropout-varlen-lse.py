@@ -320,6 +320,29 @@ def less_columns(rows, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def operand(
+    head,
+    stride_m,
+    stride_n,
+    rows_m,
+    start_n,
+    seqlen_q,
+    seqlen_k,
+    BLOCK_N: gl.constexpr,
+    QK_LAYOUT: gl.constexpr,
+    EVEN_K: gl.constexpr,
+):
+    """What a matrix of the caller's has for rows and a block of keys; beyond the ends the last row's and key's, which nothing is made of."""
+    rows = gl.minimum(rows_m, seqlen_q - 1)
+    columns = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
+    if not EVEN_K:
+        # Only then: two neighbours of a lane are one load, unless the end may stand between them.
+        columns = gl.minimum(columns, seqlen_k - 1)
+    ptrs = head + rows.to(gl.int64)[:, None] * stride_m + columns.to(gl.int64)[None, :] * stride_n
+    return gl.load(ptrs, mask=(seqlen_q > 0) & (seqlen_k > 0), other=0)
+
+
+@gluon.jit
 def modify_scores(
     qk,
     rows_m,
@@ -329,23 +352,17 @@ def modify_scores(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
-    seqlen_q,
+    bias,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores as they enter the softmax: scaled first, so that what follows meets true scores."""
-    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     qk *= sm_scale
     qk = soft_cap(qk, softcap)
     # -- ALiBi --
     qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n), BLOCK_N, QK_LAYOUT))
-    # -- bias: beyond the ends the last row's and key's, which nothing is made of: a condition for each score takes more registers --
-    bias_ptrs = bias_head + gl.minimum(rows_m, seqlen_q - 1).to(gl.int64)[:, None] * stride_bias_m
-    bias_ptrs += gl.minimum(start_n + offs_n, seqlen_k - 1).to(gl.int64)[None, :] * stride_bias_n
-    qk += gl.load(bias_ptrs, mask=(seqlen_q > 0) & (seqlen_k > 0), other=0.0).to(gl.float32)
+    # -- bias --
+    qk += bias.to(gl.float32)
     return qk
 
 
@@ -400,10 +417,7 @@ def mask_scores(
     causal_offset,
     window_left,
     window_right,
-    attn_mask_head,
-    stride_attn_mask_m,
-    stride_attn_mask_n,
-    seqlen_q,
+    attn_mask,
     BLOCK_N: gl.constexpr,
     QK_LAYOUT: gl.constexpr,
 ):
@@ -412,12 +426,8 @@ def mask_scores(
     seen = bits_upto(last_n - start_n, BLOCK_N, QK_LAYOUT)
     seen &= ~bits_upto(rows_m + (causal_offset - window_left - 1 - start_n), BLOCK_N, QK_LAYOUT)
     qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
-    # -- the caller's mask: beyond the ends the last row's and key's, as of a bias --
-    attn_mask_ptrs = attn_mask_head + gl.minimum(rows_m, seqlen_q - 1).to(gl.int64)[:, None] * stride_attn_mask_m
-    attn_mask_ptrs += gl.minimum(offs_n, seqlen_k - 1).to(gl.int64)[None, :] * stride_attn_mask_n
-    allowed = gl.load(attn_mask_ptrs, mask=(seqlen_q > 0) & (seqlen_k > 0), other=0)
-    qk = gl.where(allowed != 0, qk, -float("inf"))
+    # -- the caller's mask --
+    qk = gl.where(attn_mask != 0, qk, -float("inf"))
     return qk
 
 
@@ -544,16 +554,16 @@ def attend(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
-    seqlen_q,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
+    seqlen_q,
     philox_seed,
     philox_offset,
     off_bh,
@@ -570,12 +580,39 @@ def attend(
     NUM_WG: gl.constexpr,
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     k_stage = (step + 1) % STAGES
     v_stage = step % STAGES
+    # -- what the caller's matrices say of it: asked for before it is needed --
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_m,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        BLOCK_N,
+        QK_LAYOUT,
+        EVEN_K,
+    )
+
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
@@ -599,10 +636,7 @@ def attend(
         softcap,
         slope,
         alibi_shift,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -614,10 +648,7 @@ def attend(
         causal_offset,
         window_left,
         window_right,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         BLOCK_N,
         QK_LAYOUT,
     )
@@ -668,12 +699,12 @@ def fresh_scores(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
@@ -700,6 +731,31 @@ def fresh_scores(
     nothing = gl.zeros([WG_ROWS, KEYS], gl.float32, QK_LAYOUT)
     scores = warpgroup_mma(q, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
     qk = warpgroup_mma_wait(0, deps=(scores,))
+    bias = operand(
+        bias_head,
+        stride_bias_m,
+        stride_bias_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+    attn_mask = operand(
+        attn_mask_head,
+        stride_attn_mask_m,
+        stride_attn_mask_n,
+        rows_s,
+        start_n,
+        seqlen_q,
+        seqlen_k,
+        KEYS,
+        QK_LAYOUT,
+        False,
+    )
+
     qk = modify_scores(
         qk,
         rows_s,
@@ -709,10 +765,7 @@ def fresh_scores(
         softcap,
         slope,
         alibi_shift,
-        bias_head,
-        stride_bias_m,
-        stride_bias_n,
-        seqlen_q,
+        bias,
         KEYS,
         QK_LAYOUT,
     )
@@ -724,10 +777,7 @@ def fresh_scores(
         causal_offset,
         window_left,
         window_right,
-        attn_mask_head,
-        stride_attn_mask_m,
-        stride_attn_mask_n,
-        seqlen_q,
+        attn_mask,
         KEYS,
         QK_LAYOUT,
     )
@@ -753,12 +803,12 @@ def recompute(
     softcap,
     slope,
     alibi_shift,
-    bias_head,
-    stride_bias_m,
-    stride_bias_n,
     causal_offset,
     window_left,
     window_right,
+    bias_head,
+    stride_bias_m,
+    stride_bias_n,
     attn_mask_head,
     stride_attn_mask_m,
     stride_attn_mask_n,
@@ -803,12 +853,12 @@ def recompute(
             softcap,
             slope,
             alibi_shift,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
             causal_offset,
             window_left,
             window_right,
+            bias_head,
+            stride_bias_m,
+            stride_bias_n,
             attn_mask_head,
             stride_attn_mask_m,
             stride_attn_mask_n,
@@ -986,6 +1036,31 @@ def consume(
                 pass_turn(step, (WG + 1) % NUM_WG)
             step += 1
         # -- the first block: no probabilities are there to be multiplied yet --
+        bias = operand(
+            bias_head,
+            stride_bias_m,
+            stride_bias_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+        attn_mask = operand(
+            attn_mask_head,
+            stride_attn_mask_m,
+            stride_attn_mask_n,
+            rows_m,
+            (end - 1) * BLOCK_N,
+            seqlen_q,
+            seqlen_k,
+            BLOCK_N,
+            QK_LAYOUT,
+            EVEN_K,
+        )
+
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         if TAKE_TURNS:
@@ -1004,10 +1079,7 @@ def consume(
             softcap,
             slope,
             alibi_shift,
-            bias_head,
-            stride_bias_m,
-            stride_bias_n,
-            seqlen_q,
+            bias,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -1019,10 +1091,7 @@ def consume(
             causal_offset,
             window_left,
             window_right,
-            attn_mask_head,
-            stride_attn_mask_m,
-            stride_attn_mask_n,
-            seqlen_q,
+            attn_mask,
             BLOCK_N,
             QK_LAYOUT,
         )
@@ -1064,16 +1133,16 @@ def consume(
                 softcap,
                 slope,
                 alibi_shift,
-                bias_head,
-                stride_bias_m,
-                stride_bias_n,
-                seqlen_q,
                 causal_offset,
                 window_left,
                 window_right,
+                bias_head,
+                stride_bias_m,
+                stride_bias_n,
                 attn_mask_head,
                 stride_attn_mask_m,
                 stride_attn_mask_n,
+                seqlen_q,
                 philox_seed,
                 philox_offset,
                 off_bh,
@@ -1090,6 +1159,7 @@ def consume(
                 NUM_WG,
                 LAZY_SUM,
                 TAKE_TURNS,
+                EVEN_K,
             )
             step += 1
         # -- the last block's values --
@@ -1147,12 +1217,12 @@ def consume(
                 softcap,
                 slope,
                 alibi_shift,
-                bias_head,
-                stride_bias_m,
-                stride_bias_n,
                 causal_offset,
                 window_left,
                 window_right,
+                bias_head,
+                stride_bias_m,
+                stride_bias_n,
                 attn_mask_head,
                 stride_attn_mask_m,
                 stride_attn_mask_n,

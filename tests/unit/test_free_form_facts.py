@@ -1,0 +1,47 @@
+"""An unmasked tile costs a free-form kernel no more instructions than the plain kernel: compiled for sm_90a, its loop read from machine code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashgen.facts import CompiledFacts, inspect
+from flashgen.problem import Problem
+from flashgen.render import render
+from flashgen.target import Target
+from flashgen.variants import by_name
+
+H100 = Target.named("h100")
+PLAIN = Problem(
+    dtype="bf16", batch=1, seqlen_q=8192, seqlen_k=8192, num_heads_q=8, num_heads_kv=8, head_dim=64, head_dim_v=64, return_lse=True
+)  # fmt: skip
+IDS = torch.arange(8192, dtype=torch.int32) // 500
+
+
+def facts(problem: Problem, variant: str) -> CompiledFacts:
+    """Of a problem in the tile that its free-form kernel runs."""
+    chosen = by_name(variant)
+    config = chosen.default(documents(problem).spec, H100)
+    return inspect(render(problem.spec, chosen), H100, config)
+
+
+def documents(problem: Problem) -> Problem:
+    return replace(problem, causal=False).modified(mask_mod=lambda b, h, i, j: (i >= j) & (IDS[i] == IDS[j]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["triton_fwd", "gluon_fwd_sm90"])
+def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> None:
+    plain, free = facts(PLAIN, variant), facts(documents(PLAIN), variant)
+    assert free.loop_macs == plain.loop_macs > 0
+    assert free.loop["total"] <= plain.loop["total"]
+    assert free.loop_spill_ops == 0 == free.loop.get("select", 0)
+
+
+def test_the_portable_tile_beside_a_mask_is_one_that_does_not_spill() -> None:
+    wide = replace(PLAIN, head_dim=128, head_dim_v=128)
+    config = by_name("triton_fwd").default(documents(wide).spec, H100)
+    assert (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages) == (128, 64, 8, 3)
+    assert by_name("triton_fwd").default(wide.spec, H100).BLOCK_N == 128
