@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,7 +160,8 @@ def _window(s: Sizes) -> dict[str, Any]:
 
 
 def _packed(more: Options) -> Options:
-    return lambda s: {**more(s), "packed": True}
+    # The second sequence is the longer one.
+    return lambda s: {**more(replace(s, queries=s.queries + 40, keys=s.keys + 40)), "packed": True}
 
 
 def both(*parts: Options) -> Options:
