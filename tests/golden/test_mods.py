@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,35 @@ def test_other_words_for_the_same_mods_are_one_kernel() -> None:
     again = mods.program(lambda s, b, h, i, j: s * torch.sigmoid(TABLE[h, (i - j) % 5]), {"mask_mod": document}, torch.device("cpu"))[0]  # fmt: skip
     other = mods.program(lambda s, b, h, i, j: s * torch.sigmoid(TABLE[h, (i - j) % 4]), {"mask_mod": document}, torch.device("cpu"))[0]  # fmt: skip
     assert again.digest == spec().mods.digest != other.digest  # type: ignore[union-attr]
+
+
+# Set anew in either branch of the compile-time choice that follows.
+SET_ANEW = {("write_dq", "is_first")}
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*/**/*.py")), ids=lambda path: path.stem)
+def test_no_branch_is_there_that_is_never_taken(path: Path) -> None:
+    """A name that holds True or False may not decide alone: in a kernel it is a number, and its branch stays.
+
+    Triton 3.6 dies of one (an assertion in its lowering): its analysis of axes leaves out what is never reached.
+    """
+    for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+        values: dict[str, set[bool]] = {}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                for target in node.targets:
+                    if isinstance(target, ast.Name) and isinstance(node.value.value, bool):
+                        values.setdefault(target.id, set()).add(node.value.value)
+        held = {name for name, known in values.items() if len(known) == 1}  # one that holds both changes in a loop
+        static = {
+            id(one)
+            for node in ast.walk(function)
+            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("is not None")
+            for inner in node.body
+            for one in ast.walk(inner)
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.If | ast.While) and isinstance(node.test, ast.Name) and id(node) not in static:
+                if (function.name, node.test.id) in SET_ANEW:
+                    continue
+                assert node.test.id not in held, f"{function.name}: {ast.unparse(node.test)}"
