@@ -1,7 +1,7 @@
 """What the first call of a new mask costs, part by part; on a GPU the whole call too, cold and from the caches.
 
     python benchmarks/first_call.py [--check] [--json]      # anywhere: trace, analyse, render, and a call without its launch
-    python benchmarks/first_call.py --gpu [--profile]       # on a GPU: whole first calls, in processes of their own
+    python benchmarks/first_call.py --gpu [--profile] [--stages]  # on a GPU: whole first calls, in processes of their own
 
 A mask of ten operations, a new one each time (another constant). The process has rendered a kernel before, as one that is in use has; what its
 very first mask costs (importing Jinja, reading templates) is printed beside. Analysis is for 8,192 and 131,072 tokens; the latter also of
@@ -9,7 +9,8 @@ document ids. The call without its launch runs on CPU tensors with a fake h100 (
 zeros, trace, bounds, dispatch, rendering, the written and imported file, ranges. Times here are the thread's CPU time, which others
 on the machine do not stretch. On a GPU a child process makes a call with another
 mask first; then the new mask's first call is timed until the device is done: with empty caches of Triton and flashgen (cold),
-and in a second process with those that the first one filled. --check exits 1 over 50 ms for trace + analyse + render here; on a
+and in a second process with those that the first one filled. --stages says of a cold call what each kernel's Python, lowerings (LLVM: llir and
+ptx; ptxas: cubin) and files took, and when it was done; Triton's own way is taken then, which on a hit reads more. --check exits 1 over 50 ms for trace + analyse + render here; on a
 GPU over 3 s cold or 50 ms cached.
 """
 
@@ -143,7 +144,22 @@ KINDS: dict[str, Callable[[int, str], dict[str, Any]]] = {
 }
 
 
-def child(kind: str, backend: str, training: bool, profile: bool) -> None:
+def compiled_by() -> list[dict[str, Any]]:
+    """From now on each kernel that Triton compiles: milliseconds of reading its Python, of each lowering, of storing; and when it was done."""
+    from triton import knobs
+
+    rows: list[dict[str, Any]] = []
+
+    def heard(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        stages = {"python": times.ir_initialization, **dict(times.lowering_stages), "store": times.store_results}
+        rows.append({"kernel": src.name, "hit": cache_hit, "done": time.perf_counter()})
+        rows[-1] |= {name: round(us / 1e3, 1) for name, us in stages.items()}
+
+    knobs.compilation.listener = heard
+    return rows
+
+
+def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) -> None:
     """Calls that a process in use has made, then the first call of a kind, until the device is done; prints milliseconds."""
     seqlen, device = 8192, "cuda"
     q = torch.randn(1, seqlen, 32, 128, dtype=torch.bfloat16, device=device, requires_grad=training)
@@ -162,6 +178,8 @@ def child(kind: str, backend: str, training: bool, profile: bool) -> None:
         return
     options = KINDS[kind](seqlen, device)
     torch.cuda.synchronize()
+    compiled = compiled_by() if stages else []
+    began = time.perf_counter()
     watch = cProfile.Profile() if profile else None
     if watch is not None:
         watch.enable()
@@ -169,16 +187,20 @@ def child(kind: str, backend: str, training: bool, profile: bool) -> None:
     if watch is not None:
         watch.disable()
         pstats.Stats(watch, stream=sys.stderr).sort_stats("cumtime").print_stats(45)
+    for row in compiled:
+        row["done"] = round(1e3 * (row["done"] - began), 1)
+    compiled = list(compiled)
     second = call(**options)
     start = time.perf_counter()
     for _ in range(50):  # queued, not waited for
         flashgen.attention(q, k, k, backend=backend, **options)  # type: ignore[arg-type]
     host_us = (time.perf_counter() - start) / 50 * 1e6
     torch.cuda.synchronize()
-    print(json.dumps({"first_ms": first, "second_ms": second, "host_us": host_us}), flush=True)
+    row = {"first_ms": first, "second_ms": second, "host_us": host_us}
+    print(json.dumps(row | ({"compiled": compiled} if stages else {})), flush=True)
 
 
-def on_gpu(backend: str, training: bool, profile: bool, kinds: list[str]) -> list[dict[str, Any]]:
+def on_gpu(backend: str, training: bool, profile: bool, stages: bool, kinds: list[str]) -> list[dict[str, Any]]:
     """Each kind cold, then from the caches."""
     rows = []
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -199,9 +221,12 @@ def on_gpu(backend: str, training: bool, profile: bool, kinds: list[str]) -> lis
             with tempfile.TemporaryDirectory() as folder:
                 shutil.copytree(base, folder, dirs_exist_ok=True)
                 for state in ("cold", "cached"):
-                    said = run(folder, kind, *["--profile"] * (profile and state == "cached"))
+                    more = ["--profile"] * (profile and state == "cached") + ["--stages"] * (stages and state == "cold")
+                    said = run(folder, kind, *more)
                     rows.append({"kind": kind, "caches": state, **json.loads(said.splitlines()[-1])})
                     print(f"{rows[-1]['first_ms']:9.1f} ms  {kind}, {state}{', with gradients' * training}", flush=True)
+                    for one in rows[-1].get("compiled", ()):
+                        print(f"{'':13}{', '.join(f'{name} {value}' for name, value in one.items())}", flush=True)
     return rows
 
 
@@ -215,14 +240,17 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--training", action="store_true", help="with gradients")
     parser.add_argument("--profile", action="store_true", help="print where the host's time of a GPU's first call goes")
+    parser.add_argument(
+        "--stages", action="store_true", help="what each kernel of a cold call took to compile, stage by stage"
+    )
     parser.add_argument("--child", choices=["", *KINDS], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        child(given.child, given.backend, given.training, given.profile)
+        child(given.child, given.backend, given.training, given.profile, given.stages)
         return 0
     if given.gpu:
         kinds = [kind for kind in KINDS if given.kinds is None or any(word in kind for word in given.kinds.split(","))]
-        rows = on_gpu(given.backend, given.training, given.profile, kinds)
+        rows = on_gpu(given.backend, given.training, given.profile, given.stages, kinds)
         if given.json:
             print(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
         limits = {"cold": LIMIT_COLD_MS, "cached": LIMIT_CACHED_MS}

@@ -113,6 +113,7 @@ def attention(
         if call is not None and bound is not None and (generator is None or warm.draws_from(generator, q, dropout_p)):
             out, lse = bound(q, k, v, given, call.tensors, generator)
             return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
+    q, k, v = autograd.autocast(q, k, v)  # first: it gives tensors of several dtypes one
     operands, scalars = _arguments(
         q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
@@ -126,7 +127,11 @@ def _run(
     call: warm.Call | None, known: warm.Table, q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The long way, after which a call of this kind may take the short one."""
-    if call is None or not warm.unseen(call):
+    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        from flashgen import uncompiled
+
+        out, lse = uncompiled.transformed(q, k, v, *ops.flatten(operands, scalars))
+    elif call is None or not warm.unseen(call):
         out, lse = autograd.run(q, k, v, operands, scalars)
     else:
         with execution.watched() as ran:
@@ -162,8 +167,8 @@ def explain(
     """
     offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     packing = None if all(x is None for x in offsets) else offsets
-    operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
     q, k, v = autograd.autocast(q, k, v)
+    operands, scalars = _arguments(q, k, v, packing, draw=False, **options)
     captured = operands.as_now(q.device).options_captured() if operands.score_mod is not None else ()
     scalars = replace(scalars, training=ops.wants_gradient(q, k, v, operands, captured))
     problem = execution.checked(q, k, v, operands, scalars)
@@ -302,6 +307,7 @@ def varlen_attention(
             out, lse = bound(q, k, v, given, call.tensors, generator)
             return (out, lse) if return_lse else out  # type: ignore[return-value]  # lse is there where it was asked for
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    q, k, v = autograd.autocast(q, k, v)
     operands, scalars = _arguments(
         q, k, v, packing, seqused_k=seqused_k, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask,

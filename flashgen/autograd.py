@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The rule of PyTorch's `scaled_dot_product_attention`: any floating dtype but fp64 is cast, fp16 to bf16 included. Operands keep
     their dtypes, and products stay what they are outside of autocast.
     """
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    device = q.device.type if isinstance(q, Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):  # no autocast is known of meta tensors
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = torch.get_autocast_dtype(device)
 
     def cast_one(x: Tensor) -> Tensor:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -38,12 +39,20 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast_one(q), cast_one(k), cast_one(v)
 
 
+def _refuse_tangent() -> NoReturn:
+    raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
+
+
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
     if forward_ad._current_level < 0:
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
+    functorch: Any = torch._C._functorch
+    for x in tensors:
+        while x is not None and not torch.compiler.is_compiling() and functorch.is_batchedtensor(x):
+            x = functorch.get_unwrapped(x)  # what vmap maps has no tangent of its own
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            _refuse_tangent()
 
 
 def _refuse_transformed(operands: Operands) -> None:
@@ -59,14 +68,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
     """Attention, differentiable where an argument wants a gradient."""
     operands.require_tensors(q.device)
     _refuse_tangents(q, k, v, operands.bias, operands.sinks)
-    q, k, v = autocast(q, k, v)
     if operands.has_functions:
         _refuse_transformed(operands)
     if torch.is_grad_enabled():
         operands = operands.as_now(q.device)
     captured = operands.options_captured() if operands.score_mod is not None else ()
-    if wants_gradient(q, k, v, operands, captured):
-        apply: Any = AttentionFunction.apply
+    # Where there are tangents at all, what stands below another transform's wrapper is asked by autograd, not seen here.
+    if wants_gradient(q, k, v, operands, captured) or forward_ad._current_level >= 0:
+        apply: Any = (AttentionFunction if torch.compiler.is_compiling() else RefusesTangents).apply
         functions = tuple(getattr(operands, name) for name in _FUNCTIONS)
         tensors = (getattr(operands, name) for name in TENSORS)
         differentiated: tuple[Tensor, Tensor] = apply(
@@ -148,13 +157,22 @@ class AttentionFunction(torch.autograd.Function):
         q, k, v, functions, scalars, *tensors = arguments
         if any(function is not None for function in functions):
             raise not_built("vmap over flashgen.attention with score_mod, mask_mod or block_mask")
-        apply: Any = AttentionFunction.apply
+        apply: Any = RefusesTangents.apply
 
         def one(q: Tensor, k: Tensor, v: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
             result: tuple[Tensor, ...] = apply(q, k, v, functions, scalars, *operands)
             return result
 
         return mapped(one, info.batch_size, (q, k, v), in_dims[:3], tensors, in_dims[_FIRST_OPERAND:])
+
+
+class RefusesTangents(AttentionFunction):
+    """The same for eager calls: tangents below another transform, as in torch.func.hessian, are refused by name. Dynamo takes no `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        """Refuse."""
+        _refuse_tangent()
 
 
 def _operands(functions: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Operands:

@@ -30,7 +30,10 @@ class UnsupportedProblemError(FlashgenError):
 
     Attributes:
         reasons: variant name -> why it refused (empty when the whole function is not built yet).
+        per_score: of mods without a trace those, by the names that messages use, that are known to be right for 0-d arguments alone.
     """
+
+    per_score: frozenset[str] = frozenset()
 
     def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         self.reasons: dict[str, str] = dict(reasons or {})

@@ -212,13 +212,11 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         return
     kernel = build(source)
     if _ran.compiles_only:
-        with jit.compiling_only(kernel.module):
+        with jit.compiling_only():
             kernel.launch(*arguments, **values)
         return
     if _beside:
-        beside = _beside.pop(_kernel(plan), None)
-        if beside is not None:
-            beside.join()  # it is compiling what would be compiled here
+        join_beside(plan)
     device = next(x.device for x in arguments if x is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
@@ -253,6 +251,13 @@ _beside: dict[tuple[Any, str], threading.Thread] = {}  # by the kernel that is c
 
 def _kernel(plan: Plan) -> tuple[Any, str]:
     return plan.problem.spec, plan.variant
+
+
+def join_beside(plan: Plan) -> None:
+    """Wait for the thread that compiles what would be compiled here, if there is one."""
+    thread = _beside.pop(_kernel(plan), None)
+    if thread is not None:
+        thread.join()
 
 
 def _backward_beside(

@@ -22,13 +22,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flashgen import launches
 from flashgen.stream_capture import relaxed
 
 _lock = threading.RLock()
 
 
 class _Thread(threading.local):
-    """What this thread is about: work to begin beside its next compilation; whether its launches only compile; and without numbers of lines."""
+    """What this thread is about.
+
+    Attributes:
+        beside: work to begin beside its next compilation.
+        compiles_only: whether its launches only compile.
+        lineless: whether without numbers of lines.
+    """
 
     beside: Callable[[], None] | None = None
     compiles_only: bool = False
@@ -123,6 +130,7 @@ def adopt(module: ModuleType, path: Path, digest: str) -> None:
             function.hash = hashlib.sha256(f"{digest}:{name}".encode()).hexdigest()
         if own and isinstance(function, jit.JITFunction):
             function._do_compile = functools.partial(_do_compile, function)
+            function.run = functools.partial(_run, function)
 
 
 def _do_compile(function: Any, *arguments: Any, **more: Any) -> Any:
@@ -154,8 +162,12 @@ class _Compile:
         work, _thread.beside = _thread.beside, None
         if work is not None:
             _after_reading(src, work)
-        with _without_lines():
-            made = self._compile(src, target=target, options=options, **more)
+        try:
+            with _without_lines():
+                made = self._compile(src, target=target, options=options, **more)
+        finally:
+            # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
+            vars(src).pop("make_ir", None)
         if launcher is not None:
             launcher.join()
         return _loading_apart(made)
@@ -320,21 +332,18 @@ def _after_reading(src: Any, work: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def compiling_only(module: ModuleType) -> Iterator[None]:
-    """Launches of a rendered file's kernels, on this thread, compile and run nothing."""
-    from triton.runtime import jit
-
-    functions = [one for one in vars(module).values() if isinstance(one, jit.JITFunction)]
-    for function in functions:
-        function.run = functools.partial(_run, function)
+def compiling_only() -> Iterator[None]:
+    """Launches of rendered files' kernels, on this thread, compile and run nothing."""
     _thread.compiles_only = True
     try:
         yield
     finally:
         _thread.compiles_only = False
-        for function in functions:
-            function.__dict__.pop("run", None)
 
 
-def _run(function: Any, *arguments: Any, warmup: bool, **more: Any) -> Any:
-    return type(function).run(function, *arguments, warmup=warmup or _thread.compiles_only, **more)
+def _run(function: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+    """`JITFunction.run`, unless this thread only compiles, or knows what it would find."""
+    known = launches.current()
+    if known is None or warmup or _thread.compiles_only:
+        return type(function).run(function, *arguments, grid=grid, warmup=warmup or _thread.compiles_only, **more)
+    return known.run(function, arguments, grid, more)

@@ -206,8 +206,10 @@ class Operands:
         if self.has_functions and not torch.compiler.is_compiling():
             try:
                 per_score = self._program(device)[0].per_score
-            except (FlashgenError, AttributeError):  # it runs as it is, or the checks say what is wrong
-                per_score = frozenset()
+            except UnsupportedProblemError as error:
+                per_score = error.per_score
+            except (FlashgenError, AttributeError):
+                pass  # it runs as it is, or the checks say what is wrong
         score, mask, block = (
             probe.per_score(mod) if mod is not None and name in per_score else mod for name, mod in mods.items()
         )

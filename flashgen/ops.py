@@ -40,25 +40,26 @@ _library.define(
 # -- the operators --
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Operands, Scalars]:
+def split(arguments: tuple[Any, ...]) -> tuple[Operands, Scalars]:
+    """What `flatten` made of both."""
     operands = Operands(**dict(zip(TENSORS, arguments, strict=False)))
     names = [field.name for field in fields(Scalars)]
     return operands, Scalars(**dict(zip(names, arguments[len(TENSORS) :], strict=True)))
 
 
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, *_split(arguments))
+    return forward(q, k, v, *split(arguments))
 
 
 def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return allocate(q, v, _split(arguments)[1])
+    return allocate(q, v, split(arguments)[1])
 
 
 def _attention_bwd(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *rest, bias_grad, sinks_grad = arguments
-    operands, scalars = _split(tuple(rest))
+    operands, scalars = split(tuple(rest))
     dq, dk, dv, sums = backward(dout, dlse, q, k, v, out, lse, operands, scalars, bias_grad, sinks_grad)
     extra = (cast_like(sums.bias, operands.bias), cast_like(sums.sinks, operands.sinks))
     return (dq, dk, dv, *(q.new_empty((0,)) if x is None else x for x in extra))
@@ -68,7 +69,7 @@ def _attention_bwd_fake(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *rest, bias_grad, sinks_grad = arguments
-    operands, _ = _split(tuple(rest))
+    operands, _ = split(tuple(rest))
     extra = ((bias_grad, operands.bias), (sinks_grad, operands.sinks))
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return (*grads, *(x.new_empty(x.shape) if wanted and x is not None else q.new_empty((0,)) for wanted, x in extra))
@@ -109,7 +110,8 @@ def mapped(
     ]
     if not any(isinstance(x, Tensor) for x in rest):
         folded = run(*(None if x is None else x.flatten(0, 1) for x in front), *rest)
-        results = tuple(x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, *x.shape) for x in folded)
+        batch = next(x.shape[1] for x in front if x is not None)
+        results = tuple(x.unflatten(0, (size, batch)) if x.dim() > 1 else x.expand(size, *x.shape) for x in folded)
     else:
         others = [
             [x if dim is None else x.select(dim, index) for x, dim in zip(rest, rest_dims, strict=True)]

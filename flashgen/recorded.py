@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flashgen import execution
+from flashgen import execution, launches
 from flashgen.autograd import NotTwiceDifferentiable
 from flashgen.dispatch import Plan
 from flashgen.operands import Operands
 from flashgen.ops import draw_philox
 from flashgen.variants import by_name
 
+_MOST = 64  # layouts of one kind's gradients that are remembered
 _FIRST_OPERAND = 5  # of the arguments of `RecordedCall`
 
 
@@ -81,6 +82,9 @@ def _backward(
     each_call = tuple(name for name, value in values.items() if isinstance(value, Tensor))
     fixed = {name: value for name, value in values.items() if name not in each_call}
     several = torch.cuda.device_count() > 1
+    kinds: dict[
+        Any, launches.Kernels
+    ] = {}  # a gradient may have any strides, and what was saved may come back in other memory
     wanted = {"bias": False, "sinks": False}
 
     def backward(
@@ -95,12 +99,26 @@ def _backward(
     ) -> tuple[Tensor, Tensor, Tensor]:
         def run(*tensors: Tensor | None, **sums: Any) -> None:
             scalars = {**fixed, **{name: getattr(given, name) for name in each_call}, **sums}
+            kind = tuple(
+                [
+                    None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15)
+                    for x in (*tensors, *scalars.values())
+                    if isinstance(x, Tensor) or x is None
+                ]
+            )
+            kernels = kinds.get(kind)
+            if kernels is None:
+                if len(kinds) >= _MOST:
+                    kinds.clear()
+                kernels = kinds[kind] = launches.Kernels()
+            if execution._beside:
+                execution.join_beside(plan)
             try:
                 if several and q.is_cuda and torch.cuda.current_device() != q.device.index:
                     with torch.cuda.device(q.device):
-                        launch(*tensors, **scalars)
+                        launches.launched(kernels, launch, *tensors, **scalars)
                 else:
-                    launch(*tensors, **scalars)
+                    launches.launched(kernels, launch, *tensors, **scalars)
             except Exception as error:
                 raise execution.explained(error, plan) from error
 

@@ -1,6 +1,8 @@
-"""Calls with Python functions inside of `torch.compile`: the graph is broken around them, and they run as they do without it.
+"""Calls that `torch.compile` does not look into.
 
-Loaded by such a call alone: `torch.compiler.disable` imports the compiler, which takes seconds.
+With Python functions the graph is broken around them, and they run as they do without it; inside of `torch.func` they are one of its nodes.
+
+Loaded by such a call alone: `torch.compiler` imports the compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from flashgen import autograd, ops
 
 
 def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -20,3 +25,11 @@ run = torch.compiler.disable(
     reason="attention of flashgen with score_mod, mask_mod or block_mask takes Python functions, which no operator of a compiled graph "
     "can. Compile with fullgraph=False: the graph is broken around the call, which runs the kernel that it runs without torch.compile",
 )
+
+
+def _transformed(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return autograd.run(q, k, v, *ops.split(arguments))
+
+
+# Dynamo (torch 2.13) says of what torch.func.grad wraps that it requires no gradient: it traced the operator alone, whose gradient was zero.
+transformed = torch.compiler.allow_in_graph(_transformed)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen.errors import InvalidProblemError
+from flashgen.errors import FlashgenError, InvalidProblemError, UnsupportedProblemError
 from flashgen.mods import bounds, emit
 from flashgen.mods.captures import Capture, Captures
 from flashgen.mods.classes import arrays_of
@@ -287,12 +287,27 @@ def _traced(
 ) -> Program:
     graph, sites, per_score = Graph(), dict[int, Site](), set[str]()
     captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
-    score = trace(score_mod, "score_mod", graph, captures, sites, per_score) if score_mod is not None else None
+    refused: list[UnsupportedProblemError] = []
+
+    def traced(function: Mod, kind: str) -> Node | None:
+        try:
+            return trace(function, kind, graph, captures, sites, per_score)
+        except UnsupportedProblemError as error:
+            refused.append(error)  # the others are traced all the same, for `per_score`
+        except FlashgenError:
+            if not refused:
+                raise
+        return None
+
+    score = None if score_mod is None else traced(score_mod, "score_mod")
     mask: Node | None = None
     for name, mod in mask_mods.items():
-        found = trace(mod, name, graph, captures, sites, per_score)
-        mask = found if mask is None else graph.make("and", mask, found)
-    block = None if block_mod is None else trace(block_mod, _BLOCK, graph, captures, sites, per_score)
+        found = traced(mod, name)
+        mask = found if mask is None or found is None else graph.make("and", mask, found)
+    block = None if block_mod is None else traced(block_mod, _BLOCK)
+    if refused:
+        refused[0].per_score = frozenset(per_score)
+        raise refused[0]
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     return Program(
         score=score,

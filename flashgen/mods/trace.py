@@ -40,6 +40,7 @@ _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__inde
 _READS |= {"__contains__", "data_ptr"}
 _PLACES = {"storage_offset", "untyped_storage", "_typed_storage", "storage"}
 _STEPS = {"stride", "is_contiguous"}
+_SIZES = {"size", "dim", "ndimension", "numel", "nelement", "__len__", "shape", "ndim"}
 _SHOWS = {"__repr__", "__format__", "__str__"}
 _CREATORS = {"full", "zeros", "ones", "scalar_tensor", "arange", "eye", "linspace", "lift_fresh"}
 
@@ -90,6 +91,8 @@ def trace(
         try:
             result = function(*arguments)
         except FlashgenError:
+            if tracer.per_score and per_score is not None:
+                per_score.add(kind)
             raise
         except Exception as error:
             where = _site_of(error)
@@ -270,6 +273,9 @@ class _Tracer(TorchFunctionMode):
         if args and (name in _PLACES or (name in _STEPS and isinstance(args[0], _StandIn) and args[0].array.shape)):
             # A trace is kept for all tensors of a shape and its strides, wherever they lie; a view of one has no memory here.
             raise self.unsupported(f"where a captured tensor lies in memory ({name}())")
+        read = getattr(func.__self__, "__name__", "") if name == "__get__" else name  # `shape` is a property
+        if read in _SIZES and args and isinstance(args[0], _StandIn):
+            self.note_shape(args[0].array)
         if name in _READS and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             raise self.depends_on_value("`if`, `and`, `or`, `not`" if name == "__bool__" else name.strip("_") + "()")
         return func(*args, **(kwargs or {}))
@@ -325,6 +331,9 @@ class _Dispatch(TorchDispatchMode):
         try:
             result = tracer.recorded(aten.translate(tracer.graph, func, seen, named))
         except aten.NotInTableError as error:
+            for array in seen:  # it may look at their dimensions
+                if isinstance(array, Array) and array.shape:
+                    tracer.note_shape(array)
             raise tracer.unsupported(f"{func} {error}".rstrip()) from None
         in_place = name.endswith("_") and not name.startswith("__")
         if not in_place:

@@ -12,6 +12,7 @@ from subjects import check_copy, check_matmul, text_of
 
 from flashgen import simulator as sim
 from flashgen.simulator import api
+from flashgen.simulator.scalars import scalar
 
 triton = pytest.importorskip("triton")
 INSTALLED = ".".join(triton.__version__.split(".")[:2])
@@ -105,3 +106,10 @@ def test_an_unknown_name_may_be_imported_but_not_used() -> None:
     check_copy(text)
     with pytest.raises(sim.UnsupportedOperationError, match=r"gluon\.amd\.cdna3\.mfma is not simulated\n.*`amd"):
         check_copy(text.replace("out.store(x * 2)", "amd.cdna3.mfma(x)"))
+
+
+def test_the_bits_of_a_scalar_are_not_its_value() -> None:
+    one = scalar(0x3F800000, sim.dtypes.int32)
+    assert one.to(sim.dtypes.float32, bitcast=True) == 1.0 and one.to(sim.dtypes.float32) == 0x3F800000
+    half = scalar(-0.5, sim.dtypes.float32)
+    assert half.to(sim.dtypes.int32, bitcast=True) == 0xBF000000 - 2**32 and half.to(sim.dtypes.int32) == 0

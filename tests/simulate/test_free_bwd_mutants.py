@@ -28,6 +28,7 @@ HEADS = Free(
     mask_mod=lambda b, h, i, j: (h % 2 == 1) | (j <= i),
     knobs=SMALL,
 )
+SHARED = OF["a bias that heads share"]
 LISTS = Free(why="", sizes={"seqlen_q": 300, "seqlen_k": 260}, block_mask="11", block_size=(64, 64), knobs=SMALL)
 SINKS = Free(why="", sizes={**TALL, "seqlen_q": 400, "seqlen_k": 130}, window=(60, 60), sinks=True)
 RAGGED = Free(
@@ -83,9 +84,14 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("the caller's mask inverted", OF["attn_mask of rows and keys"], "mask=inside, other=0) != 0", "mask=inside, other=0) == 0"),
     ("the caller's mask of the first head", Free(why="", sizes=GROUPS, attn_mask="1h1j"), "off_h.to(gl.int64) * stride_attn_mask_h", "off_hkv.to(gl.int64) * stride_attn_mask_h"),
     ("the bias of the first keys", OF["a bias with -inf"], "offs_n.to(gl.int64)[:, None] * stride_bias_n\n", "(offs_n % 16).to(gl.int64)[:, None] * stride_bias_n\n"),
-    ("the bias's gradient after the score's derivative", OF["a bias of every pair, under a score"], "gl.store(dbias_ptrs, ds, mask=exists)", "gl.store(dbias_ptrs, ds * 1.05, mask=exists)"),
-    ("the bias's gradient of one row", OF["a bias of keys"], "gl.sum(ds, 1), mask", "gl.max(ds, 1), mask"),
-    ("the bias's gradient stored by each head", OF["a bias that heads share"], "else 2", "else 1"),
+    ("the bias's gradient after the score's derivative", OF["a bias of every pair, under a score"], "largest_ptr, ds, exists", "largest_ptr, ds * 1.05, exists"),
+    ("the bias's gradient of one row", OF["a bias of keys"], "gl.sum(ds, 1), offs_n", "gl.max(ds, 1), offs_n"),
+    ("the bias's gradient stored by each head", SHARED, "dbias.numel() == batch * num_heads_q *", "dbias.numel() == batch *"),
+    ("dq of the pass before", SHARED, "            dq_sum.zero_()\n", ""),
+    ("turns of the pass before", SHARED, "            turns.zero_()\n", ""),
+    ("units of twice the size", SHARED, "shift = (188 - term_bits", "shift = (187 - term_bits"),
+    ("the least contribution noted", SHARED, "gl.max(gl.max(bits, 1), 0)", "gl.min(gl.min(bits, 1), 0)"),
+    ("a second pass that adds no integers", SHARED, "None else 3, 3))", "None else 2, 3))"),
     ("dropout of the first head", DROPOUT, "(off_b * num_heads_kv + off_hkv) * group + member", "(off_b * num_heads_kv + off_hkv) * group"),
     ("dropout of the first keys", DROPOUT, "c0 = (start_n // 2 +", "c0 = (0 * start_n +"),
     ("dropout's words swapped", DROPOUT, "kept.permute((0, 4, 1, 2, 5, 3))", "kept.permute((0, 5, 1, 2, 4, 3))"),

@@ -100,6 +100,25 @@ def test_forward_mode_is_refused_and_not_zero() -> None:
             attend(q, k, v, bias=bias)
 
 
+def test_forward_mode_below_other_transforms_is_refused_by_name() -> None:
+    """What another transform wraps shows no tangent; it was an error of PyTorch's own, or a tangent of zero."""
+    q, k, v = tensors()
+    mapped = torch.stack([q, q])
+    functions: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+        (torch.func.grad(lambda q: attend(q, k, v).sum()), q),
+        (torch.vmap(lambda q: attend(q, k, v)), mapped),
+        (lambda k: torch.vmap(lambda q: attend(q, k, v))(mapped), k),
+        (lambda bias: torch.vmap(lambda q: attend(q, k, v, bias=bias))(mapped), torch.zeros(9, 11)),
+        # A constant of the inner gradient, which depends on the outer variable.
+        (lambda k: torch.func.grad(lambda x: (attend(q, k, v) * x).sum())(torch.ones(())), k),
+    ]
+    for function, x in functions:
+        with pytest.raises(UnsupportedProblemError, match=r"forward-mode derivative of flashgen\.attention"):
+            torch.func.jvp(function, (x,), (x,))
+    with pytest.raises(UnsupportedProblemError, match=r"derivative of flashgen\.attention"):
+        torch.func.hessian(lambda q: attend(q, k, v).sum())(q)
+
+
 # -- autocast: the rule of scaled_dot_product_attention --
 
 
@@ -119,6 +138,25 @@ def test_autocast_casts_as_sdpa_does() -> None:
     assert q.grad is not None and q.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         assert attend(q, k, v).dtype == torch.float32
+
+
+def test_autocast_gives_tensors_of_several_dtypes_one() -> None:
+    """Rotary embeddings in fp32 leave q and k there, beside a v in bf16 of a linear layer."""
+    q, k, v = tensors(grad=True)
+    half = v.detach().bfloat16().requires_grad_()
+    want = attend(*(x.bfloat16() for x in (q, k, half)), dropout_p=0.3, generator=torch.Generator().manual_seed(1))
+    packed = [x[0] for x in (q, k, half)]
+    offsets = [torch.tensor([0, n], dtype=torch.int32) for n in (9, 11)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attend(q, k, half, dropout_p=0.3, generator=torch.Generator().manual_seed(1))
+        assert flashgen.explain(q, k, half, causal=True).problem.dtype == "bf16"
+        alone = flashgen.varlen_attention(packed[0], packed[1], packed[2], offsets[0], offsets[1], 9, 11, causal=True)
+    assert torch.equal(got, want)
+    assert isinstance(alone, Tensor) and alone.dtype == torch.bfloat16
+    grads = [torch.autograd.grad(out.float().sum(), (q, k, half)) for out in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with pytest.raises(flashgen.InvalidProblemError, match="one dtype"):
+        attend(q, k, half)
 
 
 def test_autocast_does_not_reach_the_products_inside() -> None:
@@ -148,6 +186,19 @@ def test_vmap_folds_into_the_batch() -> None:
     assert both[1].shape == (MAPPED, 2, 4, 9)
     part = torch.vmap(attend, in_dims=(1, None, None), out_dims=1)(q.movedim(0, 1), k[0], v[0])
     assert torch.equal(part, torch.stack([attend(x, k[0], v[0]) for x in q], 1))
+
+
+def test_vmap_over_nothing() -> None:
+    q, k, v = (x[:0] for x in tensors(mapped=True))
+    assert torch.vmap(attend)(q, k, v).shape == (0, 2, 9, 4, 6)
+
+
+def test_meta_tensors_have_shapes_and_gradients() -> None:
+    q, k, v = (x.detach().to("meta").requires_grad_() for x in tensors())
+    out = attend(q, k, v)
+    assert out.shape == (2, 9, 4, 6) and out.is_meta
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in (dq, dk, dv)] == [q.shape, k.shape, v.shape]
 
 
 def test_autograd_outside_of_vmap_gets_its_gradients() -> None:

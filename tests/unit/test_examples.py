@@ -18,6 +18,7 @@ TELLS = {
         "tree of drafts",
         "(q_idx >= kv_idx) & (document_q == document_k)",
         "every tile of every mask is what eager PyTorch says",
+        "every generated kernel gives eager attention, within",
     ),
     "training_memory": ("materialised, checkpointed, bf16 autocast", "count and measurement agree within"),
     "train_tiny_gpt": ("flashgen     loss 3.4", "plot: train_tiny_gpt.png", "the loss curves agree within rounding"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,7 +264,7 @@ def test_triton_3_6_builds_a_launcher_while_the_kernel_compiles(
 
 def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, driver: Driver) -> None:
     module = load_module(path)
-    with jit.compiling_only(module):
+    with jit.compiling_only():
         module.launch(X)
         assert not driver.launched
         other = threading.Thread(target=module.launch, args=(X,))
@@ -270,7 +272,7 @@ def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, 
         other.join()
         assert len(driver.launched) == 1
     module.launch(X)
-    assert len(driver.launched) == 2 and "run" not in vars(module.store)
+    assert len(driver.launched) == 2
     assert len(module.store.device_caches[0][0]) == 1, "what was compiled is what is launched"
 
 
@@ -330,3 +332,27 @@ def test_kernels_are_compiled_without_numbers_of_lines_unless_asked(
     assert mine == (asked != "0")
     assert another_threads == (asked == "1"), "other kernels of the process are not ours"
     assert bool(compiler.knobs.compilation.disable_line_info) == (asked == "1")
+
+
+# -- what is compiled beside it --
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_source_that_is_not_read_keeps_no_work(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds the binary by itself where it is another than the one known here: its kernel keeps the source for good."""
+
+    class Call:
+        """Stands for the tensors of the call."""
+
+    def compile(*_: Any, **__: Any) -> Any:
+        if fails:
+            raise RuntimeError("ptxas")
+        return SimpleNamespace()
+
+    monkeypatch.setattr(jit, "_launcher_beside", lambda src: None)
+    src, call = SimpleNamespace(), Call()
+    watch = weakref.ref(call)
+    with jit.beside(lambda call=call: None), contextlib.suppress(RuntimeError):  # type: ignore[misc]
+        jit._Compile(compile)(src)
+    del call
+    assert watch() is None and not hasattr(src, "make_ir")

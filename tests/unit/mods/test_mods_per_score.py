@@ -82,11 +82,52 @@ def test_a_mask_mod_of_single_values_is_the_same_everywhere(backend: Any, as_blo
     torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda x: x.shape[0],
+        lambda x: len(x),
+        lambda x: x.size(0),
+        lambda x: x.numel(),
+        lambda x: SIZE * x.dim(),
+        lambda x: SIZE * x.ndim,
+    ],
+    ids=["shape", "len", "size", "numel", "dim", "ndim"],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sizes_are_those_of_single_values(size: Callable[[Tensor], int], backend: Any) -> None:
+    """A row of a table: on whole blocks the dimensions of the block stand before its own."""
+    q, k, v = (x.detach() for x in inputs())
+    out = flashgen.attention(q, k, v, mask_mod=lambda b, h, i, j: j < size(TABLE[b]) - 7, backend=backend)
+    dense = (torch.arange(SIZE) < SIZE - 7).expand(SIZE, SIZE)
+    torch.testing.assert_close(out, flashgen.attention(q, k, v, attn_mask=dense), atol=1e-5, rtol=1e-5)
+
+
+UNTRACED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "largest of a row": (lambda s, b, h, q, k: s * TABLE[b].amax(), lambda s, b, h, q, k: s * TABLE.amax(1)[b]),
+    "one of a sorted row": (lambda s, b, h, q, k: s + TABLE[b].sort().values[k], lambda s, b, h, q, k: s + TABLE.sort(1).values[b, k]),
+    "an index before": (lambda s, b, h, q, k: s + torch.erfinv(TABLE[b][k] / 9), lambda s, b, h, q, k: s + torch.erfinv(TABLE[b, k] / 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_has_no_trace_means_the_same(name: str) -> None:
+    """On a block the largest of a row was that of all batches: a trial with indices of 0 alone tells nothing."""
+    mod, on_blocks = UNTRACED[name]
+    q, k, v = (x.detach() for x in inputs())
+    table = TABLE.detach()
+    out = flashgen.attention(q, k, v, score_mod=mod, mask_mod=lambda b, h, i, j: j < len(table[b]) - 5)
+    dense = (torch.arange(SIZE) < SIZE - 5).expand(SIZE, SIZE)
+    want = flashgen.attention(q, k, v, score_mod=on_blocks, attn_mask=dense)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
 def test_what_runs_on_blocks_is_not_mapped() -> None:
     cpu = torch.device("cpu")
     for mod in (
         ON_BLOCKS["index after index"],
         lambda s, b, h, q, k: s + (TABLE * 2)[0][q] + TABLE.T[q, b] + TABLE.sum(),
+        lambda s, b, h, q, k: s * TABLE.shape[0] + len(TABLE) + torch.zeros_like(q),
     ):
         assert not mods.program(mod, {}, cpu)[0].per_score
     for mod, _ in SCORES.values():
