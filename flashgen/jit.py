@@ -168,8 +168,8 @@ class _Compile:
         finally:
             # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
             vars(src).pop("make_ir", None)
-        if launcher is not None:
-            launcher.join()
+            if launcher is not None:
+                launcher.join()
         return _loading_apart(made)
 
 
@@ -298,7 +298,7 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
             directories = {"library_dirs": driver.library_dirs(), "include_dirs": driver.include_dirs}
             compile_module(src=text, name="__triton_launcher", libraries=driver.libraries, **directories)
 
-    thread = threading.Thread(target=build, name="flashgen-launcher", daemon=True)
+    thread = threading.Thread(target=build, name="flashgen-launcher")  # no daemon: the end of the process waits for it
     thread.start()
     return thread
 

@@ -1,18 +1,20 @@
 """Compile every golden kernel for real, with whatever Triton is first on the path: no GPU, no torch.
 
-    python tests/compile_goldens.py [--targets a100 h100] [--jobs 2] [NAME ...]
+    python tests/compile_goldens.py [--targets a100 h100] [--jobs 2] [--record FILE.csv] [NAME ...]
 
 Each golden text is compiled with its variant's default configuration for one GPU of every architecture that the variant
 supports, and the result is read: shared memory fits, no register is read that nothing wrote, and in fp16 and bf16 the reader of
 machine code finds all products of a tile in the main loop; up to head dim 128 no spill stands in that loop. Beyond, in
 fp32, and of gradients with options, spills are told, not judged. Products of Gluon kernels stay asynchronous (no C7510 to C7519 of ptxas).
 
-Exit code 1, with the names, when one fails. CI runs it under the oldest and the newest Triton.
+Exit code 1, with the names, when one fails. CI runs it under the oldest and the newest Triton. `--record` keeps what was told, a row for each kernel and
+Triton: benchmarks/results/compiled_spills.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 import tempfile
@@ -43,6 +45,7 @@ SAMPLE = {
 }
 # A backward is three kernels. Of those whose spills are told only, one GPU of each kind of tensor core is enough.
 TOLD_BACKWARD = ("a100", "h100", "b200", "mi300x")
+COLUMNS = ("triton", "arch", "kernel", "loop_spills")
 # Options add statements to the loops of the same kernels: one GPU of each of NVIDIA's tensor cores is enough.
 OPTIONS = ("a100", "h100", "b200")
 
@@ -101,10 +104,26 @@ def judge(spec: AttentionSpec, target: Target, config: KernelConfig, facts: Comp
     return "; ".join(wrong), f"{spills} spills in the loop" if spills and not wrong else ""
 
 
+def spills_of(told: str) -> int:
+    """How many spill instructions were told."""
+    return int(told.split()[0]) if told else 0
+
+
+def record(path: Path, row: tuple[str, ...]) -> None:
+    """Put a row in the place of an older one of the same Triton, architecture and kernel; sorted, so that a difference reads well."""
+    old = list(csv.reader(path.open()))[1:] if path.exists() else []
+    rows = {tuple(known[:3]): tuple(known) for known in old} | {row[:3]: row}
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(rows[key] for key in sorted(rows))])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="golden files or parts of their names; all when left out")
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="GPUs, see `flashgen show targets`")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE.csv", help="keep the spills in the loop of each kernel there"
+    )
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
 
@@ -130,6 +149,14 @@ def main() -> int:
                     problem, told = future.result()
                 except BrokenProcessPool as error:  # the compiler crashed in this one or a neighbour
                     problem, told = str(error), ""
+                if arguments.record and not problem:
+                    row = (
+                        triton.__version__,
+                        Target.named(name).arch,
+                        str(path.relative_to(GOLDEN)),
+                        str(spills_of(told)),
+                    )
+                    record(arguments.record, row)
                 print(f"{'FAILED' if problem else 'ok':6} {what} {told}".rstrip(), flush=True)
                 if problem:
                     failed.append(f"{what}: {problem}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Literal, Protocol
@@ -128,6 +128,10 @@ class Variant:
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         """Tiles with a source, best first; the only ones a prediction may pick."""
         return ()
+
+    def legal(self, known: Iterable[KnownGood], spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+        """Those tiles that this spec can have: each was measured at one pair of head dims, and options take memory and registers, too."""
+        return tuple(one for one in known if self.illegal(spec, target, one.config) is None)
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         """Blocks of the TMA descriptors that the kernel takes, by parameter; none where it takes pointers."""

@@ -305,10 +305,8 @@ class GluonBackwardSm90(BackwardText, Variant):
         return sum(width for _, width in self.panels(head_dim))
 
     def default(self, spec: AttentionSpec, target: Target) -> KernelConfig:
-        for known in self.known_good(spec, target):
-            if self.illegal(spec, target, known.config) is None:
-                return known.config
-        return self._of((64, 64, 2, 1, 1, 24, False, False, True))
+        known = self.known_good(spec, target)
+        return known[0].config if known else self._of((64, 64, 2, 1, 1, 24, False, False, True))
 
     def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
         width = max(self.block_d(spec), self.block_dv(spec))
@@ -321,9 +319,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
         elif spec.has_mask_mod:
             rows = (*_MASKED.get(width, ()), *rows)
-        if spec.varlen:
-            rows = tuple((values, source) for values, source in rows if not values[6])  # SCORES_AHEAD: illegal there
-        return tuple(KnownGood(config=self._of(values), source=source) for values, source in rows)
+        return self.legal((KnownGood(config=self._of(values), source=source) for values, source in rows), spec, target)
 
     def _of(self, values: _Knobs) -> KernelConfig:
         return self.config(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))

@@ -141,12 +141,8 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
     keywords = options(case, t) | {"backend": case.backend, "deterministic": case.deterministic}
     if case.backend == "triton" and not t.q.is_cuda:
         keywords["config"] = {"BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "num_warps": 4, "num_stages": 2}
-    if case.backend == "gluon" and case.tile[0] > 64:  # else the default: two or three warpgroups of 64 rows
-        keywords["config"] = {
-            "BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "STAGES": 2, "SECTION": 2, "OWN_STAGING": True,
-            "CONSUMER_REGS": 240 if case.tile[0] == 128 else 160, "PRODUCER_REGS": 24 if case.tile[0] == 128 else 32,
-            "LAZY_SUM": case.tile[0] == 128, "TAKE_TURNS": case.tile[0] == 192,
-        }  # fmt: skip
+    if case.backend == "gluon" and case.tile[0] > 64:  # else the default
+        keywords["config"] = hopper_tile(case)
     with _settings(t, tile, case):
         if case.lengths:
             ends, used = _offsets(case, t.q.device)
@@ -173,6 +169,15 @@ def run(case: Case, tensors: Tensors, tile: tuple[int, int] | None = None) -> di
         grads = torch.autograd.grad(outputs, list(named.values()), gradients, allow_unused=True, materialize_grads=True)
     result |= {f"d{name}": x for name, x in zip(named, grads, strict=True)}
     return {name: x.cpu() for name, x in result.items()}
+
+
+def hopper_tile(case: Case) -> dict[str, Any]:
+    """The configuration of a tile of two or three warpgroups of 64 rows."""
+    wide = case.tile[0] == 192
+    return {
+        "BLOCK_M": case.tile[0], "BLOCK_N": case.tile[1], "STAGES": 2, "SECTION": 2, "OWN_STAGING": True,
+        "CONSUMER_REGS": 160 if wide else 240, "PRODUCER_REGS": 32 if wide else 24, "LAZY_SUM": not wide, "TAKE_TURNS": wide,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -15,8 +15,12 @@ import pytest
 import torch
 from cases import MASK_MODS, SCORE_MODS, STRIDES, Case, draw
 from edges import EDGES
-from judge import covered, judge
+from judge import covered, hopper_tile, judge
 from tally import Tally, joined, text_of
+
+from flashgen.spec import AttentionSpec
+from flashgen.target import Target
+from flashgen.variants import by_name
 
 # Read while pytest collects, before conftest hides the user's settings.
 FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:240").split(":"))
@@ -110,6 +114,7 @@ def test_what_a_run_met_is_counted_and_a_case_it_ended_in_is_a_failure(tmp_path:
 def test_cases_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option in either pass, on the Hopper kernel and, every third, on the portable one; a kernel that refuses hands on."""
     monkeypatch.setattr(fuzz, "covered", lambda case, device: case.backend == "triton" or case.head_dim % 8 == 0)
+    hopper, h200 = by_name("gluon_fwd_sm90"), Target.named("h200")
     for only in ("forward", "backward"):
         cases = [fuzz.for_gpu(seed, only) for seed in range(300)]
         assert {case.grad for case in cases} == {only == "backward"}
@@ -118,6 +123,10 @@ def test_cases_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             mine = [case for case in cases if case.backend == backend]
             for name in ("window", "softcap", "sinks", "bias", "attn_mask", "score_mod", "mask_mod", "block_mask", "dropout_p", "lengths"):  # fmt: skip
                 assert any(getattr(case, name) != getattr(Case(), name) for case in mine), (only, backend, name)
+        for case in cases:
+            if case.backend == "gluon" and case.tile[0] > 64 and not case.head_dim_v % 8:
+                spec = AttentionSpec(dtype="bf16", head_dim=case.head_dim, head_dim_v=case.head_dim_v)
+                assert hopper.illegal(spec, h200, hopper.config(**hopper_tile(case))) is None, case.dumps()
     edges = fuzz.edges_for_gpu("backward")
     assert all(case.grad for case in edges)
     assert all(sum(case.backend == name for case in edges) > 20 for name in ("gluon", "triton"))

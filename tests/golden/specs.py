@@ -46,6 +46,7 @@ KEYS = (
 OWN_KEYS = {
     "gluon_fwd_sm90": (
         "attention_fwd-bf16-d64-causal-softcap-lse",  # scores that are changed before they are scaled
+        "attention_fwd-bf16-d128-causal-softcap-lse",  # the same in the exponents
         "attention_fwd-bf16-d128-causal-alibi-lse",
         "attention_fwd-bf16-d192-dv128-causal-window-lse",  # hidden keys go through memory of the output's width in pieces
         "attention_fwd-bf16-d64-dv128-attn_mask-lse",  # and through a part of it

@@ -145,13 +145,23 @@ def test_auto_takes_a_fused_backward_and_says_nothing(dtype: torch.dtype) -> Non
         assert (got - expected).float().abs().max().item() < (5e-5 if dtype == torch.float32 else 2e-2) * scale
 
 
-def test_what_no_kernel_differentiates_falls_to_torch_with_a_warning() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_gradient_of_a_bias_is_fused_too(deterministic: bool) -> None:
     tensors = leaves()
     bias = torch.randn(333, 777, device="cuda").requires_grad_()
     dispatch.forget()
-    with pytest.warns(UserWarning, match="falls to the torch backend"):
-        out = flashgen.attention(*tensors, bias=bias)
-    assert torch.isfinite(torch.autograd.grad(out.float().sum(), bias)[0]).all()  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = flashgen.explain(*tensors, bias=bias, deterministic=deterministic)
+    assert plan.backward is not None and plan.backward.backend in ("gluon", "triton")
+    found, want = (
+        torch.autograd.grad(
+            flashgen.attention(*tensors, bias=bias, deterministic=deterministic, backend=backend).float().sum(),  # type: ignore[union-attr]
+            bias,
+        )[0]
+        for backend in ("auto", "torch")
+    )
+    assert (found - want).abs().max() < 2e-2 * want.abs().max()
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -85,12 +85,21 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
-def test_every_configuration_of_the_portfolio(case: Row) -> None:
-    for number, known in enumerate(BACKWARD.known_good(case.problem.backward.spec, H100)):
-        for deterministic in MODES:
-            buffers = run(case, known.config, deterministic, seed=number, dlse=deterministic)
-            buffers.check().require(f"{known.config.label}, deterministic {deterministic}")
+# Each a test of its own: compiling all of a case's in one takes longer than a worker may.
+PORTFOLIO = [
+    pytest.param(case, number, known.config, id=f"{case.id}-{number}")
+    for case in LONG
+    for number, known in enumerate(BACKWARD.known_good(case.problem.backward.spec, H100))
+]
+
+
+@pytest.mark.parametrize("deterministic", MODES, ids=["fast", "ordered"])
+@pytest.mark.parametrize(("case", "number", "config"), PORTFOLIO)
+def test_every_configuration_of_the_portfolio(
+    case: Row, number: int, config: KernelConfig, deterministic: bool
+) -> None:
+    buffers = run(case, config, deterministic, seed=number, dlse=deterministic)
+    buffers.check().require(f"{config.label}, deterministic {deterministic}")
 
 
 # Thread blocks that need no mask beside some that do: Triton 3.6's ptxas miscompiled those that skip the masked loop.
@@ -101,17 +110,29 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
-def test_blocks_of_keys_with_and_without_a_mask(case: Row) -> None:
-    spec = case.problem.backward.spec
-    for known in BACKWARD.known_good(spec, H100):
-        for ahead in {False, BACKWARD.illegal(spec, H100, with_ahead(known.config)) is None}:
-            config = with_ahead(known.config) if ahead else known.config
-            run(case, config, deterministic=False).check().require(config.label)
-
-
 def with_ahead(config: KernelConfig) -> KernelConfig:
     return KernelConfig(variant=config.variant, **{**config.to_dict(), "SCORES_AHEAD": True})
+
+
+def with_and_without(case: Row) -> list[KernelConfig]:
+    """The portfolio of a case, each also with scores multiplied ahead where that is legal."""
+    spec, found = case.problem.backward.spec, dict[KernelConfig, None]()
+    for known in BACKWARD.known_good(spec, H100):
+        legal = BACKWARD.illegal(spec, H100, with_ahead(known.config)) is None
+        found |= dict.fromkeys((known.config, with_ahead(known.config)) if legal else (known.config,))
+    return list(found)
+
+
+EACH_MIXED = [
+    pytest.param(case, config, id=f"{case.id}-{number}")
+    for case in MIXED
+    for number, config in enumerate(with_and_without(case))
+]
+
+
+@pytest.mark.parametrize(("case", "config"), EACH_MIXED)
+def test_blocks_of_keys_with_and_without_a_mask(case: Row, config: KernelConfig) -> None:
+    run(case, config, deterministic=False).check().require(config.label)
 
 
 def gradients(buffers: GradientBuffers, deterministic: bool) -> tuple[torch.Tensor, ...]:

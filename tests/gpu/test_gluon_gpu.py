@@ -63,12 +63,17 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
-def test_every_configuration_of_the_portfolio(case: Row) -> None:
-    spec = case.problem.spec
-    for known in GLUON.known_good(spec, H100):
-        if GLUON.illegal(spec, H100, known.config) is None:
-            run(case, known.config).check().require(known.config.label)
+# Each a test of its own: compiling all of a case's in one takes longer than a worker may.
+PORTFOLIO = [
+    pytest.param(case, known.config, id=f"{case.id}-{number}")
+    for case in LONG
+    for number, known in enumerate(GLUON.known_good(case.problem.spec, H100))
+]
+
+
+@pytest.mark.parametrize(("case", "config"), PORTFOLIO)
+def test_every_configuration_of_the_portfolio(case: Row, config: KernelConfig) -> None:
+    run(case, config).check().require(config.label)
 
 
 @pytest.mark.parametrize("queries, heads", [(1, (16, 2)), (5, (8, 1)), (64, (4, 2)), (2, (64, 1)), (30, (12, 1))])

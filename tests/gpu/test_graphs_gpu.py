@@ -107,19 +107,28 @@ def first_capture(what: str, state: str, name: str, head_dim: int, backend: str)
         kept = None  # and with it the leaves' accumulators
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(leaves, options, backend)
+        captured = [x.detach() for x in run(leaves, options, backend)]
     del kept
+    # A mask that reads tensors and is first met under capture is known nowhere: every block is masked, and what is masked is added in
+    # another order than in an eager call.
+    rounds = state == "cold" and name == "mods"
     for turn in range(2):
         with torch.no_grad():
             for x in leaves:
                 x.mul_(-0.5 if turn else 1.0)
         for x in captured:
-            x.detach().fill_(torch.nan)
+            x.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
         for number, (got, want) in enumerate(zip(captured, run(leaves, options, backend), strict=True)):
-            assert torch.equal(got, want), f"replay {turn}: result {number} differs"
-    print(f"{what} {state} {name} {head_dim} {backend}: the bits of an eager call", flush=True)
+            apart = (got.double() - want.double()).abs().max() / want.double().abs().max()
+            allowed = 2 * torch.finfo(torch.bfloat16).eps if rounds else 0.0
+            assert apart <= allowed, f"replay {turn}: result {number} differs by {apart:.2e} of the largest"
+            assert rounds or torch.equal(got, want), f"replay {turn}: result {number} differs"
+    print(
+        f"{what} {state} {name} {head_dim} {backend}: {'within rounding' if rounds else 'the bits'} of an eager call",
+        flush=True,
+    )
 
 
 FIRST = [("forward", "cold"), ("step", "cold"), ("step", "once"), ("step", "side"), ("step", "recorded")]

@@ -14,9 +14,9 @@ from judge import judge
 from flashgen.errors import AccuracyError
 
 FORWARD = "gluon/attention_fwd_sm90.py.jinja"
-RANGE, WALK, SCORES, RECOMPUTE, DROPOUT, PACKING, LAUNCH = (
+RANGE, WALK, SCORES, CAPS, RECOMPUTE, DROPOUT, PACKING, LAUNCH = (
     f"gluon/parts/fwd_{part}.py.jinja"
-    for part in ("key_range", "walk", "scores", "recompute", "dropout", "packing", "launch_options")
+    for part in ("key_range", "walk", "scores", "caps", "recompute", "dropout", "packing", "launch_options")
 )
 
 _SMALL = {
@@ -32,6 +32,7 @@ CASES: dict[str, Case] = {
     "causal window": Case(**{**_SMALL, "window": (9, 9), "causal": True}),
     "one-sided window": Case(**{**_SMALL, "window": (-1, 4)}),
     "softcap": Case(**{**_SMALL, "softcap": 0.5}),
+    "softcap, wide": Case(**{**_SMALL, "softcap": 0.5, "head_dim": 72, "head_dim_v": 72}),
     "alibi": Case(**{**_SMALL, "alibi": "bh"}),
     "sinks": Case(**{**_SMALL, "sinks": True, "group": 2, "heads_kv": 3, "batch": 1, "causal": True, "seqlen_q": 20, "scale": 0.01}),  # above the scores
     "bias": Case(**{**_SMALL, "bias": "bhij"}),
@@ -122,7 +123,8 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("the first listed block met twice", "for place in range(gl.where(part == 0, 1, n_listed),", "for place in range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
     ("kinds of the first rows", "block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q", "block_row = gl.minimum(start_m, 0)", SCORES, "block_mask of large blocks"),
     ("blocks left of the walk not released", "        for _ in range(first - n_first):\n", "        for _ in range(0 * (first - n_first)):\n", FORWARD, "window"),
-    ("softcap without its factor", "2.8853900817779268 * rate, 1.0 / rate]", "2.8853900817779268 * rate, 1.0]", SCORES, "softcap"),
+    ("softcap without its factor", "2.8853900817779268 * rate, 1.0 / rate]", "2.8853900817779268 * rate, 1.0]", CAPS, "softcap"),
+    ("a cap in the exponents without its factor", "            qk_scale / rate,\n", "            qk_scale,\n", CAPS, "softcap, wide"),
     ("scores not scaled before options", "    qk *= sm_scale\n", "", SCORES, "bias"),
     ("ALiBi in front of the diagonal is a bonus", "qk -= slope * gl.abs(less_columns(", "qk -= slope * (less_columns(", SCORES, "alibi"),
     ("ALiBi from the top left", "    qk -= slope * gl.abs(less_columns(rows_m + (alibi_shift - start_n)", "    qk -= slope * gl.abs(less_columns(rows_m + (0 * alibi_shift - start_n)", SCORES, "alibi"),
@@ -134,10 +136,10 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("the maximum of lse without the sink", '{{ "m_last" if spec.has_sinks else "m_i" }}', "m_i", FORWARD, "sinks"),
     ("operands of the first sequence", "_ptr + off_b.to(gl.int64) * stride_{{ name }}_b", "_ptr", FORWARD, "bias"),
     ("operands of the first head", "        {{ name }}_head += off_h.to(gl.int64) * stride_{{ name }}_h\n", "", FORWARD, "attn_mask"),
-    ("the bias of the first keys", "bias_ptrs += gl.minimum(start_n + offs_n, seqlen_k - 1)", "bias_ptrs += gl.minimum(offs_n, seqlen_k - 1)", SCORES, "bias"),
-    ("the bias of keys beyond the last", "bias_ptrs += gl.minimum(start_n + offs_n, seqlen_k - 1)", "bias_ptrs += (start_n + offs_n)", SCORES, "bias"),
-    ("the mask of rows beyond the last", "attn_mask_head + gl.minimum(rows_m, seqlen_q - 1)", "attn_mask_head + rows_m", SCORES, "attn_mask"),
-    ("attn_mask inverted", "qk = gl.where(allowed != 0, qk", "qk = gl.where(allowed == 0, qk", SCORES, "attn_mask"),
+    ("the bias of the first keys", "columns = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))\n    if", "columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))\n    if", SCORES, "bias"),
+    ("the bias of keys beyond the last", "columns = gl.minimum(columns, seqlen_k - 1)", "columns = columns + 0", SCORES, "bias"),
+    ("the mask of rows beyond the last", "rows = gl.minimum(rows_m, seqlen_q - 1)", "rows = rows_m", SCORES, "attn_mask"),
+    ("attn_mask inverted", "qk = gl.where(attn_mask != 0, qk", "qk = gl.where(attn_mask == 0, qk", SCORES, "attn_mask"),
     ("values that a mask hides from all", "if is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT)", "if is_spoiled(acc * 0.0 + 1.0, rows_m * 0 + seqlen_q, seqlen_q, O_LAYOUT)", FORWARD, "attn_mask of columns"),
     ("values read that only others see", "v_mask = (seen & (keys < end))[:, None]", "v_mask = (keys < end)[:, None]", RECOMPUTE, "attn_mask of columns"),
     ("computed anew with another maximum", 'else "m_s" }}[:, None])', 'else "m_s" }}[:, None] * 0.5)', RECOMPUTE, "attn_mask of columns"),

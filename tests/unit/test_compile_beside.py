@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -58,6 +61,16 @@ class Compiler:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compiler]:
+    yield compiling(monkeypatch, tmp_path)
+    for thread in threading.enumerate():
+        if thread.name == "flashgen-backward":
+            thread.join(30.0)
+    execution._beside.clear()
+    dispatch.forget()
+
+
+def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    """CPU tensors count as on an h100, and kernels are compiled by what takes its time and gives nothing."""
     import triton.compiler
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -79,12 +92,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compil
     monkeypatch.setattr(Target, "detect", classmethod(lambda cls, device=None: H100))
     monkeypatch.setattr("flashgen.build._built", {})
     dispatch.forget()
-    yield made
-    for thread in threading.enumerate():
-        if thread.name == "flashgen-backward":
-            thread.join(30.0)
-    execution._beside.clear()
-    dispatch.forget()
+    return made
 
 
 def drawn(grad: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,3 +213,30 @@ def test_a_backward_that_cannot_be_compiled_says_so_where_it_is_asked_for(compil
         with pytest.raises(MemoryError, match="no room"):
             out.sum().backward()
     assert compiler.names == ["attention_fwd"]
+
+
+SHORT = """
+import sys
+from pathlib import Path
+import pytest
+import test_compile_beside as t
+t.SECONDS = 1.0
+made = t.compiling(pytest.MonkeyPatch(), Path(sys.argv[1]))
+t.attend(*t.drawn())
+assert any(x.name == "flashgen-backward" for x in t.threading.enumerate()), made.names
+print("the end", flush=True)
+"""
+
+
+def test_a_process_that_ends_meanwhile_ends_well(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SHORT, str(tmp_path)]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(flashgen.__file__).parents[1])])
+    done = subprocess.run(
+        words,
+        env={**os.environ, "PYTHONPATH": f"{paths}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

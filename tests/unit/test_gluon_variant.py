@@ -95,6 +95,20 @@ def test_the_caps_polynomial_is_tanh() -> None:
     assert np.nanmax(error) < 1e-6 and "0.25 / rate" in text
 
 
+def test_the_exponents_polynomial_is_tanh() -> None:
+    """The terms of `capped_exponents` in fp32, over all that it takes for near: to 1e-6 of tanh."""
+    text = render(spec_of("bf16-d128-causal-softcap"), VARIANT).text
+    lines = [line.strip(" ,") for line in text.splitlines() if line.strip().endswith("rate * rate * qk_scale,")]
+    rate = np.float32(0.004)
+    score = np.linspace(-0.25, 0.25, 20001).astype(np.float32) / rate
+    fifth, third = (np.float32(eval(line, {"rate": rate, "qk_scale": np.float32(1)})) for line in lines)
+    squares = score * score
+    near = score * (squares * (squares * fifth + third) + np.float32(1))
+    with np.errstate(invalid="ignore"):
+        error = np.abs(near * np.float64(rate) / np.tanh(score.astype(np.float64) * rate) - 1)
+    assert np.nanmax(error) < 1e-6 and "0.25 / rate" in text
+
+
 def test_masks_need_q_until_the_end() -> None:
     """Where a mask hides keys their values may be NaN, and the tile is then computed anew from q."""
     reason = VARIANT.illegal(spec_of("bf16-d128-window"), H100, changed(OWN_STAGING=False)) or ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from typing import Any
 
 import pytest
+import torch
 
-from flashgen import Problem, Target, dispatch
+from flashgen import Problem, Target, dispatch, mods
+from flashgen.spec import AttentionSpec, Mods, Op, flag_names
 from flashgen.variants import by_name
 
 
@@ -22,3 +26,66 @@ def test_an_option_with_a_known_tile_runs_it(options: dict[str, Any], monkeypatc
     variant = by_name("gluon_fwd_sm90")
     assert (plan.config, plan.config_source) == (variant.default(problem.spec, target), "default")
     assert dispatch.portfolio_first(variant, problem.spec, target) is None
+
+
+@pytest.mark.parametrize(("reads", "block_n"), [(True, 64), (False, 128)])
+def test_a_mask_that_reads_tables_takes_narrow_blocks(reads: bool, block_n: int) -> None:
+    """Documents are short: of a block of 128 keys most is hidden from most rows."""
+    documents = torch.arange(512, dtype=torch.int32) // 100
+
+    def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return documents[i] == documents[j] if reads else (j < 64) | (j <= i)
+
+    problem = Problem(
+        dtype="bf16", batch=1, seqlen_q=512, seqlen_k=512, num_heads_q=2, num_heads_kv=2, head_dim=64, head_dim_v=64
+    ).modified(mask_mod=keep)
+    config = by_name("gluon_fwd_sm90").default(problem.spec, Target.named("h200"))
+    assert (192, block_n) == (config.BLOCK_M, config.BLOCK_N)
+
+
+_MODS = ("has_score_mod", "has_mask_mod", "has_block_mask")
+
+
+@functools.cache
+def mods_of(score: bool, mask: bool, listed: bool) -> Mods | None:
+    """What the free-form part of a spec was traced to: functions that read tensors of rows and of keys."""
+    if not (score or mask or listed):
+        return None
+    table, ids = torch.zeros(4, 90), torch.zeros(90, dtype=torch.int32)
+
+    def added(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + table[h, j]
+
+    def document(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return ids[i] == ids[j]
+
+    masks = {"mask_mod": document} if mask else {}
+    found = mods.program(added if score else None, masks, torch.device("cpu"), document if listed else None)
+    return Mods(digest=found[0].digest, program=found[0])
+
+
+def drawn(seed: int, op: Op) -> AttentionSpec:
+    """A spec of any head dims that TMA can move, with any options together; one option alone or a few, every second time."""
+    r = random.Random(seed)
+    names = [name for name in flag_names() if op == "attention_fwd" or name != "has_lse"]
+    chosen = r.sample(names, r.choice((0, 1, 1, 2, 3, r.randint(4, len(names)))))
+    dims = [r.choice((8, 40, 64, 72, 128, 136, 192, 200, 256)) for _ in range(2)]
+    return AttentionSpec(
+        op=op, dtype=r.choice(("fp16", "bf16")), head_dim=dims[0], head_dim_v=r.choice(dims),
+        mods=mods_of(*(name in chosen for name in _MODS)), **dict.fromkeys(chosen, True),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["h100", "h200"])
+@pytest.mark.parametrize("name", ["gluon_fwd_sm90", "gluon_bwd_sm90"])
+def test_defaults_and_portfolios_are_legal_whatever_the_options(name: str, target: str) -> None:
+    variant, where, judged = by_name(name), Target.named(target), 0
+    for seed in range(500):
+        spec = drawn(seed, variant.op)
+        if variant.supports(spec, where) is None:
+            configs = [variant.default(spec, where), *(known.config for known in variant.known_good(spec, where))]
+            assert [(config.label, why) for config in configs if (why := variant.illegal(spec, where, config))] == [], (
+                spec.key
+            )
+            judged += 1
+    assert judged > 150

@@ -42,19 +42,6 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 WG_ROWS = gl.constexpr(64)  # query rows of a warpgroup: the height of one wgmma
 FIRST_TURN = gl.constexpr(8)  # named barriers: Triton's partitions use 0 to 5 of the 16
-# Sixteen scores of a lane: registers 0 to 15 get 16 to 31, capped by a polynomial, or the cap of 32 to 47 where one of a warp's is beyond 48.
-_NEAR = "abs.f32 t, ${}; max.f32 most, most, t;"
-_FAR = "mul.f32 t, ${2}, $64; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; mul.f32 ${0}, t, $80;"
-CAP_ASM = gl.constexpr(
-    "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000; "
-    + " ".join(_NEAR.format(32 + i) for i in range(16))
-    + " setp.gt.f32 far, most, $48; vote.sync.any.pred far, far, 0xffffffff; "
-    + " ".join(f"mov.f32 ${i}, ${16 + i};" for i in range(16))
-    + " @!far bra DONE; "
-    + " ".join(_FAR.format(i, 16 + i, 32 + i) for i in range(16))
-    + " DONE: }"
-)
-CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 80))
 LEAST = gl.constexpr(-3.4028234663852886e38)  # of fp32: the maximum of a row that has seen no key
 
 
@@ -252,6 +239,21 @@ def soft_cap(scores, softcap):
         "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + t], dtype=gl.float32, is_pure=True, pack=1
     )
     return softcap - (2.0 * softcap) * inverse
+
+
+# Sixteen scores of a lane: registers 0 to 15 get 16 to 31, capped by a polynomial, or the cap of 32 to 47 where one of a warp's is beyond 48.
+_NEAR = "abs.f32 t, ${}; max.f32 most, most, t;"
+_FAR = "mul.f32 t, ${2}, $64; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t; fma.rn.f32 t, t, 0fC0000000, 0f3F800000; mul.f32 ${0}, t, $80;"
+CAP_ASM = gl.constexpr(
+    "{ .reg .f32 most, t; .reg .pred far; mov.f32 most, 0f00000000; "
+    + " ".join(_NEAR.format(32 + i) for i in range(16))
+    + " setp.gt.f32 far, most, $48; vote.sync.any.pred far, far, 0xffffffff; "
+    + " ".join(f"mov.f32 ${i}, ${16 + i};" for i in range(16))
+    + " @!far bra DONE; "
+    + " ".join(_FAR.format(i, 16 + i, 32 + i) for i in range(16))
+    + " DONE: }"
+)
+CAP_REGISTERS = gl.constexpr(",".join(["=&f"] * 16 + ["f"] * 80))
 
 
 @gluon.jit
