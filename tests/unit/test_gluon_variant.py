@@ -148,7 +148,8 @@ def test_the_compiler_agrees(words: str) -> None:
 def test_an_unmasked_block_costs_what_it_costs_in_the_plain_kernel(head_dim: int) -> None:
     """Instructions of the loop over blocks that need no mask, at the plain kernel's tile; nothing spilled there."""
     plain = spec_of(f"bf16-d{head_dim}-causal")
-    (tile, _), *_ = [(known.config, known.source) for known in VARIANT.known_good(plain, H100)]
+    # References follow the maximum in both: a plain kernel that holds them has a path that is jumped over, which counts here.
+    tile = next(known.config for known in VARIANT.known_good(plain, H100) if not known.config.LAZY_SUM)
     limit = compile_facts(plain, tile, H100).loop["total"]
     for words in ("causal-window", "causal-sinks-lse", "window-varlen"):
         facts = compile_facts(spec_of(f"bf16-d{head_dim}-{words}"), tile, H100)
