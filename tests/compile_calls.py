@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,7 @@ def no_tables(kind: str) -> None:
 
     def fewer(*arguments: Any) -> Any:
         found = tables(*arguments)
-        return None if kind == "none" or found is None else SimpleNamespace(table=found.table, listed=found.listed, words=None)  # fmt: skip
+        return None if kind == "none" or found is None else replace(found, words=None, slots=None)
 
     if kind != "made":
         block_ranges._tables = fewer
