@@ -20,6 +20,7 @@ KEYS = (
     "attention_fwd-bf16-d192-dv128-causal-lse",  # D differs from Dv, D is padded and Dv is not
     "attention_fwd-fp32-d33-dv17-lse",  # both odd, both padded
     "attention_fwd-fp16-d80-causal-lse",  # a padded even head dim
+    "attention_fwd-fp32-d256-lse",  # scores summed in parts
     "attention_fwd-bf16-d1",  # the least
     "attention_fwd-bf16-d256-causal-lse",  # the largest
     "attention_fwd-bf16-d128-causal-window-lse",  # a range with two ends
