@@ -207,9 +207,12 @@ class _Tracer(TorchFunctionMode):
         return tensor
 
     def note_shape(self, array: Array) -> None:
-        """Dimensions of what depends on an argument are looked at: on whole blocks they come after those of the block."""
+        """Dimensions of what depends on an argument are looked at: on whole blocks they come after those of the block.
+
+        A single value has none: who looks for them in a score means other scores, and is refused where that shows.
+        """
         zero = self.graph.const(0, "int32")
-        if array.varies and 0 not in array.shape and array.element((zero,) * len(array.shape)).depends:
+        if array.shape and array.varies and 0 not in array.shape and array.element((zero,) * len(array.shape)).depends:
             self.per_score = True
 
     def note_view(self, base: Tensor, view: _StandIn) -> None:
