@@ -206,7 +206,7 @@ def test_lists_of_scattered_blocks(beside: bool, write: bool) -> None:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flashgen.operands, "looked_up", spied)
+        patch.setattr(flashgen.block_ranges, "looked_up", spied)
         if write:
             run(backend="gluon", config=config)
             np.asarray(phase)[...] = 3
