@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -38,6 +39,11 @@ def judge(case: Case, device: str = "cpu") -> str | None:
     there = tensors if device == "cpu" else moved(tensors, device)
     try:
         first = run(case, there)
+        # What is wrong at once is not run again: a broken kernel mostly is.
+        want, units = references(case)
+        said = _compare(case, first, want, units)
+        if said is not None:
+            return said
         second = run(case, there)
         other = run(case, there, tile=(16, 24)) if case.backend == "torch" else None
     except FlashgenError as error:
@@ -52,12 +58,17 @@ def judge(case: Case, device: str = "cpu") -> str | None:
         )
         if not loose and not _same_bits(x, second[name]):
             return f"{name} differs between two runs"
-    want = _joined(case, calls, [exact(call) for call in calls])
-    runs = zip(*(same_precision(call, runs=HONEST_RUNS) for call in calls), strict=True)
-    units = [_joined(case, calls, list(run)) for run in runs]
-    return _compare(case, first, want, units) or (
-        None if other is None else _compare(case, other, want, units, "16x24 blocks: ")
-    )
+    return None if other is None else _compare(case, other, want, units, "16x24 blocks: ")
+
+
+@lru_cache(maxsize=8)
+def references(case: Case) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The oracle's results and those of honest runs. A case is all that they depend on: its tensors are drawn from its seed."""
+    tensors = make(case)
+    calls = reference_calls(case, tensors)
+    want = _joined(case, calls, [exact(call, gradients=case.grad) for call in calls])
+    runs = zip(*(same_precision(call, runs=HONEST_RUNS, gradients=case.grad) for call in calls), strict=True)
+    return want, [_joined(case, calls, list(run)) for run in runs]
 
 
 def moved(t: Tensors, device: str) -> Tensors:
@@ -360,7 +371,7 @@ def _joined(case: Case, calls: list[Call], results: list[Result]) -> dict[str, T
     if not case.lengths:
         (result,) = results
         named = {"out": result.out, "lse": result.lse} | {f"d{name}": x for name, x in result.gradients.items()}
-        for name in ("out", "dq", "dk", "dv") if case.layout == "bhsd" else ():
+        for name in named.keys() & {"out", "dq", "dk", "dv"} if case.layout == "bhsd" else ():
             named[name] = named[name].transpose(1, 2)
         return named
     joined = {"out": torch.cat([r.out[0] for r in results]), "lse": torch.cat([r.lse[0] for r in results], 1)}
