@@ -83,7 +83,8 @@ def looked_up(
     names: dict[str, Tensor | None] = dict.fromkeys(("mask_ranges", "mask_lists", "mask_words", "mask_slots"))
     if found is not None:
         names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
-        names["mask_slots"] = found.slots
+        # A slot says where words are: without any there is nothing that a shared kernel could look up.
+        names["mask_slots"] = None if found.words is None else found.slots
     return names
 
 

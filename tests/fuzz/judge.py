@@ -226,7 +226,7 @@ def _other_tables(kind: str) -> Any:
         if kind == "none":
             table = found.table.clone()
             table[..., 2 if found.listed else 4] = -1
-            return replace(found, table=table, words=None)
+            return replace(found, table=table, words=None, slots=None)
         if not program.mask_reads:  # never stale
             return found
         other = analysed(program, tuple(x.flip(-1).contiguous() for x in tensors), sizes, device, walk)
