@@ -230,7 +230,7 @@ def _other_tables(kind: str) -> Any:
         if not program.mask_reads:  # never stale
             return found
         other = analysed(program, tuple(x.flip(-1).contiguous() for x in tensors), sizes, device, walk)
-        return replace(other, table=block_ranges._everything(other, sizes, False))
+        return replace(other, table=block_ranges._everything(other, sizes, False), slots=None)
 
     return changed
 
