@@ -52,8 +52,11 @@ def flag(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any) -> float:
     """A finite number that fp32 can hold; whatever `float()` takes, except texts."""
+    given = (
+        value.detach() if getattr(value, "requires_grad", False) else value
+    )  # or PyTorch would warn of what is refused below
     try:
-        found = math.nan if isinstance(value, (str, bytes)) else float(value)
+        found = math.nan if isinstance(value, (str, bytes)) else float(given)
     except OverflowError:
         found = math.inf
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several elements
@@ -61,7 +64,19 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, (str, bytes)):
         raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.")
     require(abs(found) <= MAX_FLOAT32, name, value, "a finite number that fp32 can hold")
+    if getattr(value, "requires_grad", False) and _records():
+        raise InvalidProblemError(
+            f"{name} is a tensor that wants a gradient, and numbers get none: scale q with it, or let a score_mod read it; "
+            f"pass {name}.item() where no gradient is meant."
+        )
     return found
+
+
+def _records() -> bool:
+    """Whether autograd is switched on."""
+    import torch  # here: rendering and tuning a named problem work without it
+
+    return torch.is_grad_enabled()
 
 
 def length(name: str, value: Any) -> None:

@@ -129,7 +129,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
 def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast has its say in the dtypes of q, k and v; the fp32 products inside are not its business."""
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    available = torch.amp.is_autocast_available(device)  # meta tensors have none
+    return torch.autocast(device, enabled=False) if available and torch.is_autocast_enabled(device) else nullcontext()
 
 
 @contextmanager
