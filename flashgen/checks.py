@@ -1,4 +1,4 @@
-"""What the arguments of a call must be: one check per kind of argument, none of which imports torch or reads a GPU's memory.
+"""What the arguments of a call must be: one check per kind of argument, none of which reads a GPU's memory. Importing it does not import torch.
 
 Every refusal is an `InvalidProblemError` that names the argument, says what was given and what is allowed. Values inside
 tensors (the offsets of packed sequences) are looked at on a CPU only: on a GPU that would synchronise (FLASHGEN_CHECK_VALUES).
@@ -72,13 +72,6 @@ def number(name: str, value: Any) -> float:
     return found
 
 
-def _records() -> bool:
-    """Whether autograd is switched on."""
-    import torch  # here: rendering and tuning a named problem work without it
-
-    return torch.is_grad_enabled()
-
-
 def length(name: str, value: Any) -> None:
     """Refuse what is no length; a symbolic int of a compiler is one."""
     allowed = "the length of the longest sequence, an int from 0 up (of a tensor: .item())"
@@ -133,6 +126,42 @@ def qkv(q: Any, k: Any, v: Any, layout: str, *, dims: int = 4) -> DType:
                 f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one."
             )
     return cast(DType, dtype)
+
+
+# -- how they lie --
+
+
+def tma_addressable(tensor: Tensor) -> bool:
+    """Whether a TMA descriptor can express a tensor: base address and strides are multiples of 16 bytes, and none is 0.
+
+    Dimensions of size 1 may have any stride, since it is never stepped over; the last one is not looked at.
+    """
+    size = tensor.element_size()
+    strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
+    try:
+        address = tensor.data_ptr()
+    except (
+        RuntimeError
+    ):  # inside torch.func.grad or vmap a tensor has no address; the operator asks again with what it wraps
+        return False
+    return address % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+
+
+def is_copied(tensor: Tensor) -> bool:
+    """Whether a kernel gets a copy: its last stride is not 1."""
+    return tensor.stride(-1) != 1 and tensor.shape[-1] != 1
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of them now."""
+    return _records() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
+
+
+def _records() -> bool:
+    """Whether autograd is switched on."""
+    import torch  # here: rendering and tuning a named problem work without it
+
+    return torch.is_grad_enabled()
 
 
 # -- packed sequences --

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from flashgen import jit, settings, torch_blocked
 from flashgen.build import build
+from flashgen.checks import tma_addressable
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, not_built, tma_addressable
+from flashgen.problem import Problem, not_built
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.shared_masks import kernel_spec
