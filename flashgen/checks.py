@@ -139,12 +139,17 @@ def tma_addressable(tensor: Tensor) -> bool:
     size = tensor.element_size()
     strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
     try:
-        address = tensor.data_ptr()
+        address = 0 if without_values(tensor) else tensor.data_ptr()
     except (
         RuntimeError
     ):  # inside torch.func.grad or vmap a tensor has no address; the operator asks again with what it wraps
         return False
     return address % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+
+
+def without_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no memory: a meta tensor, or a fake one that stands for a GPU's."""
+    return tensor.is_meta or hasattr(tensor, "fake_mode")
 
 
 def is_copied(tensor: Tensor) -> bool:
