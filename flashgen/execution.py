@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import jit, settings, stand_ins, torch_blocked
+from flashgen import checks, jit, settings, stand_ins, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, not_built, tma_addressable
+from flashgen.problem import Problem, not_built
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.shared_masks import kernel_spec
@@ -38,13 +38,13 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     """
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
-    if not _kernels_asked(q, scalars):
+    if not kernels_asked(q, scalars):
         operands.check(problem, q.device)
         return problem
     return operands.check_traced(problem, q.device)
 
 
-def _kernels_asked(q: Tensor, scalars: Scalars) -> bool:
+def kernels_asked(q: Tensor, scalars: Scalars) -> bool:
     """Whether a generated kernel may run the call, so that mods are traced."""
     if torch.compiler.is_compiling():
         return False
@@ -129,7 +129,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
 def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast has its say in the dtypes of q, k and v; the fp32 products inside are not its business."""
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    available = torch.amp.is_autocast_available(device)  # meta tensors have none
+    return torch.autocast(device, enabled=False) if available and torch.is_autocast_enabled(device) else nullcontext()
 
 
 @contextmanager
@@ -192,6 +193,8 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
+    if any(checks.without_values(x) for x in arguments if x is not None):
+        return  # functions have no operator around them, whose fake would have answered
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
         # Operators never see one; functions of the user's have no operator around them.
         raise not_built(
@@ -317,7 +320,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
     problem = problem_of(q, k, v, operands, scalars)
-    if _kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
+    if kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
         problem = operands.traced(problem, q.device)
     problem = replace(problem, requires_grad=True, bias_grad=bias_grad)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
@@ -359,7 +362,7 @@ def gradients(
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
     inputs = (_unit_last_stride(seen(x)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
-    if plan.backend == "gluon" and not tma_addressable(dout):
+    if plan.backend == "gluon" and not checks.tma_addressable(dout):
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous().resolve_neg()
 
