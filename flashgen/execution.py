@@ -201,7 +201,7 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
             "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
         )
     device = next(x.device for x in arguments if x is not None)
-    stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, device)
+    stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
     spec = kernel_spec(plan) if stand_in is None else stand_in
     source = render(spec, variant)
     more = {**variant.launch_options(problem), **extra, **plan.config}

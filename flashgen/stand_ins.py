@@ -1,8 +1,8 @@
 """Threads that compile beside calls; and the shared kernel that stands in, meanwhile, for the own one of a mask that reads tensors.
 
 A mask's own kernel evaluates pairs where its tensors turn out to hold something else than its tables were made of, by the time it runs. The
-shared one cannot: it runs where the tables surely say what the tensors hold, as they do in the call that made them. In calls that follow before
-the mask's own is compiled, the host waits for the device to say so.
+shared one cannot: it runs where the tables surely say what the tensors hold, as they do in the call that made them. In other calls before the
+mask's own is compiled, a model's next layers, the host waits for the device to say so.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashgen import jit, shared_masks
 from flashgen.dispatch import Plan
@@ -25,7 +26,21 @@ from flashgen.stream_capture import capturing, free_stream, relaxed
 logger = logging.getLogger("flashgen")
 
 _MOST = 1024  # masks whose own kernel is remembered to be compiled
-_own: dict[Any, threading.Thread] = {}  # by the kernel that a thread compiles, or did
+
+
+class _Own(NamedTuple):
+    """What compiles a mask's own kernel, or did.
+
+    Attributes:
+        thread: at work on it.
+        queries: of the calls meanwhile.
+    """
+
+    thread: threading.Thread
+    queries: set[StorageWeakRef]
+
+
+_own: dict[Any, _Own] = {}
 _lock = threading.Lock()
 
 
@@ -54,24 +69,27 @@ def compile_beside(work: Callable[..., None], name: str, *tensors: Tensor | None
     return threading.Thread(target=compile, args=(stream, *given), name=name)
 
 
-def chosen(plan: Plan, operands: Operands, device: torch.device) -> tuple[AttentionSpec | None, dict[str, Any] | None]:
+def chosen(plan: Plan, operands: Operands, q: Tensor | None) -> tuple[AttentionSpec | None, dict[str, Any] | None]:
     """The spec of the kernel that stands in for a plan's own in a call, or None; and what `Operands.of_mods` made, where it had to be asked.
 
-    Nothing stands in under capture, nor where PyTorch is to tell of every time that the host waits for the device: what is being compiled is
-    waited for instead.
+    While a mask's own kernel is being compiled, other calls have another stand in. It is waited for under capture; where PyTorch is to tell
+    of every time that the host waits for the device; and by a call on the very queries of an earlier one, since that is how times are taken.
     """
-    if not shared_masks.may_stand_in(plan):
+    if q is None or not shared_masks.may_stand_in(plan):
         return None, None
     with _lock:
-        thread = _own.get(_kernel(plan))
-    unseen = thread is None
-    if thread is not None and not thread.is_alive():
+        own = _own.get(_kernel(plan))
+    if own is not None:
+        if not own.thread.is_alive():
+            return None, None
+        query = StorageWeakRef(q.untyped_storage())
+        if capturing(q.device) or query in own.queries or (_on_a_gpu(q.device) and torch.cuda.get_sync_debug_mode()):
+            own.thread.join()
+            return None, None
+        own.queries.add(query)
+    elif capturing(q.device):
         return None, None
-    if capturing(device) or (thread is not None and _on_a_gpu(device) and torch.cuda.get_sync_debug_mode()):
-        if thread is not None:
-            thread.join()
-        return None, None
-    made = operands.of_mods(plan.problem, plan.config, surely=not unseen)
+    made = operands.of_mods(plan.problem, plan.config, surely=own is not None)
     return shared_masks.stand_in(plan, made), made
 
 
@@ -103,7 +121,9 @@ def compile_own(
         if len(_own) >= _MOST:
             _own.clear()
         sooner = before()
-        thread = _own[_kernel(plan)] = compile_beside(work, "flashgen-own", *arguments)
+        thread = compile_beside(work, "flashgen-own", *arguments)
+        queries = {StorageWeakRef(x.untyped_storage()) for x in arguments[:1] if x is not None}
+        _own[_kernel(plan)] = _Own(thread, queries)
         thread.start()
 
 

@@ -71,8 +71,14 @@ def documents(length: int) -> torch.Tensor:
     return torch.arange(512, dtype=torch.int32) // length
 
 
-def attend(ids: torch.Tensor, grad: bool = False) -> torch.Tensor:
+def drawn(grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16, requires_grad=grad) for heads in (4, 2))
+    return q, k
+
+
+def attend(ids: torch.Tensor, qk: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    """Of other queries than before, as the next layer's, where none are given."""
+    q, k = drawn() if qk is None else qk
     return flashgen.attention(q, k, k, mask_mod=lambda b, h, i, j: (ids[i] == ids[j]) & (i >= j), backend="gluon")  # type: ignore[return-value]
 
 
@@ -119,6 +125,21 @@ def test_a_write_that_nobody_counts_is_met_with_tables_of_its_own(kernels: Kerne
     assert torch.equal(first, again) and torch.equal(written, expected) and not torch.equal(first, written)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_a_call_on_the_same_queries_waits_for_its_own(kernels: Kernels, layout: str) -> None:
+    """A loop that takes times measures nothing else."""
+    ids, (q, k) = documents(100), drawn()
+    if layout == "bhsd":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    options: dict[str, Any] = {"mask_mod": lambda b, h, i, j: ids[i] == ids[j], "backend": "gluon", "layout": layout}
+    flashgen.attention(q, k, k, **options)
+    threading.Timer(0.2, kernels.go.set).start()
+    for _ in range(2):
+        flashgen.attention(q, k, k, **options)
+    assert kernels.launched == ["shared", "own", "own"] and kernels.compiled == [("shared", True), ("own", False)]
+    assert warm.table()
+
+
 def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stand_ins, "capturing", lambda device: True)
 
@@ -153,7 +174,7 @@ def test_what_the_gradients_need_is_compiled_before_it(kernels: Kernels) -> None
     flashgen.attention(q, q, q, mask_mod=lambda b, h, i, j: ids[i] <= ids[j], return_lse=True, backend="gluon")
     finish()
     kernels.compiled.clear()
-    out = attend(documents(100), grad=True)
+    out = attend(documents(100), drawn(grad=True))
     finish()
     kinds = [what for what, _ in kernels.compiled]
     assert kinds[0] == "backward" and kinds.index("own") == len(kinds) - 1
