@@ -52,9 +52,9 @@ def flag(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any) -> float:
     """A finite number that fp32 can hold; whatever `float()` takes, except texts."""
-    given = (
-        value.detach() if getattr(value, "requires_grad", False) else value
-    )  # or PyTorch would warn of what is refused below
+    # A compiler's symbolic number is one of these, and is not to be asked for more.
+    recorded = not isinstance(value, (int, float)) and getattr(value, "requires_grad", False)
+    given = value.detach() if recorded else value  # or PyTorch would warn of what is refused below
     try:
         found = math.nan if isinstance(value, (str, bytes)) else float(given)
     except OverflowError:
@@ -64,7 +64,7 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, (str, bytes)):
         raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.")
     require(abs(found) <= MAX_FLOAT32, name, value, "a finite number that fp32 can hold")
-    if getattr(value, "requires_grad", False) and _records():
+    if recorded and _records():
         raise InvalidProblemError(
             f"{name} is a tensor that wants a gradient, and numbers get none: scale q with it, or let a score_mod read it; "
             f"pass {name}.item() where no gradient is meant."
