@@ -54,7 +54,7 @@ ROWS = (
     ("ops",),
     ("autograd",),
     ("recorded",),
-    ("warm", "uncompiled"),
+    ("warm", "uncompiled", "merging"),
     ("api", "offline"),
     ("integrations", "peers"),
     ("tuner",),
