@@ -55,7 +55,7 @@ ROWS = (
     ("ops",),
     ("autograd",),
     ("recorded",),
-    ("warm", "uncompiled"),
+    ("warm", "uncompiled", "merging"),
     ("api", "offline"),
     ("integrations", "peers"),
     ("tuner",),
