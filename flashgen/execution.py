@@ -196,10 +196,7 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     if any(checks.without_values(x) for x in arguments if x is not None):
         return  # functions have no operator around them, whose fake would have answered
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
-        # Operators never see one; functions of the user's have no operator around them.
-        raise not_built(
-            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
-        )
+        raise not_built("a torch.func transform of flashgen.attention with mods or block_mask in a kernel")
     device = next(x.device for x in arguments if x is not None)
     stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
     spec = kernel_spec(plan) if stand_in is None else stand_in
