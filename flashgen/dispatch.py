@@ -292,10 +292,11 @@ def _configure(
 ) -> tuple[KernelConfig, str]:
     text = cache(lambda: render(spec, variant))  # a first call need not wait for it where there are no rows
     database = _database_rows(variant, spec, lambda: text().digest, target, env)
+    key = spec.key
     shipped = [
         row
         for row in _seed_rows(spec, target)
-        if (row.spec_key, row.variant) == (spec.key, variant.name) and row.digest == text().digest
+        if (row.spec_key, row.variant) == (key, variant.name) and row.digest == text().digest
     ]
     order = (
         ("database", select.best_measured, database),

@@ -119,7 +119,7 @@ def joined(case: Case, calls: list[Call], results: list[Result]) -> dict[str, Te
     if not case.lengths:
         (result,) = results
         named = {"out": result.out, "lse": result.lse} | {f"d{name}": x for name, x in result.gradients.items()}
-        for name in ("out", "dq", "dk", "dv") if case.layout == "bhsd" else ():
+        for name in named.keys() & {"out", "dq", "dk", "dv"} if case.layout == "bhsd" else ():
             named[name] = named[name].transpose(1, 2)
         return named
     whole_batch = {"out": torch.cat([r.out[0] for r in results]), "lse": torch.cat([r.lse[0] for r in results], 1)}

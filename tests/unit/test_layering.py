@@ -50,6 +50,7 @@ ROWS = (
     ("block_ranges", "block_lists"),
     ("operands",),
     ("samples", "shared_masks"),
+    ("stand_ins",),
     ("execution",),
     ("ops",),
     ("autograd",),
