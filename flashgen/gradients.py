@@ -20,7 +20,7 @@ from flashgen import accuracy
 from flashgen.accuracy import AccuracyReport, Buffers, Strides, Values, make_buffers, place, poison_all
 from flashgen.errors import InvalidProblemError
 from flashgen.problem import Problem
-from flashgen.reference import Call, Result, exact, same_precision
+from flashgen.reference import Call, Result, exact, same_precision, same_precision_forward
 from flashgen.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -140,14 +140,14 @@ def make_gradient_buffers(
         call, forward = drawn(p, seed, strides)
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     dtype = accuracy.TORCH_DTYPES[p.dtype]
-    (result,) = same_precision(call)
-    shape_o, shape_lse = tuple(result.out.shape), tuple(result.lse.shape)
+    out, lse = same_precision_forward(call)
+    shape_o, shape_lse = tuple(out.shape), tuple(lse.shape)
     inputs_of = {
         "dout": torch.randn(shape_o, generator=generator).to(dtype),
         "dlse": torch.randn(shape_lse, generator=generator) if dlse else None,
         **{name: getattr(forward, name) for name in "qkv"},
-        "out": result.out.to(dtype),
-        "lse": result.lse,
+        "out": out.to(dtype),
+        "lse": lse,
     }
     call = replace(call, dout=inputs_of["dout"], dlse=inputs_of["dlse"])
     allocations: dict[str, Tensor] = {}

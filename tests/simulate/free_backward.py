@@ -18,7 +18,7 @@ from flashgen.accuracy import AccuracyReport, Values, place
 from flashgen.config import KernelConfig
 from flashgen.gradients import GradientBuffers, make_gradient_buffers
 from flashgen.problem import Problem
-from flashgen.reference import same_precision
+from flashgen.reference import same_precision_forward
 from flashgen.render import KernelSource, render
 from flashgen.simulator import simulate
 from flashgen.spec import Mods
@@ -204,8 +204,7 @@ def make(case: Free, seed: int = 0, *, dlse: bool = True) -> tuple[GradientBuffe
         buffers.inputs["dlse"][~call.visible().any(-1)] = torch.nan
         buffers.before["dlse"] = buffers.allocations["dlse"].clone()
         call = replace(call, dlse=torch.where(call.visible().any(-1), buffers.inputs["dlse"], 0.0))
-    (result,) = same_precision(call)
-    buffers.take(result.out, result.lse)
+    buffers.take(*same_precision_forward(call))
     outputs = dict(buffers.outputs)
     values: dict[str, Any] = {**operands, "dbias": None}
     if case.sinks:
