@@ -230,6 +230,7 @@ def attention_fwd(
     # Where no block is seen by every row, both meet at any block between.
     full_start = tl.minimum(full_start, tl.maximum(full_end, first_block))
     full_end = tl.maximum(full_start, full_end)
+    gap = full_end - full_start
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
