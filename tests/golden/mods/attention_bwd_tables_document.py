@@ -486,7 +486,7 @@ def add_dq(
     WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
+    """Add what keys [start, stop) contribute, in whole blocks. If IS_MASKED, those from gap_start on are `gap` keys later; else every row sees all of them."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offs = offs_n.to(tl.int64)[:, None] * stride_kn + tl.arange(0, BLOCK_D)[None, :]
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + tl.arange(0, BLOCK_DV)[None, :]
