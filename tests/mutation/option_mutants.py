@@ -197,7 +197,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("hidden pairs are not told from others", '"-0.0" if spec.has_free_mask else "0.0"', '"0.0"', BACKWARD, "gradients, mask_mod of columns"),
     ("dq: keys that a mask_mod hides from all", "            k = tl.where(any_sees(p)[:, None], k, 0.0)", "            k = k + 0.0", BACKWARD, "gradients, mask_mod of columns"),
     ("row ranges of the first block of keys", "start_n // BLOCK_N * 4\n", "0\n", BACKWARD, "gradients, mask_mod"),
-    ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= visible\n", "", BACKWARD, "gradients, captured and hidden"),
+    ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= ~hidden(p)\n", "", BACKWARD, "gradients, captured and hidden"),
     ("score_mod's derivative left out", "        ds = {{ slope.score }}\n", "        ds = ds * 1.0\n", BACKWARD, "gradients, squared"),
     ("score_mod's derivative at the new score", "        raw = qk\n", "        raw = qk * 0.5\n", BACKWARD, "gradients, squared"),
     ("what is captured gets the gradient of one tile", "tl.atomic_add(sum_ptr + places, value,", "tl.store(sum_ptr + places, value,", BACKWARD, "gradients, score_mod"),
