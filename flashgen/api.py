@@ -339,12 +339,3 @@ def decode_attention(
         UnsupportedProblemError: always.
     """
     raise not_built("decode_attention")
-
-
-def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial results over disjoint keys into one. Not built yet.
-
-    Raises:
-        UnsupportedProblemError: always.
-    """
-    raise not_built("merge_attention_states")
