@@ -78,6 +78,7 @@ torture: fuzz compile-goldens compile-calls compile-free-form ## what is too lon
 	$(PY) tests/simulate/study.py
 	$(PY) tests/simulate/option_study.py
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m pytest -q tests/simulate/test_api.py || exit 1; done
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/unit/free_form_facts.py || exit 1; done
 
 clean: ## remove what make made
 	rm -rf "$(VENV)" .cache dist build

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import compile_free_form
 import pytest
-import torch
+from free_form_facts import compared, documents, problem, verdict
 
 from flashgen.facts import CompiledFacts, inspect
 from flashgen.problem import Problem
@@ -15,10 +15,7 @@ from flashgen.target import Target
 from flashgen.variants import by_name
 
 H100 = Target.named("h100")
-PLAIN = Problem(
-    dtype="bf16", batch=1, seqlen_q=8192, seqlen_k=8192, num_heads_q=8, num_heads_kv=8, head_dim=64, head_dim_v=64, return_lse=True
-)  # fmt: skip
-IDS = torch.arange(8192, dtype=torch.int32) // 500
+PLAIN = problem(64)
 
 
 def facts(problem: Problem, variant: str) -> CompiledFacts:
@@ -28,10 +25,6 @@ def facts(problem: Problem, variant: str) -> CompiledFacts:
     return inspect(render(problem.spec, chosen), H100, config)
 
 
-def documents(problem: Problem) -> Problem:
-    return replace(problem, causal=False).modified(mask_mod=lambda b, h, i, j: (i >= j) & (IDS[i] == IDS[j]))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["triton_fwd", "gluon_fwd_sm90"])
 def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> None:
@@ -39,6 +32,14 @@ def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> 
     assert free.loop_macs == plain.loop_macs > 0
     assert free.loop["total"] <= plain.loop["total"]
     assert free.loop_spill_ops == 0 == free.loop.get("select", 0)
+
+
+@pytest.mark.slow
+def test_so_it_does_in_the_portable_backward() -> None:
+    """Head dim 128, and the forward's masked loop: `free_form_facts.py`, part of `make torture`."""
+    found = compared(64, "triton_bwd", H100)
+    assert list(found) == ["attention_bwd_dkdv", "attention_bwd_dq"]
+    assert [verdict(*pair) for pair in found.values()] == [None, None]
 
 
 def test_the_portable_tile_beside_a_mask_is_one_that_does_not_spill() -> None:
