@@ -318,9 +318,10 @@ APART = gl.constexpr(not hasattr(gl, "barrier"))
 @gluon.jit
 def nought_of(end):
     """0 that no compiler knows of: what is found with it is computed anew before a loop, and not kept for the next."""
+    nought = 0
     if APART:
-        return gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [end], dtype=gl.int32, is_pure=False, pack=1)
-    return 0
+        nought = gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [end], dtype=gl.int32, is_pure=False, pack=1)
+    return nought
 
 
 @gluon.jit
