@@ -9,6 +9,7 @@ from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.features import capped_too_high
 from flashgen.variants.gluon_bwd_text import BackwardText
 
 _COVERED_FLAGS = frozenset(
@@ -147,7 +148,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
-        return None
+        return capped_too_high(problem)
 
     # -- what it compiles --
 

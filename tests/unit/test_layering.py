@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 # inside a package everything may. A new room stands nowhere yet: place it, and say where in ARCHITECTURE.md.
 ROWS = (
     ("errors",),
-    ("settings", "assets", "plot", "stream_capture", "launches"),
+    ("settings", "assets", "plot", "stream_capture", "launches", "patience"),
     ("mods",),
     ("spec",),
     ("config",),
@@ -50,11 +50,12 @@ ROWS = (
     ("block_ranges", "block_lists"),
     ("operands",),
     ("samples", "shared_masks"),
+    ("stand_ins",),
     ("execution",),
     ("ops",),
     ("autograd",),
     ("recorded",),
-    ("warm", "uncompiled"),
+    ("warm", "uncompiled", "merging"),
     ("api", "offline"),
     ("integrations", "peers"),
     ("tuner",),
