@@ -88,6 +88,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))
     many = isinstance(dtype, (tuple, list))
+    if not tensors and not many:  # of scalars a scalar
+        return scalar(np.asarray(results).item(), dtype)
     made = tuple(
         Tensor(rounded(result, kind), kind, tensors[0].layout) if tensors else scalar(np.asarray(result).item(), kind)
         for result, kind in zip(results if many else [results], dtype if many else [dtype], strict=True)
