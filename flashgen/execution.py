@@ -196,10 +196,7 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     if any(checks.without_values(x) for x in arguments if x is not None):
         return  # functions have no operator around them, whose fake would have answered
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
-        # Operators never see one; functions of the user's have no operator around them.
-        raise not_built(
-            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
-        )
+        raise not_built("a torch.func transform of flashgen.attention with mods or block_mask in a kernel")
     device = next(x.device for x in arguments if x is not None)
     stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
     spec = kernel_spec(plan) if stand_in is None else stand_in
@@ -358,7 +355,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    make = torch.zeros if 0 in q.shape else torch.empty  # the Hopper kernel writes no dk and dv of no queries
+    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
     inputs = (_unit_last_stride(seen(x)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)

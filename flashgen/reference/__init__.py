@@ -9,7 +9,7 @@ shared with a backend. They are slow; never use them to compute attention, only 
 
 from __future__ import annotations
 
-from flashgen.reference.every_option import Call, Result, exact, same_precision, same_precision_forward
+from flashgen.reference.every_option import Call, Result, exact, same_precision
 from flashgen.reference.philox import dropout_words
 from flashgen.reference.plain import attention_low_precision, attention_oracle, visible_keys
 from flashgen.reference.plain_backward import gradients_low_precision, gradients_oracle
@@ -24,6 +24,5 @@ __all__ = [
     "gradients_low_precision",
     "gradients_oracle",
     "same_precision",
-    "same_precision_forward",
     "visible_keys",
 ]

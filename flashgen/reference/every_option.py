@@ -129,7 +129,7 @@ class Result:
     Attributes:
         out: (batch, seqlen_q, num_heads_q, head_dim_v).
         lse: (batch, num_heads_q, seqlen_q).
-        gradients: by name: q, k, v (bshd), bias, sinks, captured0, captured1, ...
+        gradients: by name: q, k, v (bshd), bias, sinks, captured0, captured1, ...; none where they were not asked for.
     """
 
     out: Tensor
@@ -137,9 +137,9 @@ class Result:
     gradients: dict[str, Tensor]
 
 
-def exact(call: Call) -> Result:
+def exact(call: Call, *, gradients: bool = True) -> Result:
     """Every option in fp64, gradients by autograd; a row without a key gives 0, -inf (or the sink) and no gradient."""
-    leaves = {name: x.detach().double().requires_grad_() for name, x in _leaves(call).items()}
+    leaves = {name: x.detach().double().requires_grad_(gradients) for name, x in _leaves(call).items()}
     captured = tuple(x for name, x in leaves.items() if name.startswith("captured"))
     seen = call.visible()
     q, k, v = call.heads_first(leaves["q"]), *(call.heads_first(leaves[name], seen) for name in "kv")
@@ -152,6 +152,8 @@ def exact(call: Call) -> Result:
     p = torch.where(dead, 0.0, s.softmax(-1))[..., : k.shape[2]]
     lse = torch.where(dead[..., 0], -torch.inf, s.logsumexp(-1))
     out = ((p * call.kept()) @ v).transpose(1, 2)
+    if not gradients:
+        return Result(out=out, lse=lse, gradients={})
     loss = out.sum() * 0.0
     if call.dout is not None:
         loss = loss + (out * call.dout.double()).sum()
@@ -161,7 +163,7 @@ def exact(call: Call) -> Result:
     return Result(out=out.detach(), lse=lse.detach(), gradients=dict(zip(leaves, grads, strict=True)))
 
 
-def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
+def same_precision(call: Call, *, runs: int = 1, gradients: bool = True) -> tuple[Result, ...]:
     """What honest kernels of the inputs' dtype compute: the unit of the budget, forward and backward.
 
     S and softmax in fp32, P rounded to the input dtype, sums in fp32, one rounding out. Backward: S recomputed with the
@@ -176,6 +178,7 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
             as another order of sums or another running maximum would leave them (random rounding: Vignes, "A stochastic arithmetic
             for reliable scientific computation", 1993). Where few elements decide, the error of one run may be near 0
             by luck; of eight it is not.
+        gradients: whether they are wanted; out and lse are the same without.
 
     Returns:
         One result per run.
@@ -183,15 +186,8 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
     """
     with full_fp32():
         shared = _Shared(call)
-        folded = _product(shared.q * call.sm_scale, shared.k)
+        folded = _product(shared.q * call.sm_scale, shared.k) if gradients else None
         return tuple(_same_precision(shared, folded, _Rounding(call.q.dtype, seed)) for seed in range(runs))
-
-
-def same_precision_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Out and lse of `same_precision`'s first run, without its backward."""
-    with full_fp32():
-        unrounded, lse, _ = _forward(_Shared(call), _Rounding(call.q.dtype, 0))
-    return unrounded.to(call.q.dtype).transpose(1, 2), lse.squeeze(-1)
 
 
 class _Shared:
@@ -228,10 +224,18 @@ def _forward(shared: _Shared, rounding: _Rounding) -> tuple[Tensor, Tensor, Tens
     return divide(summed, total), lse, torch.where(lse == -torch.inf, 0.0, lse)
 
 
-def _same_precision(shared: _Shared, folded: Tensor, rounding: _Rounding) -> Result:
-    """One run; `folded` are the products of the backward, whose q had the scale folded in."""
-    call, q, k, v, seen, kept = shared.call, shared.q, shared.k, shared.v, shared.seen, shared.kept
+def _same_precision(shared: _Shared, folded: Tensor | None, rounding: _Rounding) -> Result:
+    """One run; `folded` are the products of the backward, whose q had the scale folded in, None where none is wanted."""
     unrounded, lse, safe = _forward(shared, rounding)
+    gradients = {} if folded is None else _gradients(shared, folded, rounding, unrounded, safe)
+    out = unrounded.to(shared.call.q.dtype).transpose(1, 2)
+    return Result(out=out, lse=lse.squeeze(-1), gradients=gradients)
+
+
+def _gradients(
+    shared: _Shared, folded: Tensor, rounding: _Rounding, unrounded: Tensor, safe: Tensor
+) -> dict[str, Tensor]:
+    call, q, k, v, seen, kept = shared.call, shared.q, shared.k, shared.v, shared.seen, shared.kept
     dout = torch.zeros_like(unrounded) if call.dout is None else call.dout.float().transpose(1, 2)
     delta = rounding.sum((dout * rounding.input(unrounded)).sum(-1, keepdim=True), v.shape[3])
     if call.dlse is not None:
@@ -253,7 +257,7 @@ def _same_precision(shared: _Shared, folded: Tensor, rounding: _Rounding) -> Res
     if call.sinks is not None:
         dsinks = -(torch.exp(shared.sink - safe) * delta).sum((0, 2, 3))
         gradients["sinks"] = rounding.sum(dsinks, q.shape[0] * rows)
-    return Result(out=unrounded.to(call.q.dtype).transpose(1, 2), lse=lse.squeeze(-1), gradients=gradients)
+    return gradients
 
 
 class _Rounding:

@@ -88,7 +88,7 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))
     many = isinstance(dtype, (tuple, list))
     made = tuple(
-        Tensor(rounded(result, kind), kind, tensors[0].layout if tensors else None)
+        Tensor(rounded(result, kind), kind, tensors[0].layout) if tensors else scalar(np.asarray(result).item(), kind)
         for result, kind in zip(results if many else [results], dtype if many else [dtype], strict=True)
     )
     return made if many else made[0]
