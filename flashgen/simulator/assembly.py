@@ -16,6 +16,7 @@ from flashgen.simulator.tensors import Tensor, plain
 
 ASM: dict[str, Callable[..., Any]] = {
     "mov.b32 $0, $1;": np.copy,
+    "shr.s32 $0, $1, 31;": lambda x: x >> 31,
     "{ .reg .pred seen; .reg .b32 bit; and.b32 bit, $2, $3; setp.ne.b32 seen, bit, 0; selp.f32 $0, $1, 0fFF800000, seen; }": (
         lambda x, bits, bit: np.where(bits & bit, x, np.float32(-np.inf))
     ),
