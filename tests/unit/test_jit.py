@@ -356,3 +356,50 @@ def test_a_source_that_is_not_read_keeps_no_work(fails: bool, monkeypatch: pytes
         jit._Compile(compile)(src)
     del call
     assert watch() is None and not hasattr(src, "make_ir")
+
+
+DESCRIBED = '''"""Descriptors."""
+
+import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@triton.jit
+def nothing():
+    pass
+
+
+def described(x, shape, layout):
+    return TensorDescriptor(x, list(shape), list(x.stride()), [1, 64], layout)
+'''
+
+
+@pytest.mark.parametrize("more", ["", "\n\ndef redirect(x):\n    return TensorDescriptor.__new__(TensorDescriptor)\n"])
+def test_descriptors_are_checked_once_for_tensors_of_one_form(tmp_path: Path, more: str) -> None:
+    import torch
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia import hopper
+
+    path = tmp_path / "described.py"
+    path.write_text(DESCRIBED + more)
+    module = load_module(path)
+    assert (module.TensorDescriptor is hopper.TensorDescriptor) == bool(more)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    first, second = (torch.zeros(4, 64, dtype=torch.float16) for _ in range(2))
+    checked: list[Any] = []
+    real = hopper.TensorDescriptor.__post_init__
+    with mock.patch.object(hopper.TensorDescriptor, "__post_init__", lambda self: checked.append(self) or real(self)):
+        made = [module.described(x, x.shape, layout) for x in (first, second, second)]
+        assert len(checked) == (3 if more else 1)
+        assert all(type(x) is hopper.TensorDescriptor for x in made)
+        assert [x.base.data_ptr() for x in made] == [x.data_ptr() for x in (first, second, second)]
+        assert vars(made[0]) | {"base": None} == vars(made[1]) | {"base": None}
+        whole = [module.TensorDescriptor.from_tensor(x, [1, 64], layout) for x in (first, second)]
+        assert [vars(x) | {"base": None, "shape": [4, 64], "strides": [64, 1]} for x in whole] == [
+            vars(made[0]) | {"base": None}
+        ] * 2
+        assert module.described(second, (3, 64), layout).shape == [3, 64], "another size is another one"
+        wide = torch.zeros(4, 65, dtype=torch.float16)
+        for wrong in (wide[:, 1:], torch.zeros(300, dtype=torch.float16)[1:257].view(4, 64)):
+            with pytest.raises(AssertionError):
+                module.described(wrong, wrong.shape, layout)
