@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper  # private, and the one door of its kind
 from torch.nn.attention.flex_attention import flex_attention
 
-from flashgen import autograd
+from flashgen import autograd, checks
 from flashgen.errors import InvalidProblemError
 from flashgen.mod_graphs import kept
 from flashgen.mod_ops import Read, lists_of
@@ -26,6 +27,8 @@ from flashgen.operands import Operands
 from flashgen.ops import TENSORS, flatten, split
 from flashgen.scalars import Scalars
 
+# Whether a function's code is a constant to the compiler; of earlier ones that is not known.
+_KNOWS_CODE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _REFUSAL = "It must return a torch.Tensor, one value per score."
 
 
@@ -36,11 +39,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
     lists: list[Tensor] = []
     sizes: list[int] = []
     if block_mask is not None:
+        checks.is_block_mask(block_mask)
         mods.append(("block_mask", block_mask.mask_mod))
         lists = lists_of(block_mask)
         sizes = [*block_mask.BLOCK_SIZE, *block_mask.seq_lengths]
     mods = [(name, mod) for name, mod in mods if mod is not None]
-    kinds = " ".join([name for name, _ in mods])
+    kinds = " ".join([_described(name, mod) for name, mod in mods])
     leaves = [x for x in (q, k, v, operands.bias, operands.sinks) if x is not None]
 
     def on_single_values(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
         if not torch.compiler.is_compiling():
             return autograd.run(q, k, v, operands, scalars)
         like = q.detach().new_zeros((1, 1, 128, 16), dtype=torch.float32)
-        read = cast(Tensor, flex_attention(like, like, like, score_mod=on_single_values))  # mods that torch.compile cannot read: fullgraph=False
+        read: Any = flex_attention(like, like, like, score_mod=on_single_values)  # what torch.compile cannot read needs fullgraph=False
         out, lse = torch.ops.flashgen.attention_mods_fwd(q, k, v, *flatten(operands, scalars), "", lists, sizes, [], [])
         # What the results' gradients depend on, in words that the compiler knows.
         link = read.sum() * 0
@@ -66,6 +70,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
 
     result: tuple[Tensor, Tensor] = dynamo_bypassing_wrapper(lower, body)
     return result
+
+
+def _described(name: str, mod: Any) -> str:
+    """What a mod is, and the names of what its closure holds, which the compiler numbers."""
+    if _KNOWS_CODE and isinstance(mod, FunctionType):
+        return name + ":" + ",".join(mod.__code__.co_freevars)
+    return name
 
 
 def lower(body: Any) -> Any:

@@ -21,6 +21,7 @@ from flashgen.mod_ops import Mods, Read, keep
 
 _INDICES = ("b", "h", "q_idx", "kv_idx")
 _WAY = re.compile(r"^(?:.*_(?:parameters|buffers|modules)_|[lg]_(?:self_)?)")
+_CELL = re.compile(r"_closure_(\d+)_cell_contents")
 _FROM = re.compile(r'File "(.+)", line (\d+), in ')
 
 
@@ -38,12 +39,12 @@ def kept(
         (digest, read, learnable): the name they were kept under, what the operators take of this call, and which tensors may want gradients.
     """
     end = next(node for node in graph.graph.nodes if str(node.target).startswith("flashgen.mod_results"))
-    names = str(end.args[2]).split()
+    described = [word.partition(":") for word in str(end.args[2]).split()]
     functions: dict[str, Callable[..., Any]] = {}
     reads: dict[str, tuple[str | None, ...]] = {}
     texts = [str(len(lists))]
-    for name, result in zip(names, end.args[1], strict=True):
-        functions[name], reads[name], text = _function(graph, result, name)
+    for (name, _, closure), result in zip(described, end.args[1], strict=True):
+        functions[name], reads[name], text = _function(graph, result, name, closure.split(","))
         texts += [name, text]
     kinds = tuple("tensor" if isinstance(x, Tensor) else _kind(x) for x in captured)
     texts += kinds
@@ -62,7 +63,7 @@ def _kind(x: Any) -> str:
     return "float" if isinstance(x, (float, torch.SymFloat)) else "int"
 
 
-def _function(graph: fx.GraphModule, result: fx.Node, name: str) -> tuple[Callable[..., Any], tuple[str | None, ...], str]:
+def _function(graph: fx.GraphModule, result: fx.Node, name: str, closure: list[str]) -> tuple[Callable[..., Any], tuple[str | None, ...], str]:
     """What gives one result: a function, the keywords of what was captured, None of what it does not read, and its text."""
     made = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -73,7 +74,7 @@ def _function(graph: fx.GraphModule, result: fx.Node, name: str) -> tuple[Callab
     words: list[str | None] = []
     taken: Counter[str] = Counter(("score", *_INDICES))
     for node in captured:
-        word = _name(node.name)
+        word = _name(node.name, closure)
         taken[word] += 1
         words.append((word if taken[word] == 1 else f"{word}_{taken[word]}") if node.users else None)
     for node, word in zip((*given, *captured), ("score", *_INDICES, *words), strict=True):
@@ -94,8 +95,11 @@ def _arguments(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     return placeholders[:5], placeholders[5:]
 
 
-def _name(given: str) -> str:
-    """What the user calls a tensor that the compiler calls by the way to it: `l_self_buffers_ids_`."""
+def _name(given: str, closure: list[str]) -> str:
+    """What the user calls a tensor that the compiler calls by the way to it: `l_self_buffers_ids_`, `l_mod_closure_1_cell_contents_`."""
+    cells = _CELL.findall(given)
+    if len(cells) == 1 and int(cells[0]) < len(closure):
+        return closure[int(cells[0])]
     own = _WAY.sub("", given).strip("_")
     return own if own.isidentifier() and not keyword.iskeyword(own) else f"captured_{own}"
 
@@ -113,7 +117,7 @@ def _compiled(source: str, names: dict[str, Any], graph: fx.Graph, name: str) ->
     tree = ast.parse(source)
     (made,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     made.name, made.args.args = name, made.args.args[1:]  # `self` is among its globals
-    sites = {node.name: _site(node) for node in graph.nodes}
+    sites = {node.name: _site(node) for node in graph.nodes if node.op != "placeholder"}
     files = Counter(site[0] for site in sites.values() if site is not None)
     file = files.most_common(1)[0][0] if files else f"<{name}>"
     for statement in made.body:
