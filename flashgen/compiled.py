@@ -1,10 +1,10 @@
 """Calls with score_mod, mask_mod or block_mask inside of `torch.compile`, without a break of its graph.
 
-The compiler reads the mods itself, as part of the user's function: it guards the numbers that they read and makes the tensors inputs of its graph.
-FlexAttention is what it is told to read them for, which asks for them on single values; that call is never run. PyTorch's
-`dynamo_bypassing_wrapper` hands us the graph that came of it before autograd sees it, and `lower` puts `flashgen.mod_ops` in its place.
+The compiler reads the mods itself, as part of the user's function, called on single values: it guards the numbers that they read and makes the
+tensors inputs of its graph. Nothing of that ever runs: PyTorch's `dynamo_bypassing_wrapper` hands us the graph that came of it before
+autograd sees it, and `lower` puts an operator of `flashgen.mod_ops` in its place.
 
-Loaded by such a call alone: FlexAttention imports the compiler, which takes seconds.
+Loaded by such a call alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.comptime import comptime
 from torch._higher_order_ops.wrap import dynamo_bypassing_wrapper  # private, and the one door of its kind
-from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 from flashgen import autograd, checks
 from flashgen.errors import InvalidProblemError
@@ -29,6 +30,7 @@ from flashgen.scalars import Scalars
 
 # Whether a function's code is a constant to the compiler; of earlier ones that is not known.
 _KNOWS_CODE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _REFUSAL = "It must return a torch.Tensor, one value per score."
 
 
@@ -44,32 +46,55 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
         lists = lists_of(block_mask)
         sizes = [*block_mask.BLOCK_SIZE, *block_mask.seq_lengths]
     mods = [(name, mod) for name, mod in mods if mod is not None]
-    kinds = " ".join([_described(name, mod) for name, mod in mods])
     leaves = [x for x in (q, k, v, operands.bias, operands.sinks) if x is not None]
-
-    def on_single_values(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        results = []
-        for name, mod in mods:
-            result = mod(score, b, h, q_idx, kv_idx) if name == "score_mod" else mod(b, h, q_idx, kv_idx)
-            if not isinstance(result, Tensor):
-                raise InvalidProblemError(f"{name} returns no tensor under torch.compile. {_REFUSAL}")
-            results.append(result)
-        return torch.ops.flashgen.mod_results(score, results, kinds)  # type: ignore[no-any-return]
 
     def body() -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling():
             return autograd.run(q, k, v, operands, scalars)
-        like = q.detach().new_zeros((1, 1, 128, 16), dtype=torch.float32)
-        read: Any = flex_attention(like, like, like, score_mod=on_single_values)  # what torch.compile cannot read needs fullgraph=False
-        out, lse = torch.ops.flashgen.attention_mods_fwd(q, k, v, *flatten(operands, scalars), "", lists, sizes, [], [])
         # What the results' gradients depend on, in words that the compiler knows.
-        link = read.sum() * 0
+        link = q.detach().new_zeros((), dtype=torch.float32)
+        comptime(_begin)
+        for name, mod in mods:
+            score, *indices = torch.ops.flashgen.mod_arguments(q)
+            result = mod(score, *indices) if name == "score_mod" else mod(*indices)  # what torch.compile cannot read needs fullgraph=False
+            if not isinstance(result, Tensor):
+                raise InvalidProblemError(f"{name} returns no tensor under torch.compile. {_REFUSAL}")
+            link = link + torch.ops.flashgen.mod_result(result, _described(name, mod)) * 0
+        comptime(_end)
+        out, lse = torch.ops.flashgen.attention_mods_fwd(q, k, v, *flatten(operands, scalars), "", lists, sizes, [], [])
         for x in leaves:
             link = link + x.sum() * 0
         return out + link, lse + link
 
     result: tuple[Tensor, Tensor] = dynamo_bypassing_wrapper(lower, body)
     return result
+
+
+class _SingleIndices(TorchFunctionMode):
+    """An index without dimensions, as the compiler looks at shapes: it would ask for the number, which no one knows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            x, index = args
+            args = (x, tuple(map(_known, index)) if isinstance(index, tuple) else _known(index))
+        return func(*args, **(kwargs or {}))
+
+
+def _known(index: Any) -> Any:
+    number = isinstance(index, Tensor) and not index.dim() and index.dtype in _NUMBERS
+    return 0 if number else index
+
+
+def _begin(context: Any) -> None:
+    """The compiler is about to read mods; whatever ends its reading ends the mode."""
+    torch._C._push_on_torch_function_stack(_SingleIndices())  # type: ignore[no-untyped-call]
+    context._ComptimeContext__tx.output.add_cleanup_hook(partial(_end, None))
+
+
+def _end(context: Any) -> None:
+    count: int = torch._C._len_torch_function_stack()
+    if count and isinstance(torch._C._get_function_stack_at(count - 1), _SingleIndices):
+        torch._C._pop_torch_function_stack()
 
 
 def _described(name: str, mod: Any) -> str:
@@ -84,8 +109,9 @@ def lower(body: Any) -> Any:
     return partial(_lowered, body) if isinstance(body, fx.GraphModule) else body
 
 
-def _lowered(body: fx.GraphModule, *inputs: Any) -> tuple[Tensor, Tensor]:
-    values: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+def _lowered(body: fx.GraphModule, *given: Any) -> tuple[Tensor, Tensor]:
+    inputs = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    values: dict[fx.Node, Any] = dict(inputs)
 
     def value(node: fx.Node) -> Any:
         if node not in values:
@@ -98,11 +124,10 @@ def _lowered(body: fx.GraphModule, *inputs: Any) -> tuple[Tensor, Tensor]:
                 values[node] = cast(Any, node.target)(*args, **kwargs)
         return values[node]
 
-    calls = {str(node.target).removesuffix(".default"): node for node in body.graph.nodes if node.op == "call_function"}
-    q, k, v, *rest = fx.node.map_arg(calls["flashgen.attention_mods_fwd"].args, value)
+    call = next(node for node in body.graph.nodes if str(node.target).startswith("flashgen.attention_mods_fwd"))
+    q, k, v, *rest = fx.node.map_arg(call.args, value)
     *rest, _, lists, sizes, _, _ = rest
-    read = calls["flex_attention"].args
-    mods, found, learnable = kept(value(read[3]), fx.node.map_arg(read[7], value), lists, sizes)
+    mods, found, learnable = kept(body, inputs, lists, sizes)
     wanted = [at for at in learnable if found.tensors[at].requires_grad]
     operands, scalars = split(tuple(rest))
     autograd.refuse_tangents(q, k, v, operands.bias, operands.sinks)

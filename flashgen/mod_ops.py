@@ -25,6 +25,8 @@ from flashgen.scalars import Scalars
 
 # -- mods, kept --
 
+KINDS = ("tensor", "int", "float")  # of what a mod captures
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mods:
@@ -33,7 +35,7 @@ class Mods:
     Attributes:
         functions: by `score_mod`, `mask_mod` or `block_mask`.
         reads: what each is to be given, in the order of what the graph captured: its keyword, None where it does not read it.
-        kinds: of each thing that the graph captured: "tensor", "int" or "float".
+        kinds: of each thing that the graph captured: one of `KINDS`.
         lists: how many of a BlockMask's four tables come first among the tensors; then its block sizes and lengths are the first numbers.
     """
 
@@ -45,8 +47,9 @@ class Mods:
     def operands(self, given: Operands, read: Read) -> Operands:
         """What the call brings along, its functions included."""
         tensors = [x.detach().requires_grad_() if at in read.wanted else x for at, x in enumerate(read.tensors)]
-        rest = {"tensor": iter(tensors[self.lists :]), "float": iter(read.floats)}
-        rest["int"] = iter(read.numbers[4:] if self.lists else read.numbers)
+        numbers = read.numbers[4:] if self.lists else read.numbers
+        floats = [x.item() for x in read.floats]
+        rest = dict(zip(KINDS, map(iter, (tensors[self.lists :], numbers, floats)), strict=True))
         values = [next(rest[kind]) for kind in self.kinds]
         made: dict[str, Any] = {}
         for name, function in self.functions.items():
@@ -64,13 +67,14 @@ class Read:
 
     Attributes:
         tensors: a BlockMask's tables, then what mods captured.
-        numbers, floats: sizes of a BlockMask and captured integers; other captured numbers.
+        numbers: sizes of a BlockMask, then captured integers.
+        floats: captured numbers that are none, as fp64 tensors of the CPU: a graph has no others that change.
         wanted: which of the tensors want gradients.
     """
 
     tensors: Sequence[Tensor]
     numbers: Sequence[int]
-    floats: Sequence[float]
+    floats: Sequence[Tensor]
     wanted: Sequence[int]
 
 
@@ -99,9 +103,12 @@ def keep(digest: str, mods: Mods) -> None:
 
 # -- the operators --
 
-_READ_SCHEMA = "str mods, Tensor[] read, SymInt[] numbers, float[] floats, int[] wanted"
+_READ_SCHEMA = "str mods, Tensor[] read, SymInt[] numbers, Tensor[] floats, int[] wanted"
 _library = torch.library.Library("flashgen", "FRAGMENT")
-_library.define("mod_results(Tensor score, Tensor[] results, str kinds) -> Tensor")
+_library.define(
+    "mod_arguments(Tensor like) -> (Tensor score, Tensor b, Tensor h, Tensor q_idx, Tensor kv_idx)"
+)
+_library.define("mod_result(Tensor result, str described) -> Tensor")
 _library.define(
     f"attention_mods_fwd(Tensor q, Tensor k, Tensor v, {ops.OPERAND_SCHEMA}, {ops.SCALAR_SCHEMA}, {_READ_SCHEMA}) -> (Tensor out, Tensor lse)"
 )
@@ -111,11 +118,15 @@ _library.define(
 )
 
 
-def _results(score: Tensor, results: list[Tensor], kinds: str) -> Tensor:
-    """What mods gave, side by side, so that a compiler sees what gradients depend on; never run."""
-    for x in results:
-        score = score + x
-    return score
+def _arguments(like: Tensor) -> tuple[Tensor, ...]:
+    """What mods are called with; never run."""
+    score = like.detach().new_zeros((), dtype=torch.float32)
+    return score, *(score.int() for _ in range(4))
+
+
+def _result(result: Tensor, described: str) -> Tensor:
+    """A number that depends on what a mod returned; never run."""
+    return result.sum()
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], str, Read]:
@@ -158,7 +169,8 @@ def _bwd_fake(
     return (*grads, *others, [read.tensors[at].new_empty(read.tensors[at].shape) for at in read.wanted])
 
 
-_library.impl("mod_results", _results, "CompositeImplicitAutograd")
+_library.impl("mod_arguments", _arguments, "CompositeImplicitAutograd")
+_library.impl("mod_result", _result, "CompositeImplicitAutograd")
 _library.impl("attention_mods_fwd", _fwd, "CompositeExplicitAutograd")
 _library.impl("attention_mods_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("flashgen::attention_mods_fwd", _fwd_fake, lib=_library)
