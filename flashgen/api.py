@@ -93,7 +93,7 @@ def attention(
         if not (score_mod is None and mask_mod is None and block_mask is None):
             from flashgen import uncompiled
 
-            if uncompiled.compiled is None or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
+            if not uncompiled.READS_MODS or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
                 return uncompiled.run(  # type: ignore[no-any-return]
                     attention, q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
                     softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
@@ -292,7 +292,7 @@ def varlen_attention(
         if not (score_mod is None and mask_mod is None):
             from flashgen import uncompiled
 
-            if uncompiled.compiled is None or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
+            if not uncompiled.READS_MODS or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
                 return uncompiled.run(  # type: ignore[no-any-return]
                     varlen_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=causal,
                     causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from flashgen import autograd, checks
 from flashgen.errors import InvalidProblemError
 from flashgen.mod_graphs import kept
-from flashgen.mod_ops import Read, lists_of
+from flashgen.mod_ops import lists_of
 from flashgen.operands import Operands
 from flashgen.ops import TENSORS, flatten, split
 from flashgen.scalars import Scalars
@@ -51,15 +51,21 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
     def body() -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling():
             return autograd.run(q, k, v, operands, scalars)
-        # What the results' gradients depend on, in words that the compiler knows.
+        # What the gradient of the output depends on, in words that the compiler knows.
         link = q.detach().new_zeros((), dtype=torch.float32)
         comptime(_begin)
         for name, mod in mods:
-            score, *indices = torch.ops.flashgen.mod_arguments(q)
-            result = mod(score, *indices) if name == "score_mod" else mod(*indices)  # what torch.compile cannot read needs fullgraph=False
+            of_score = name == "score_mod"
+            # Of what wants no gradient the compiler would read the forward of a torch.autograd.Function alone.
+            score, *indices = torch.ops.flashgen.mod_arguments(q, of_score and torch.is_grad_enabled())
+            result = (
+                mod(score, *indices) if of_score else mod(*indices)
+            )  # what torch.compile cannot read needs fullgraph=False
             if not isinstance(result, Tensor):
                 raise InvalidProblemError(f"{name} returns no tensor under torch.compile. {_REFUSAL}")
             link = link + torch.ops.flashgen.mod_result(result, _described(name, mod)) * 0
+            if of_score and torch.is_grad_enabled():  # whether what it reads wants one
+                link = link + mod(*torch.ops.flashgen.mod_arguments(q, False)).sum() * 0
         comptime(_end)
         out, lse = torch.ops.flashgen.attention_mods_fwd(q, k, v, *flatten(operands, scalars), "", lists, sizes, [], [])
         for x in leaves:
@@ -175,13 +181,23 @@ class AttentionWithMods(torch.autograd.Function):
             mods, read, numbers, floats, wanted,
         )  # fmt: skip
         if torch.is_grad_enabled():
-            leaves = (q, k, v, given[TENSORS.index("bias")], given[TENSORS.index("sinks")], *(read[at] for at in wanted))
+            leaves = (
+                q,
+                k,
+                v,
+                given[TENSORS.index("bias")],
+                given[TENSORS.index("sinks")],
+                *(read[at] for at in wanted),
+            )
             refuse_twice: Any = autograd.NotTwiceDifferentiable.apply
             dq, dk, dv, dbias, dsinks, *of_read = refuse_twice(
                 len(leaves), *leaves, dq, dk, dv, dbias, dsinks, *of_read
             )
         grads[:3] = dq, dk, dv
-        grads[autograd.BIAS], grads[autograd.SINKS] = dbias if needed[autograd.BIAS] else None, dsinks if needed[autograd.SINKS] else None
+        grads[autograd.BIAS], grads[autograd.SINKS] = (
+            dbias if needed[autograd.BIAS] else None,
+            dsinks if needed[autograd.SINKS] else None,
+        )
         first = autograd.FIRST_OPERAND + len(TENSORS)
         for at, grad in zip(wanted, of_read, strict=True):
             grads[first + at] = grad

@@ -82,8 +82,8 @@ class _BlockMask:
     """As much of PyTorch's `BlockMask` as is read of one."""
 
     def __init__(self, lists: Sequence[Tensor], sizes: Sequence[int], mask_mod: Any) -> None:
-        self.kv_num_blocks, self.kv_indices, *full = lists
-        self.full_kv_num_blocks, self.full_kv_indices = full or (None, None)
+        self.kv_num_blocks, self.kv_indices = lists[:2]
+        self.full_kv_num_blocks, self.full_kv_indices = lists[2:] or (None, None)
         self.BLOCK_SIZE, self.seq_lengths, self.mask_mod = tuple(sizes[:2]), tuple(sizes[2:]), mask_mod
 
 
@@ -106,7 +106,7 @@ def keep(digest: str, mods: Mods) -> None:
 _READ_SCHEMA = "str mods, Tensor[] read, SymInt[] numbers, Tensor[] floats, int[] wanted"
 _library = torch.library.Library("flashgen", "FRAGMENT")
 _library.define(
-    "mod_arguments(Tensor like) -> (Tensor score, Tensor b, Tensor h, Tensor q_idx, Tensor kv_idx)"
+    "mod_arguments(Tensor like, bool learns) -> (Tensor score, Tensor b, Tensor h, Tensor q_idx, Tensor kv_idx)"
 )
 _library.define("mod_result(Tensor result, str described) -> Tensor")
 _library.define(
@@ -118,15 +118,15 @@ _library.define(
 )
 
 
-def _arguments(like: Tensor) -> tuple[Tensor, ...]:
+def _arguments(like: Tensor, learns: bool) -> tuple[Tensor, ...]:
     """What mods are called with; never run."""
-    score = like.detach().new_zeros((), dtype=torch.float32)
-    return score, *(score.int() for _ in range(4))
+    zero = like.detach().new_zeros((), dtype=torch.float32)
+    return zero.clone().requires_grad_(learns), *(zero.int() for _ in range(4))
 
 
 def _result(result: Tensor, described: str) -> Tensor:
-    """A number that depends on what a mod returned; never run."""
-    return result.sum()
+    """What a mod returned, marked, as a number that is used, so that no compiler drops it; never run."""
+    return result.detach().sum()
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], str, Read]:

@@ -16,9 +16,11 @@ from torch import Tensor
 from flashgen import autograd, ops
 
 try:
-    from flashgen import compiled
+    import flashgen.compiled  # noqa: F401
+
+    READS_MODS = True
 except ImportError:  # a PyTorch whose compiler does not hand a function's graph over
-    compiled = None  # type: ignore[assignment]
+    READS_MODS = False
 
 
 def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
