@@ -57,10 +57,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -
         for name, mod in mods:
             of_score = name == "score_mod"
             # Of what wants no gradient the compiler would read the forward of a torch.autograd.Function alone.
-            score, *indices = torch.ops.flashgen.mod_arguments(q, of_score and torch.is_grad_enabled())
-            result = (
-                mod(score, *indices) if of_score else mod(*indices)
-            )  # what torch.compile cannot read needs fullgraph=False
+            arguments = torch.ops.flashgen.mod_arguments(q, of_score and torch.is_grad_enabled())[
+                0 if of_score else 1 :
+            ]
+            result = mod(*arguments)  # what torch.compile cannot read needs fullgraph=False
             if not isinstance(result, Tensor):
                 raise InvalidProblemError(f"{name} returns no tensor under torch.compile. {_REFUSAL}")
             link = link + torch.ops.flashgen.mod_result(result, _described(name, mod)) * 0

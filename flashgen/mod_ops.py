@@ -83,7 +83,8 @@ class _BlockMask:
 
     def __init__(self, lists: Sequence[Tensor], sizes: Sequence[int], mask_mod: Any) -> None:
         self.kv_num_blocks, self.kv_indices = lists[:2]
-        self.full_kv_num_blocks, self.full_kv_indices = lists[2:] or (None, None)
+        full: Sequence[Tensor | None] = lists[2:] or (None, None)
+        self.full_kv_num_blocks, self.full_kv_indices = full
         self.BLOCK_SIZE, self.seq_lengths, self.mask_mod = tuple(sizes[:2]), tuple(sizes[2:]), mask_mod
 
 
