@@ -9,7 +9,8 @@ document ids. The call without its launch runs on CPU tensors with a fake h100 (
 zeros, trace, bounds, dispatch, rendering, the written and imported file, ranges. Times here are the thread's CPU time, which others
 on the machine do not stretch. On a GPU a child process makes a call with another
 mask first; then the new mask's first call is timed until the device is done: with empty caches of Triton and flashgen (cold),
-and in a second process with those that the first one filled. --stages says of a cold call what each kernel's Python, lowerings (LLVM: llir and
+and in a second process with those that the first one filled. Two more follow: one on other queries, as a model's next layer makes, and one on the
+same queries, which waits for a mask's own kernel (`flashgen/stand_ins.py`). --stages says of a cold call what each kernel's Python, lowerings (LLVM: llir and
 ptx; ptxas: cubin) and files took, and when it was done; Triton's own way is taken then, which on a hit reads more. --check exits 1 over 50 ms for trace + analyse + render here; on a
 GPU over 3 s cold or 50 ms cached.
 """
@@ -165,7 +166,7 @@ def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) 
     q = torch.randn(1, seqlen, 32, 128, dtype=torch.bfloat16, device=device, requires_grad=training)
     k = torch.randn(1, seqlen, 8, 128, dtype=torch.bfloat16, device=device, requires_grad=training)
 
-    def call(**options: Any) -> float:
+    def call(q: torch.Tensor = q, **options: Any) -> float:
         start = time.perf_counter()
         out = flashgen.attention(q, k, k, backend=backend, **options)  # type: ignore[arg-type]
         if training:
@@ -190,13 +191,16 @@ def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) 
     for row in compiled:
         row["done"] = round(1e3 * (row["done"] - began), 1)
     compiled = list(compiled)
-    second = call(**options)
+    other = q.detach().clone().requires_grad_(training)
+    torch.cuda.synchronize()
+    second = call(other, **options)  # the next layer's; what still compiles goes on
+    waited = call(**options)  # on the same queries: it waits for what still compiles
     start = time.perf_counter()
     for _ in range(50):  # queued, not waited for
         flashgen.attention(q, k, k, backend=backend, **options)  # type: ignore[arg-type]
     host_us = (time.perf_counter() - start) / 50 * 1e6
     torch.cuda.synchronize()
-    row = {"first_ms": first, "second_ms": second, "host_us": host_us}
+    row = {"first_ms": first, "second_ms": second, "waited_ms": waited, "host_us": host_us}
     print(json.dumps(row | ({"compiled": compiled} if stages else {})), flush=True)
 
 

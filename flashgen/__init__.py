@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         attention,
         decode_attention,
         explain,
-        merge_attention_states,
         varlen_attention,
     )
     from flashgen.config import KernelConfig
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         TuningError,
         UnsupportedProblemError,
     )
+    from flashgen.merging import merge_attention_states
     from flashgen.offline import compile_facts, export, tune
     from flashgen.problem import Problem
     from flashgen.spec import AttentionSpec
@@ -68,6 +68,7 @@ _HOME = {
     "Plan": "dispatch",
     "Problem": "problem",
     "Target": "target",
+    "merge_attention_states": "merging",
     **dict.fromkeys(("compile_facts", "export", "tune"), "offline"),
     **{name: "errors" for name in __all__ if name.endswith("Error")},
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashgen.execution import backward, cast_like, forward
+from flashgen.execution import backward, cast_like, forward, kernels_asked
 from flashgen.operands import Operands
 from flashgen.ops import TENSORS, flatten, mapped, wants_gradient
 from flashgen.problem import not_built
@@ -64,12 +64,24 @@ def _refuse_transformed(operands: Operands) -> None:
         raise not_built("a torch.func transform of what score_mod, mask_mod or block_mask of flashgen.attention read")
 
 
+def _refuse_traced(q: Tensor, scalars: Scalars) -> None:
+    """A tracer of operators sees no kernel that is launched without one: its graph would give back memory that nothing was written to."""
+    if torch.compiler.is_compiling() or not kernels_asked(q, scalars):
+        return
+    c: Any = torch._C
+    if c._is_tracing() or c._get_dispatch_mode(c._TorchDispatchModeKey.PROXY) is not None:
+        raise not_built(
+            "tracing (make_fx, torch.jit.trace) of flashgen.attention with score_mod, mask_mod or block_mask by another backend than 'torch'"
+        )
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Attention, differentiable where an argument wants a gradient."""
     operands.require_tensors(q.device)
     refuse_tangents(q, k, v, operands.bias, operands.sinks)
     if operands.has_functions:
         _refuse_transformed(operands)
+        _refuse_traced(q, scalars)
     if torch.is_grad_enabled():
         operands = operands.as_now(q.device)
     captured = operands.options_captured() if operands.score_mod is not None else ()

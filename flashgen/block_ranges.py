@@ -64,37 +64,47 @@ def ranges(
 
 
 def looked_up(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int]
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], *, surely: bool = False
 ) -> dict[str, Tensor | None]:
     """What a kernel takes that looks masked tiles up, by its names; see `mask_words.Tables`.
 
     Args:
         program, tensors, problem: as in `mask_ranges`.
         tile: queries of a thread block, a multiple of 64, and keys of a block.
+        surely: whether the host is to wait until it knows that they say what the tensors hold, and else to make them anew.
 
     Returns:
         `mask_ranges`, or `mask_lists` of a mask without a diagonal that leaves blocks scattered; and `mask_words`. `mask_slots` tells of each block
-        where its words are, for `shared_masks`. No words where they would be too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of one content,
+        where its words are, for `shared_masks`, where the tables surely say all of the mask: it reads no tensors, they were made in this call, or
+        `surely` was asked for. No words where they would be too many; nor under capture for a mask that reads tensors, since a graph's replay may meet others: words are of one content,
         and a kernel that is told of another evaluates each pair far from its fast loops.
     """
     # What a diagonal hides is not in a list.
     may_list = not problem.causal and problem.window_size == (-1, -1)
-    found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), tile[0] if may_list else -tile[0])
+    kind = tile[0] if may_list else -tile[0]
+    found = _tables(program, tensors, problem, (mask_words.ROWS, tile[1]), kind, surely)
     names: dict[str, Tensor | None] = dict.fromkeys(("mask_ranges", "mask_lists", "mask_words", "mask_slots"))
     if found is not None:
         names |= {"mask_lists" if found.listed else "mask_ranges": found.table, "mask_words": found.words}
-        names["mask_slots"] = found.slots
+        # A slot says where words are: without any there is nothing that a shared kernel could look up.
+        names["mask_slots"] = None if found.words is None else found.slots
     return names
 
 
 def launch_values(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tiles: dict[str, tuple[int, int]]
+    program: Any,
+    tensors: tuple[Tensor, ...],
+    problem: Problem,
+    tiles: dict[str, tuple[int, int]],
+    *,
+    surely: bool = False,
 ) -> dict[str, Any]:
     """Captured tensors, and where a mask_mod leaves whole blocks out for each walk of a kernel, by the names of the rendered launch.
 
     Args:
         program, tensors, problem: as in `mask_ranges`.
         tiles: of `Variant.mask_tiles`; without any nothing is looked for.
+        surely: as in `looked_up`.
     """
     # A kernel reads memory: what a lazily negated view holds there is the values before the minus.
     given = (x.resolve_neg() for x in tensors)
@@ -108,7 +118,7 @@ def launch_values(
             values[name] = tile and ranges(program, tensors, problem, tile, turned=walks == "rows")
         values |= {"mask_lists": None, "mask_words": None, "mask_slots": None}
         if "words" in tiles:
-            values |= looked_up(program, tensors, problem, tiles["words"])
+            values |= looked_up(program, tensors, problem, tiles["words"], surely=surely)
         # What a kernel takes that masks share (`shared_masks`), in the place of what its own would capture.
         values |= {captured("tile_slots"): values["mask_slots"], captured("tile_words"): values["mask_words"]}
     return values
@@ -119,7 +129,7 @@ _RANGES, _TURNED = range(2)
 
 
 def _tables(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], kind: int
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, tile: tuple[int, int], kind: int, surely: bool = False
 ) -> Tables | None:
     if program.mask is None or problem.varlen or 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
         return None
@@ -129,7 +139,7 @@ def _tables(
         made, stream = _of_code(_ByDigest(program), sizes, problem.device, kind)
         _used([x for x in (made.table, made.words, made.slots) if x is not None], stream)
         return held(made, problem.device)
-    return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, kind)
+    return _of_contents(program, tuple(tensors[number] for number in read), tensors, sizes, kind, surely)
 
 
 class _ByDigest:
@@ -200,18 +210,27 @@ class _Known:
     masked: Tensor
     stream: int
 
+    def used(self) -> None:
+        """Note that the current stream reads all of it."""
+        made = (self.precise.table, self.precise.words, self.precise.slots, self.masked, *self.copies)
+        _used([x for x in made if x is not None], self.stream)
+
+    def still(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors hold the same content now; waits for the device."""
+        return all(torch.equal(_bits(tensor), copy) for tensor, copy in zip(tensors, self.copies, strict=True))
+
     def current(self, tensors: Sequence[Tensor]) -> Tables:
-        """The tables for what the tensors hold when the device gets there."""
+        """The tables for what the tensors hold when the device gets there; no slots, since nothing stands for another content."""
         precise, masked, words = self.precise.table, self.masked, self.precise.words
-        _used([x for x in (precise, masked, words, *self.copies) if x is not None], self.stream)
+        self.used()
         if not self.copies:
-            return replace(self.precise, table=masked)
+            return replace(self.precise, table=masked, slots=None)
         same: Tensor | None = None
         for tensor, copy in zip(tensors, self.copies, strict=True):
             equal = (_bits(tensor) == copy).all()
             same = equal if same is None else same & equal
         table = broadcast(torch.where(same, precise, masked))  # type: ignore[arg-type]
-        return replace(self.precise, table=table, words=None if capturing(table.device) else words)
+        return replace(self.precise, table=table, words=None if capturing(table.device) else words, slots=None)
 
 
 _contents: OrderedDict[tuple[Any, ...], _Known] = OrderedDict()
@@ -219,7 +238,12 @@ _lock = threading.Lock()
 
 
 def _of_contents(
-    program: Any, read: tuple[Tensor, ...], tensors: tuple[Tensor, ...], sizes: tuple[int, ...], kind: int
+    program: Any,
+    read: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    kind: int,
+    surely: bool = False,
 ) -> Tables | None:
     if any(x.is_neg() or x.is_conj() or x.layout != torch.strided for x in read):
         return None
@@ -241,6 +265,11 @@ def _of_contents(
         return known.precise
     held(known, str(device))
     with torch.no_grad():
+        if surely and known.copies and not capturing(device):
+            if not known.still(read):
+                return _remember(key, program, read, tensors, sizes, kind, versions).precise
+            known.used()
+            return known.precise
         return known.current(read)
 
 
@@ -260,7 +289,11 @@ def _remember(
             versions=versions,
             storages=tuple(StorageWeakRef(x.untyped_storage()) for x in read),
             copies=() if indifferent else tuple(_bits(kept[id(x)]) for x in read),
-            precise=replace(precise, table=broadcast(precise.table.to(device)), slots=None),
+            precise=replace(
+                precise,
+                table=broadcast(precise.table.to(device)),
+                slots=None if precise.slots is None else broadcast(precise.slots.to(device)),
+            ),
             masked=broadcast(masked.to(device)),
             stream=_settled(read[0].device),
         )

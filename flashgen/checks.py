@@ -1,4 +1,4 @@
-"""What the arguments of a call must be: one check per kind of argument, none of which imports torch or reads a GPU's memory.
+"""What the arguments of a call must be: one check per kind of argument, none of which reads a GPU's memory. Importing it does not import torch.
 
 Every refusal is an `InvalidProblemError` that names the argument, says what was given and what is allowed. Values inside
 tensors (the offsets of packed sequences) are looked at on a CPU only: on a GPU that would synchronise (FLASHGEN_CHECK_VALUES).
@@ -52,8 +52,11 @@ def flag(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any) -> float:
     """A finite number that fp32 can hold; whatever `float()` takes, except texts."""
+    # A compiler's symbolic number is one of these, and is not to be asked for more.
+    recorded = not isinstance(value, (int, float)) and getattr(value, "requires_grad", False)
+    given = value.detach() if recorded else value  # or PyTorch would warn of what is refused below
     try:
-        found = math.nan if isinstance(value, (str, bytes)) else float(value)
+        found = math.nan if isinstance(value, (str, bytes)) else float(given)
     except OverflowError:
         found = math.inf
     except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several elements
@@ -61,6 +64,11 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, (str, bytes)):
         raise InvalidProblemError(f"{name}={value!r} is a {type(value).__name__}: it must be a number.")
     require(abs(found) <= MAX_FLOAT32, name, value, "a finite number that fp32 can hold")
+    if recorded and _records():
+        raise InvalidProblemError(
+            f"{name} is a tensor that wants a gradient, and numbers get none: scale q with it, or let a score_mod read it; "
+            f"pass {name}.item() where no gradient is meant."
+        )
     return found
 
 
@@ -118,6 +126,47 @@ def qkv(q: Any, k: Any, v: Any, layout: str, *, dims: int = 4) -> DType:
                 f"{name} is on {value.device}, q on {q.device}: q, k and v must be on one device. Move one."
             )
     return cast(DType, dtype)
+
+
+# -- how they lie --
+
+
+def tma_addressable(tensor: Tensor) -> bool:
+    """Whether a TMA descriptor can express a tensor: base address and strides are multiples of 16 bytes, and none is 0.
+
+    Dimensions of size 1 may have any stride, since it is never stepped over; the last one is not looked at.
+    """
+    size = tensor.element_size()
+    strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
+    try:
+        address = 0 if without_values(tensor) else tensor.data_ptr()
+    except (
+        RuntimeError
+    ):  # inside torch.func.grad or vmap a tensor has no address; the operator asks again with what it wraps
+        return False
+    return address % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
+
+
+def without_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no memory: a meta tensor, or a fake one that stands for a GPU's."""
+    return tensor.is_meta or hasattr(tensor, "fake_mode")
+
+
+def is_copied(tensor: Tensor) -> bool:
+    """Whether a kernel gets a copy: its last stride is not 1."""
+    return tensor.stride(-1) != 1 and tensor.shape[-1] != 1
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of them now."""
+    return _records() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
+
+
+def _records() -> bool:
+    """Whether autograd is switched on."""
+    import torch  # here: rendering and tuning a named problem work without it
+
+    return torch.is_grad_enabled()
 
 
 # -- packed sequences --

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import queue
-import select
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from flashgen import patience
 from flashgen.config import KernelConfig
 from flashgen.errors import BuildError
 from flashgen.facts import CompiledFacts, Strides, cached
@@ -194,17 +193,11 @@ class _Worker:
         return CompiledFacts.from_json(reply)
 
     def _receive(self, timeout_s: float, what: str) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while True:
+        if not patience.readable(self._replies, timeout_s, self._stop.is_set):
+            self.kill()
             if self._stop.is_set():
-                self.kill()
                 raise BuildError(STOPPED)
-            ready, _, _ = select.select([self._replies], [], [], 0.1)
-            if ready:
-                break
-            if time.monotonic() > deadline:
-                self.kill()
-                raise BuildError(f"a compiling worker was killed after {timeout_s:g} s (timeout): it {what}")
+            raise BuildError(f"a compiling worker was killed after {timeout_s:g} s (timeout): it {what}")
         reply = receive(self._replies)
         if reply is None:
             code = self._process.wait()

@@ -17,12 +17,12 @@ from typing import Literal
 from flashgen import settings
 from flashgen.config import KernelConfig, Tunable
 from flashgen.coverage import untuned
-from flashgen.errors import InvalidProblemError, UnsupportedProblemError
+from flashgen.errors import DatabaseError, InvalidProblemError, UnsupportedProblemError
 from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.settings import BACKENDS, Settings
 from flashgen.spec import AttentionSpec
-from flashgen.store import portfolios, seeds, select
+from flashgen.store import exchange, portfolios, seeds, select
 from flashgen.store.portfolios import Member
 from flashgen.store.records import Record
 from flashgen.target import Target
@@ -120,7 +120,7 @@ def resolve(
     Raises:
         InvalidProblemError: unknown backend, or a config that is not legal.
         UnsupportedProblemError: no variant covers the problem; lists every variant's reason.
-        DatabaseError: the user's database is corrupt or unreadable.
+        DatabaseError: the user's database is corrupt or unreadable, or is not the one that FLASHGEN_REQUIRE_DB_DIGEST names.
         SchemaVersionError: its schema is newer or older than this flashgen.
     """
     fixed = config if config is None or isinstance(config, KernelConfig) else tuple(sorted(config.items()))
@@ -292,10 +292,11 @@ def _configure(
 ) -> tuple[KernelConfig, str]:
     text = cache(lambda: render(spec, variant))  # a first call need not wait for it where there are no rows
     database = _database_rows(variant, spec, lambda: text().digest, target, env)
+    key = spec.key
     shipped = [
         row
         for row in _seed_rows(spec, target)
-        if (row.spec_key, row.variant) == (spec.key, variant.name) and row.digest == text().digest
+        if (row.spec_key, row.variant) == (key, variant.name) and row.digest == text().digest
     ]
     order = (
         ("database", select.best_measured, database),
@@ -343,18 +344,26 @@ def _legal(row: Record | Member | None, variant: Variant, spec: AttentionSpec, t
 def _database_rows(
     variant: Variant, spec: AttentionSpec, digest: Callable[[], str], target: Target, env: Settings
 ) -> list[Record]:
-    if env.require_db_digest is not None:
-        raise UnsupportedProblemError(
-            "FLASHGEN_REQUIRE_DB_DIGEST is not supported by this version of flashgen: unset it."
-        )
     path = env.database_path
     if path is not None and not path.exists():
+        _require_digest(exchange.NO_ROWS, env)
         return []
     from flashgen.store import open_store  # imports sqlalchemy: only where there is a database
 
     with open_store(env.database_url) as store:
+        if env.require_db_digest is not None:
+            _require_digest(store.digest(), env)
         rows = store.trials(spec_key=spec.key, digest=digest(), gpu=_gpu_filter(target))
     return [row for row in rows if row.variant == variant.name]
+
+
+def _require_digest(found: str, env: Settings) -> None:
+    """Processes that must choose alike (the ranks of one model) each name the rows that they count on."""
+    if env.require_db_digest not in (None, found):
+        raise DatabaseError(
+            f"the tuning database {env.database_path or 'on the server'} has digest {found}, FLASHGEN_REQUIRE_DB_DIGEST asks for "
+            f"{env.require_db_digest}: give every process the same rows (`flashgen db export` and `import --origin local`), or unset it."
+        )
 
 
 def _seed_rows(spec: AttentionSpec, target: Target) -> list[Record]:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import jit, settings, torch_blocked
+from flashgen import checks, jit, settings, stand_ins, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
 from flashgen.operands import Operands
-from flashgen.problem import Problem, not_built, tma_addressable
+from flashgen.problem import Problem, not_built
 from flashgen.render import render
 from flashgen.scalars import Scalars, decode_config
 from flashgen.shared_masks import kernel_spec
-from flashgen.stream_capture import capturing, free_stream, relaxed
+from flashgen.stream_capture import capturing
 from flashgen.variants import by_name
 
 logger = logging.getLogger("flashgen")
@@ -38,13 +38,13 @@ def checked(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
     """
     operands.require_tensors(q.device)
     problem = problem_of(q, k, v, operands, scalars)
-    if not _kernels_asked(q, scalars):
+    if not kernels_asked(q, scalars):
         operands.check(problem, q.device)
         return problem
     return operands.check_traced(problem, q.device)
 
 
-def _kernels_asked(q: Tensor, scalars: Scalars) -> bool:
+def kernels_asked(q: Tensor, scalars: Scalars) -> bool:
     """Whether a generated kernel may run the call, so that mods are traced."""
     if torch.compiler.is_compiling():
         return False
@@ -129,7 +129,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalar
 def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast has its say in the dtypes of q, k and v; the fp32 products inside are not its business."""
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    available = torch.amp.is_autocast_available(device)  # meta tensors have none
+    return torch.autocast(device, enabled=False) if available and torch.is_autocast_enabled(device) else nullcontext()
 
 
 @contextmanager
@@ -192,19 +193,16 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
     variant = by_name(plan.variant)
+    if any(checks.without_values(x) for x in arguments if x is not None):
+        return  # functions have no operator around them, whose fake would have answered
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
-        # Operators never see one; functions of the user's have no operator around them.
-        raise not_built(
-            "a torch.func transform of flashgen.attention with score_mod, mask_mod or block_mask in a kernel"
-        )
-    spec = kernel_spec(plan)
+        raise not_built("a torch.func transform of flashgen.attention with mods or block_mask in a kernel")
+    device = next(x.device for x in arguments if x is not None)
+    stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
+    spec = kernel_spec(plan) if stand_in is None else stand_in
     source = render(spec, variant)
-    values = {
-        **operands.launch_values(problem, plan.config, spec=spec),
-        **variant.launch_options(problem),
-        **extra,
-        **plan.config,
-    }
+    more = {**variant.launch_options(problem), **extra, **plan.config}
+    values = {**operands.launch_values(problem, plan.config, spec=spec, made=made), **more}
     if plan.target.backend == "cpu":
         from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
@@ -217,12 +215,22 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
         return
     if _beside:
         join_beside(plan)
-    device = next(x.device for x in arguments if x is not None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             kernel.launch(*arguments, **values)
         except Exception as error:
             raise explained(error, plan) from error
+        if stand_in is not None:
+            _ran.plan = None  # what runs once its own is compiled is another kernel
+            own = {**operands.launch_values(problem, plan.config, made=made), **more}
+            build_own = lambda: build(render(problem.spec, variant)).launch  # noqa: E731
+            stand_ins.compile_own(plan, build_own, arguments, own, partial(_gradients_sooner, plan))
+
+
+def _gradients_sooner(plan: Plan) -> threading.Thread | None:
+    """What compiles a plan's backward; begins it, if the forward had nothing to compile."""
+    jit.begin_beside()
+    return None if plan.backward is None else _beside.get(_kernel(plan.backward))
 
 
 def explained(error: Exception, plan: Plan) -> Exception:
@@ -276,29 +284,15 @@ def _backward_beside(
     if operands.bias is not None and operands.bias.requires_grad:  # whose sums may be as large as the scores
         return nullcontext()
 
-    def compile_backward(
-        stream: AbstractContextManager[None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
+    def compile_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         _ran.compiles_only = True
         sinks_grad = operands.sinks is not None and operands.sinks.requires_grad
-        try:
-            with torch.no_grad(), relaxed(), stream:
-                backward(out, None, q, k, v, out, lse, operands, scalars, False, sinks_grad)
-        except Exception as error:  # the backward itself will say so, where somebody asks for it
-            logger.debug("the backward was not compiled ahead: %s", error)
+        backward(out, None, q, k, v, out, lse, operands, scalars, False, sinks_grad)
 
     def start() -> None:
         if capturing(q.device):
             return
-        stream: Any = nullcontext()
-        if q.is_cuda:
-            own = free_stream(q.device)
-            own.wait_stream(torch.cuda.current_stream(q.device))  # mods may read what is being computed there
-            stream = torch.cuda.stream(own)
-        # Without autograd's graph, whose leaves' accumulators remember this stream: a capture that begins meanwhile makes its own.
-        given = (stream, *(x.detach() for x in (q, k, v, out, lse)))
-        # No daemon: at the end of the process it is waited for.
-        thread = threading.Thread(target=compile_backward, args=given, name="flashgen-backward")
+        thread = stand_ins.compile_beside(compile_backward, "flashgen-backward", q, k, v, out, lse)
         _beside[_kernel(after)] = thread
         thread.start()
 
@@ -323,7 +317,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Check, resolve and run; the gradients are contiguous in the shapes of q, k and v."""
     problem = problem_of(q, k, v, operands, scalars)
-    if _kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
+    if kernels_asked(q, scalars):  # as the forward did, or an explicit configuration would be refused here
         problem = operands.traced(problem, q.device)
     problem = replace(problem, requires_grad=True, bias_grad=bias_grad)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
@@ -361,11 +355,12 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    make = torch.zeros if 0 in q.shape else torch.empty  # the Hopper kernel writes no dk and dv of no queries
+    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
     inputs = (_unit_last_stride(seen(x)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
-    if plan.backend == "gluon" and not tma_addressable(dout):
+    if plan.backend == "gluon" and not checks.tma_addressable(dout):
         dout = dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous().resolve_neg()
 

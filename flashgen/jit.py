@@ -319,6 +319,13 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
         _thread.beside = None
 
 
+def begin_beside() -> None:
+    """Begin now what `beside` was given, if nothing was compiled."""
+    work, _thread.beside = _thread.beside, None
+    if work is not None:
+        work()
+
+
 def _after_reading(src: Any, work: Callable[[], None]) -> None:
     def make_ir(*arguments: Any, **more: Any) -> Any:
         # A compiled kernel keeps its source, which must not keep the work: the call's tensors, and through the output its autograd graph.

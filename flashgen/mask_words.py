@@ -247,15 +247,17 @@ def _evaluated_here(
     tables = arrays_of(tensors, program.mask_reads)
     numbers = tiles.numpy().astype(np.int32)
     words = np.zeros((numbers.shape[1] + zeros, ROWS, LANES), np.int32)
-    rows, columns = np.arange(ROWS, dtype=np.int32)[None, :, None], np.arange(block, dtype=np.int32)[None, None, :]
+    rows = np.arange(ROWS, dtype=np.int32)[None, :, None]
+    # In the order of the bits of a row's four words, which so come one after the other.
+    columns = np.arange(block, dtype=np.int32).reshape(block // 8, LANES, 2).transpose(1, 0, 2).reshape(1, 1, block)
     step = max(1, _AT_ONCE_HERE // (ROWS * block))
     for start in range(0, numbers.shape[1], step):
         b, h, row, key = (x[:, None, None] for x in numbers[:, start : start + step])
         q_idx, kv_idx = row * np.int32(ROWS) + rows, key * np.int32(block) + columns
         inputs = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
         seen = semantics.evaluate(program.mask, inputs, tables) & (q_idx < seqlen_q) & (kv_idx < seqlen_k)
-        lanes = np.broadcast_to(seen, (len(b), ROWS, block)).reshape(len(b), ROWS, block // 8, LANES, 2)
-        bits = np.packbits(lanes.transpose(0, 1, 3, 2, 4).reshape(len(b), ROWS, LANES, block // 4), -1, "little")
+        lanes = np.broadcast_to(seen, (len(b), ROWS, block)).reshape(len(b), ROWS, LANES, block // 4)
+        bits = np.packbits(lanes, -1, "little")
         padded = np.zeros((len(b), ROWS, LANES, 4), np.uint8)
         padded[..., : bits.shape[-1]] = bits
         words[zeros + start : zeros + start + len(b)] = padded.view("<i4")[..., 0]

@@ -316,11 +316,11 @@ class Operands:
         block = None if self.block_mask is None else self.block_mask.mask_mod
         return mods.program(self.score_mod, masks, device, block)
 
-    def _captured(self, problem: Problem, config: KernelConfig | None) -> dict[str, Any]:
-        """Captured tensors and the mask's ranges, by the names of the rendered launch."""
+    def of_mods(self, problem: Problem, config: KernelConfig | None, *, surely: bool = False) -> dict[str, Any]:
+        """Captured tensors and the mask's ranges, by the names of the rendered launch; surely: as in `block_ranges.looked_up`."""
         if problem.mods is None:
             return {}
-        values = _of_program(*self._program(torch.device(problem.device)), problem, config)
+        values = _of_program(*self._program(torch.device(problem.device)), problem, config, surely)
         if self.block_mask is None:
             return values
         tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
@@ -361,6 +361,7 @@ class Operands:
         *,
         with_ranges: bool = True,
         spec: AttentionSpec | None = None,
+        made: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What the rendered `launch` of a problem takes beside q, k, v, its outputs and the configuration, by its names.
 
@@ -369,6 +370,7 @@ class Operands:
             config: of the kernel; its tile decides where a mask_mod leaves whole blocks out.
             with_ranges: whether those are looked for; else None stands in their place.
             spec: of the kernel, where it is not the problem's own.
+            made: `of_mods` of the same problem and configuration, where the caller has it already.
         """
         left, right = problem.window_size
         numbers: dict[str, Any] = {
@@ -379,7 +381,7 @@ class Operands:
             "max_seqlen_q": problem.seqlen_q,
             "max_seqlen_k": problem.seqlen_k,
             "bottom_right": problem.causal_alignment == "bottom-right",
-            **self._captured(problem, config if with_ranges else None),
+            **(self.of_mods(problem, config if with_ranges else None) if made is None else made),
         }
         wanted = (signature if config is None else by_name(config.variant).signature)(spec or problem.spec).launch
         values = {name: numbers[name] if name in numbers else getattr(self, name) for name in wanted}
@@ -390,7 +392,7 @@ class Operands:
 
 
 def _of_program(
-    program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None
+    program: Any, tensors: tuple[Tensor, ...], problem: Problem, config: KernelConfig | None, surely: bool = False
 ) -> dict[str, Any]:
     tiles = {} if config is None else by_name(config.variant).mask_tiles(config)
-    return launch_values(program, tensors, problem, tiles)
+    return launch_values(program, tensors, problem, tiles, surely=surely)

@@ -35,7 +35,7 @@ class Problem:
         deterministic: the gradients must repeat bit for bit; every forward does, whatever is asked for.
         device: of the tensors, e.g. `cpu` or `cuda:0`.
         copies: names of the tensors whose last stride is not 1, which are copied.
-        unaligned: names of the other tensors that TMA cannot address: see `tma_addressable`.
+        unaligned: names of the other tensors that TMA cannot address: see `checks.tma_addressable`.
         mods: score_mod and mask_mod as kernels have them, where a kernel may run the call.
         untraced: why they have no such form, in a user's words.
         bias_grad: whether the bias wants a gradient.
@@ -375,48 +375,24 @@ class Problem:
             has_alibi=alibi_slopes is not None,
             has_sinks=sinks is not None,
             has_bias=bias is not None,
-            bias_grad=_needs_grad(bias),
+            bias_grad=checks.wants_gradient(bias),
             has_attn_mask=attn_mask is not None,
             has_score_mod=score_mod is not None,
             has_mask_mod=mask_mod is not None,
             has_block_mask=block_mask is not None,
             dropout_p=checks.number("dropout_p", dropout_p),
             return_lse=checks.flag("return_lse", return_lse),
-            requires_grad=_needs_grad(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
+            requires_grad=checks.wants_gradient(q, k, v, bias, sinks) if requires_grad is None else requires_grad,
             deterministic=checks.flag("deterministic", deterministic),
             layout=layout,
             device=str(q.device),
-            copies=tuple(name for name, tensor in tensors.items() if _is_copied(tensor)),
+            copies=tuple(name for name, tensor in tensors.items() if checks.is_copied(tensor)),
             unaligned=tuple(
-                name for name, tensor in tensors.items() if not _is_copied(tensor) and not tma_addressable(tensor)
+                name
+                for name, tensor in tensors.items()
+                if not checks.is_copied(tensor) and not checks.tma_addressable(tensor)
             ),
         )
-
-
-def tma_addressable(tensor: Tensor) -> bool:
-    """Whether a TMA descriptor can express a tensor: base address and strides are multiples of 16 bytes, and none is 0.
-
-    Dimensions of size 1 may have any stride, since it is never stepped over; the last one is not looked at.
-    """
-    size = tensor.element_size()
-    strides = [tensor.stride(dim) * size for dim in range(tensor.dim() - 1) if tensor.shape[dim] > 1]
-    try:
-        address = tensor.data_ptr()
-    except (
-        RuntimeError
-    ):  # inside torch.func.grad or vmap a tensor has no address; the operator asks again with what it wraps
-        return False
-    return address % 16 == 0 and all(step > 0 and step % 16 == 0 for step in strides)
-
-
-def _is_copied(tensor: Tensor) -> bool:
-    return tensor.stride(-1) != 1 and tensor.shape[-1] != 1
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    import torch  # here: rendering and tuning a named problem work without it
-
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
 
 
 def not_built(name: str) -> UnsupportedProblemError:

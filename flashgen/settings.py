@@ -7,6 +7,7 @@ processes see a change at once. Importing this module touches no disk.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -32,7 +33,7 @@ class Settings:
         on_fallback: FLASHGEN_ON_FALLBACK, what a fall to the torch backend on a GPU does.
         backend: FLASHGEN_BACKEND, used where a call says `backend="auto"`.
         log: FLASHGEN_LOG, the level of the `flashgen` logger, or None to leave logging alone.
-        require_db_digest: FLASHGEN_REQUIRE_DB_DIGEST, a digest the database must have, or None.
+        require_db_digest: FLASHGEN_REQUIRE_DB_DIGEST, the digest (`flashgen db digest`) that the database must have, or None.
         check_values: FLASHGEN_CHECK_VALUES, whether each call looks at what lies on a GPU before anything runs: every index that a mod
             takes of a captured tensor, O(S^2), and the offsets of packed sequences. For debugging: it synchronises.
     """
@@ -73,6 +74,15 @@ def _choice(name: str, allowed: tuple[str, ...], default: str) -> str:
             f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. Unset or correct it."
         )
     return value
+
+
+def _digest(name: str) -> str | None:
+    value = os.environ.get(name)
+    if value and not re.fullmatch("[0-9a-f]{64}", value):
+        raise InvalidProblemError(
+            f"{name}={value!r} is no digest: it is the 64 hex digits that `flashgen db digest` prints. Unset or correct it."
+        )
+    return value or None
 
 
 def default_cache_dir() -> Path:
@@ -122,6 +132,6 @@ def read() -> Settings:
         on_fallback=cast(OnFallback, _choice("FLASHGEN_ON_FALLBACK", ("warn", "error", "silent"), "warn")),
         backend=cast(Backend, _choice("FLASHGEN_BACKEND", BACKENDS, "auto")),
         log=log or None,
-        require_db_digest=os.environ.get("FLASHGEN_REQUIRE_DB_DIGEST") or None,
+        require_db_digest=_digest("FLASHGEN_REQUIRE_DB_DIGEST"),
         check_values=_choice("FLASHGEN_CHECK_VALUES", ("0", "1"), "0") == "1",
     )

@@ -7,7 +7,7 @@ and tiles are known: a new one compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -45,17 +45,41 @@ def kernel_spec(plan: Plan) -> AttentionSpec:
 
 def may_share(spec: AttentionSpec) -> bool:
     """Whether a spec's mods are masks alone and read nothing, so that tables say all of them."""
+    return _masks_alone(spec) and not spec.mods.program.captures  # type: ignore[union-attr]
+
+
+def _masks_alone(spec: AttentionSpec) -> bool:
     if spec.op != "attention_fwd" or spec.mods is None or spec.varlen or spec.has_block_mask:
         return False
     program = spec.mods.program
-    return program.mask is not None and program.score is None and not program.captures
+    return program.mask is not None and program.score is None
+
+
+def may_stand_in(plan: Plan) -> bool:
+    """Whether the shared kernel can run a plan of a mask that reads tensors, in calls whose tables surely say what those hold."""
+    spec = plan.problem.spec
+    if not _masks_alone(spec) or may_share(spec) or plan.config_source in ("database", "seed"):
+        return False
+    return (plan.target.backend != "cpu" or _ON_CPU) and "words" in by_name(plan.variant).mask_tiles(plan.config)
+
+
+def stand_in(plan: Plan, made: Mapping[str, Any]) -> AttentionSpec | None:
+    """The shared kernel's spec where a call's tables surely say all of its mask, else None.
+
+    Args:
+        plan: of `may_stand_in`.
+        made: `Operands.of_mods`.
+    """
+    if made["mask_slots"] is None:
+        return None
+    return shared(plan.problem.spec, by_name(plan.variant).mask_tiles(plan.config)["words"][1])
 
 
 def shared(spec: AttentionSpec, block_n: int) -> AttentionSpec:
     """The spec of the kernel that looks up what a spec's mask says.
 
     Args:
-        spec: of `may_share`.
+        spec: of masks alone.
         block_n: keys of a block, of which there are words.
     """
     return replace(spec, mods=_mods(block_n))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, cast
 
 from flashgen.errors import InvalidProblemError, UnsupportedProblemError
@@ -193,6 +194,7 @@ class AttentionSpec:
         return max(64 if self.itemsize == 2 else 16, self.block_head_dim)
 
 
+@cache
 def flag_names() -> tuple[str, ...]:
     """The boolean fields of `AttentionSpec`, in the order of the key."""
     return tuple(f.name for f in fields(AttentionSpec) if f.type in ("bool", bool))

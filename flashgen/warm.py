@@ -99,7 +99,7 @@ def key_of(
     try:
         key: Key = (
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
-            (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, options, _environment(),
+            (q.data_ptr() & 15) << 8 | (k.data_ptr() & 15) << 4 | v.data_ptr() & 15, options, _environment(),
         )  # fmt: skip
         if recorded:
             key += ("recorded", torch.are_deterministic_algorithms_enabled())

@@ -12,7 +12,7 @@ seqlen 2048" pass in bf16; this one does not.
 
 from __future__ import annotations
 
-from flashgen.accuracy.budget import AccuracyReport, Pair, check
+from flashgen.accuracy.budget import AccuracyReport, Pair, check, unit_of
 from flashgen.accuracy.poisoned import (
     POISON,
     TORCH_DTYPES,
@@ -40,4 +40,5 @@ __all__ = [
     "place",
     "poison_all",
     "small_problems",
+    "unit_of",
 ]

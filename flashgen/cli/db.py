@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from flashgen import settings
+from flashgen.cli import db_rows
 from flashgen.cli.output import Group, json_option, print_json, print_table
-from flashgen.errors import DatabaseError
-from flashgen.problem import not_built
 from flashgen.store import migrate as migrate_schema
 from flashgen.store import open_store
 from flashgen.store.location import locate
@@ -21,18 +18,13 @@ def db() -> None:
     """The tuning database."""
 
 
-def _exists() -> bool:
-    path = settings.read().database_path
-    return path is None or path.exists()
-
-
 @db.command()
 @json_option
 def path(as_json: bool) -> None:
     """Where it is (whether or not it exists yet)."""
     where = locate().name
     if as_json:
-        print_json({"path": where, "exists": _exists()})
+        print_json({"path": where, "exists": db_rows.exists()})
     else:
         click.echo(where)
 
@@ -41,7 +33,7 @@ def path(as_json: bool) -> None:
 @json_option
 def info(as_json: bool) -> None:
     """Path, schema, and how many trials and winners it holds."""
-    if _exists():
+    if db_rows.exists():
         with open_store() as store:
             found = store.info()
     else:
@@ -65,7 +57,7 @@ def info(as_json: bool) -> None:
 def list_(everything: bool, as_json: bool) -> None:
     """The winners, or every trial."""
     rows: list[Record] = []
-    if _exists():
+    if db_rows.exists():
         with open_store() as store:
             rows = store.trials() if everything else store.winners()
     if as_json:
@@ -89,8 +81,7 @@ def _cells(row: Record) -> list[str]:
 @json_option
 def migrate(as_json: bool) -> None:
     """Bring an older schema up to date; a copy is kept beside the file."""
-    if not _exists():
-        raise DatabaseError(f"there is no database at {locate().name} yet: `flashgen tune` makes one.")
+    db_rows.require()
     old, new = migrate_schema(settings.read().database_url)
     if as_json:
         print_json({"from": old, "to": new})
@@ -103,28 +94,18 @@ def migrate(as_json: bool) -> None:
 def verify(as_json: bool) -> int:
     """Check the file and every row; exit code 1 if something is wrong."""
     found: list[str] = []
-    if _exists():
+    if db_rows.exists():
         with open_store() as store:
             found = list(store.verify())
     if as_json:
         print_json({"ok": not found, "problems": found})
     elif not found:
-        click.echo("ok" if _exists() else f"ok: there is no database at {locate().name} yet")
+        click.echo("ok" if db_rows.exists() else f"ok: there is no database at {locate().name} yet")
     else:
         click.echo("\n".join(found))
         click.echo(f"Error: {len(found)} problems in {locate().name}", err=True)
     return 1 if found else 0
 
 
-def _unbuilt(name: str) -> click.Command:
-    @click.command(name, context_settings={"ignore_unknown_options": True}, help=f"{name} (not built yet).")
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    @json_option
-    def command(arguments: tuple[str, ...], as_json: bool) -> Any:
-        raise not_built(f"flashgen db {name}")
-
-    return command
-
-
-for _name in ("export", "import", "merge", "prune", "digest"):
-    db.add_command(_unbuilt(_name))
+for _command in db_rows.COMMANDS:
+    db.add_command(_command)

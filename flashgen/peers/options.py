@@ -169,7 +169,11 @@ class OptionsJudge(Judge):
             for head in range(p.num_heads_kv):
                 for start, stop in self._blocks():
                     call, (queries, _) = self._part(batch, head, slice(start, stop), gradient=False)
-                    yield _Part(where=(queries,), oracle=[exact(call).out], low=[same_precision(call)[0].out])
+                    yield _Part(
+                        where=(queries,),
+                        oracle=[exact(call, gradients=False).out],
+                        low=[same_precision(call, gradients=False)[0].out],
+                    )
 
     def _backward(self) -> Iterator[_Part]:
         p = self._problem

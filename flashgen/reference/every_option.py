@@ -129,7 +129,7 @@ class Result:
     Attributes:
         out: (batch, seqlen_q, num_heads_q, head_dim_v).
         lse: (batch, num_heads_q, seqlen_q).
-        gradients: by name: q, k, v (bshd), bias, sinks, captured0, captured1, ...
+        gradients: by name: q, k, v (bshd), bias, sinks, captured0, captured1, ...; none where they were not asked for.
     """
 
     out: Tensor
@@ -137,9 +137,9 @@ class Result:
     gradients: dict[str, Tensor]
 
 
-def exact(call: Call) -> Result:
+def exact(call: Call, *, gradients: bool = True) -> Result:
     """Every option in fp64, gradients by autograd; a row without a key gives 0, -inf (or the sink) and no gradient."""
-    leaves = {name: x.detach().double().requires_grad_() for name, x in _leaves(call).items()}
+    leaves = {name: x.detach().double().requires_grad_(gradients) for name, x in _leaves(call).items()}
     captured = tuple(x for name, x in leaves.items() if name.startswith("captured"))
     seen = call.visible()
     q, k, v = call.heads_first(leaves["q"]), *(call.heads_first(leaves[name], seen) for name in "kv")
@@ -152,6 +152,8 @@ def exact(call: Call) -> Result:
     p = torch.where(dead, 0.0, s.softmax(-1))[..., : k.shape[2]]
     lse = torch.where(dead[..., 0], -torch.inf, s.logsumexp(-1))
     out = ((p * call.kept()) @ v).transpose(1, 2)
+    if not gradients:
+        return Result(out=out, lse=lse, gradients={})
     loss = out.sum() * 0.0
     if call.dout is not None:
         loss = loss + (out * call.dout.double()).sum()
@@ -161,7 +163,7 @@ def exact(call: Call) -> Result:
     return Result(out=out.detach(), lse=lse.detach(), gradients=dict(zip(leaves, grads, strict=True)))
 
 
-def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
+def same_precision(call: Call, *, runs: int = 1, gradients: bool = True) -> tuple[Result, ...]:
     """What honest kernels of the inputs' dtype compute: the unit of the budget, forward and backward.
 
     S and softmax in fp32, P rounded to the input dtype, sums in fp32, one rounding out. Backward: S recomputed with the
@@ -176,36 +178,69 @@ def same_precision(call: Call, *, runs: int = 1) -> tuple[Result, ...]:
             as another order of sums or another running maximum would leave them (random rounding: Vignes, "A stochastic arithmetic
             for reliable scientific computation", 1993). Where few elements decide, the error of one run may be near 0
             by luck; of eight it is not.
+        gradients: whether they are wanted; out and lse are the same without.
 
     Returns:
         One result per run.
 
     """
     with full_fp32():
-        seen, kept = call.visible(), torch.as_tensor(call.kept()).float()
-        return tuple(_same_precision(call, seen, kept, _Rounding(call.q.dtype, seed)) for seed in range(runs))
+        shared = _Shared(call)
+        folded = _product(shared.q * call.sm_scale, shared.k) if gradients else None
+        return tuple(_same_precision(shared, folded, _Rounding(call.q.dtype, seed)) for seed in range(runs))
 
 
-def _same_precision(call: Call, seen: Tensor, kept: Tensor, rounding: _Rounding) -> Result:
-    q, k, v = call.heads_first(call.q.float()), *(call.heads_first(x.float(), seen) for x in (call.k, call.v))
-    # What a score's terms amount to, whatever they leave: of terms in the thousands that cancel, a sum keeps their error.
-    terms = torch.sqrt(_product(q * q, k * k)) * abs(call.sm_scale)
-    raw = rounding.among(_product(q, k) * call.sm_scale, terms, q.shape[3])
-    s = rounding.sum(_scores(call, raw)[0].detach(), q.shape[3])
-    sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
-    sink = sink.view(1, -1, 1, 1).expand(*s.shape[:3], 1)
-    weights, m, total = softmax_parts(torch.cat([torch.where(seen, s, -torch.inf), sink], -1))
-    unrounded = divide(rounding.sum(rounding.input(weights[..., :-1] * kept) @ v, k.shape[2]), total)
+class _Shared:
+    """What all runs of a call have in common, computed once: most of the products.
+
+    Attributes:
+        q, k, v: heads first, in fp32; what nobody sees is zeroed.
+        seen, kept: the mask, and what dropout multiplies with.
+        scaled: products of q and k, times the scale.
+        terms: what a score's terms amount to, whatever they leave: of terms in the thousands that cancel, a sum keeps their error.
+        sink: broadcast to the rows.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.seen, self.kept = call.visible(), torch.as_tensor(call.kept()).float()
+        self.q = q = call.heads_first(call.q.float())
+        self.k, self.v = (call.heads_first(x.float(), self.seen) for x in (call.k, call.v))
+        self.scaled = _product(q, self.k) * call.sm_scale
+        self.terms = torch.sqrt(_product(q * q, self.k * self.k)) * abs(call.sm_scale)
+        sink = call.q.new_full((q.shape[1],), -torch.inf).float() if call.sinks is None else call.sinks.float()
+        self.sink = sink.view(1, -1, 1, 1).expand(*q.shape[:3], 1)
+
+
+def _forward(shared: _Shared, rounding: _Rounding) -> tuple[Tensor, Tensor, Tensor]:
+    """Out before it is rounded, lse, and lse where a row without a key has 0."""
+    head_dim, seqlen_k = shared.q.shape[3], shared.k.shape[2]
+    raw = rounding.among(shared.scaled, shared.terms, head_dim)
+    with torch.no_grad():
+        s = rounding.sum(_scores(shared.call, raw)[0], head_dim)
+    weights, m, total = softmax_parts(torch.cat([torch.where(shared.seen, s, -torch.inf), shared.sink], -1))
+    summed = rounding.sum(rounding.input(weights[..., :-1] * shared.kept) @ shared.v, seqlen_k)
     lse = m + torch.log(total)
+    return divide(summed, total), lse, torch.where(lse == -torch.inf, 0.0, lse)
 
-    # Backward.
+
+def _same_precision(shared: _Shared, folded: Tensor | None, rounding: _Rounding) -> Result:
+    """One run; `folded` are the products of the backward, whose q had the scale folded in, None where none is wanted."""
+    unrounded, lse, safe = _forward(shared, rounding)
+    gradients = {} if folded is None else _gradients(shared, folded, rounding, unrounded, safe)
+    out = unrounded.to(shared.call.q.dtype).transpose(1, 2)
+    return Result(out=out, lse=lse.squeeze(-1), gradients=gradients)
+
+
+def _gradients(
+    shared: _Shared, folded: Tensor, rounding: _Rounding, unrounded: Tensor, safe: Tensor
+) -> dict[str, Tensor]:
+    call, q, k, v, seen, kept = shared.call, shared.q, shared.k, shared.v, shared.seen, shared.kept
     dout = torch.zeros_like(unrounded) if call.dout is None else call.dout.float().transpose(1, 2)
     delta = rounding.sum((dout * rounding.input(unrounded)).sum(-1, keepdim=True), v.shape[3])
     if call.dlse is not None:
         delta = delta - call.dlse.float().unsqueeze(-1)
-    raw = rounding.among(_product(q * call.sm_scale, k), terms, q.shape[3])
-    live, raw, leaves = _scores(call, raw)
-    safe = torch.where(lse == -torch.inf, 0.0, lse)
+    live, raw, leaves = _scores(call, rounding.among(folded, shared.terms, q.shape[3]))
     p = torch.exp(torch.where(seen, rounding.sum(live.detach(), q.shape[3]), -torch.inf) - safe)
     dv = rounding.input(p * kept).mT @ dout
     dp = rounding.sum(dout @ v.mT, v.shape[3])
@@ -220,9 +255,9 @@ def _same_precision(call: Call, seen: Tensor, kept: Tensor, rounding: _Rounding)
         **{name: rounding.sum(x, scores // max(1, x.numel())) for name, x in zip(leaves, others, strict=True)},
     }
     if call.sinks is not None:
-        dsinks = -(torch.exp(sink - safe) * delta).sum((0, 2, 3))
+        dsinks = -(torch.exp(shared.sink - safe) * delta).sum((0, 2, 3))
         gradients["sinks"] = rounding.sum(dsinks, q.shape[0] * rows)
-    return Result(out=unrounded.to(call.q.dtype).transpose(1, 2), lse=lse.squeeze(-1), gradients=gradients)
+    return gradients
 
 
 class _Rounding:
@@ -247,18 +282,19 @@ class _Rounding:
         if self.generator is None:
             return x
         units = math.sqrt(max(1.0, count / _STEP)) * torch.finfo(torch.float32).eps / 2
-        drawn = 2.0 * torch.rand(x.shape, generator=self._other).to(x.device) - 1.0
-        return x + units * drawn * (terms - x.abs()).clamp_min(0.0).nan_to_num(0.0, 0.0, 0.0)
+        drawn = torch.rand(x.shape, generator=self._other).to(x.device).mul_(2.0).sub_(1.0).mul_(units)
+        return drawn.mul_((terms - x.abs()).clamp_min_(0.0).nan_to_num_(0.0, 0.0, 0.0)).add_(x)
 
     def _drawn(self, x: Tensor, dtype: torch.dtype, units: float = 0.5) -> Tensor:
         info = torch.finfo(dtype)
-        unit = torch.ldexp(torch.full_like(x, info.eps / 2), torch.frexp(x).exponent).clamp_min(info.eps * info.tiny)
+        # The power of two below each number, by its bits: `frexp` and `ldexp` took most of a reference's time.
+        unit = ((x.view(torch.int32) & 0x7F800000).view(torch.float32) * info.eps).clamp_min_(info.eps * info.tiny)
         if dtype == torch.float32:
             units = max(
                 units, 1.0
             )  # in fp32 itself only whole units show: none in half of the cases, one up or down else
-        drawn = 2.0 * torch.rand(x.shape, generator=self.generator).to(x.device) - 1.0
-        return torch.where((x == 0) | x.isinf(), x, x + units * drawn * unit)
+        drawn = torch.rand(x.shape, generator=self.generator).to(x.device).mul_(2.0).sub_(1.0)
+        return torch.where((x == 0) | x.isinf(), x, drawn.mul_(units).mul_(unit).add_(x))
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ modelled and what is not. `mutants` breaks a kernel in many small ways, to see w
 
 from __future__ import annotations
 
+from flashgen.simulator.assembly import register_asm
 from flashgen.simulator.errors import (
     AccumulatorError,
     BarrierError,
@@ -34,7 +35,6 @@ from flashgen.simulator.errors import (
     UnorderedSumError,
     UnsupportedOperationError,
 )
-from flashgen.simulator.functions import register_asm
 from flashgen.simulator.mutate import Mutant, mutants
 from flashgen.simulator.run import LaunchReport, SimulationReport, simulate
 from flashgen.simulator.schedule import SCHEDULES, Schedule

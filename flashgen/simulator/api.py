@@ -8,7 +8,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from flashgen.simulator import atomics, barriers, dtypes, functions, global_memory, jit, layouts, shared, tma, wgmma
+from flashgen.simulator import (
+    assembly,
+    atomics,
+    barriers,
+    dtypes,
+    functions,
+    global_memory,
+    jit,
+    layouts,
+    shared,
+    tma,
+    wgmma,
+)
 from flashgen.simulator.context import active, fail
 from flashgen.simulator.errors import UnsupportedOperationError
 from flashgen.simulator.machine import warp_specialize
@@ -201,7 +213,6 @@ _FUNCTIONS = [
     "static_assert",
     "device_print",
     "static_print",
-    "inline_asm_elementwise",
     "static_range",
 ]
 LANGUAGE: dict[str, Any] = {
@@ -215,6 +226,7 @@ LANGUAGE: dict[str, Any] = {
     "max": functions.reduce_max,
     "min": functions.reduce_min,
     "div_rn": functions.fdiv,
+    "inline_asm_elementwise": assembly.inline_asm_elementwise,
     "range": functions.device_range,
     "load": global_memory.load,
     "store": global_memory.store,

@@ -106,6 +106,8 @@ class Barrier:
 
 def barrier_of(view: SharedView) -> Barrier:
     """The barrier that a view of one int64 holds."""
+    if isinstance(view, SharedView) and view.barrier is not None:
+        return view.barrier
     if not isinstance(view, SharedView) or view.data.size != 1 or view.dtype is not int64:
         fail(ShapeError, f"{view} is not one mbarrier")
     allocation, cta = view.allocation, partition().cta
@@ -115,6 +117,7 @@ def barrier_of(view: SharedView) -> Barrier:
         number = (address - allocation.data.__array_interface__["data"][0]) // 8
         barrier = allocation.barriers[address] = Barrier(f"{allocation.name}[{number}]", cta.component())
         cta.barriers.append(barrier)
+    view.barrier = barrier
     return barrier
 
 

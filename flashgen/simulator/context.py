@@ -37,7 +37,9 @@ def launch() -> Launch:
 
 def partition() -> Partition:
     """The partition that runs now."""
-    return launch().partition
+    if _launch is None:
+        launch()  # says why
+    return _launch.scheduler.current.partition  # type: ignore[union-attr, return-value]
 
 
 def fail(kind: type[SimulationError], message: str) -> NoReturn:

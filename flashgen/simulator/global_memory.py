@@ -214,7 +214,7 @@ class Pointer:
             given = mask.values if isinstance(mask, Tensor) else np.asarray(bool(mask))
             if isinstance(mask, Tensor) and isinstance(self.offset, Tensor):
                 common(mask.layout, self.offset.layout)
-            keep = np.broadcast_to(given, index.shape)
+            keep = given if given.shape == index.shape else np.broadcast_to(given, index.shape)
         used = index if keep is None else index[keep]
         buffer = self.buffer
         if used.size and (used.min() < buffer.first or used.max() >= buffer.end):
@@ -290,7 +290,7 @@ def store(
             fail(ShapeError, f"a tensor of shape {value.shape} stored through pointers of shape {list(index.shape)}")
         common(value.layout, layout_of(pointer))
     values = rounded(value.values if isinstance(value, Tensor) else np.asarray(value), buffer.dtype)
-    values = np.broadcast_to(values, index.shape)
+    values = values if values.shape == index.shape else np.broadcast_to(values, index.shape)
     used, kept = (index, values) if keep is None else (index[keep], values[keep])
     if not np.size(used):
         return

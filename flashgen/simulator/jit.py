@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,11 @@ class JitFunction:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.fn = function
         self.__name__, self.__doc__ = function.__name__, function.__doc__
-        self.signature = inspect.signature(function)
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """Of a kernel that is launched; most functions of a file are only called."""
+        return inspect.signature(self.fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if context.active() is None:

@@ -7,11 +7,12 @@ real Triton stays importable in the same process, and the simulated one in no ot
 from __future__ import annotations
 
 import builtins
-import itertools
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from flashgen.errors import InvalidProblemError
@@ -21,8 +22,6 @@ from flashgen.simulator.functions import device_range
 
 if TYPE_CHECKING:
     from flashgen.render import KernelSource
-
-_serial = itertools.count(1)
 
 
 def read(source: str | Path | KernelSource) -> tuple[str, str]:
@@ -104,6 +103,12 @@ def poisoning() -> AbstractContextManager[Any]:
     return Poisoning()
 
 
+@lru_cache(maxsize=64)
+def _code(text: str, file: str) -> CodeType:
+    """A kernel is run again and again, and compiling its file takes as long as running a small one."""
+    return compile(text, file, "exec")
+
+
 class Loaded:
     """An executed kernel file.
 
@@ -113,7 +118,9 @@ class Loaded:
     """
 
     def __init__(self, text: str, shown: str, processors: int) -> None:
-        self.file = f"<flashgen simulation {next(_serial)}: {shown}>"
+        # One name for each text: two mutants of a file are told apart, and what is compiled is compiled once.
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.file = f"<flashgen simulation {digest}: {shown}>"
         sites.register(self.file, shown, text)
         known = api.modules()
         torch = _Torch(processors)
@@ -134,7 +141,7 @@ class Loaded:
         own = {**vars(builtins), "__import__": simulated_import, "range": device_range}
         self.namespace: dict[str, Any] = {"__name__": "simulated_kernel", "__file__": shown, "__builtins__": own}
         try:
-            exec(compile(text, self.file, "exec"), self.namespace)
+            exec(_code(text, self.file), self.namespace)
         except SimulationError:
             self.close()
             raise

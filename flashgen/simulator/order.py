@@ -46,11 +46,12 @@ class VectorClock:
     def join(self, other: VectorClock) -> None:
         """Learn all that `other` knows."""
         mine, theirs = self.values, other.values
-        if len(theirs) > len(mine):
-            mine.extend([0] * (len(theirs) - len(mine)))
-        for i, value in enumerate(theirs):
-            if value > mine[i]:
-                mine[i] = value
+        common = len(theirs)
+        if len(mine) == common:
+            self.values = [a if a > b else b for a, b in zip(mine, theirs)]  # noqa: B905  (of one length)
+        else:
+            mine.extend([0] * (common - len(mine)))
+            mine[:common] = [a if a > b else b for a, b in zip(mine, theirs)]  # noqa: B905  (what lies beyond stays)
 
     def copy(self) -> VectorClock:
         return VectorClock(self.values.copy())

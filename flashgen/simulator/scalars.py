@@ -28,9 +28,6 @@ class Scalar(int):
     def to(self, dtype: DType, bitcast: bool = False) -> Any:
         return _bits(int(self), self.dtype, dtype) if bitcast else scalar(int(self), dtype)
 
-    def __bool__(self) -> bool:
-        return int(self) != 0
-
     def __neg__(self) -> Any:
         return _made(-int(self), self, self)
 
@@ -94,8 +91,14 @@ def _arithmetic(op: Callable[[int, int], int], swap: bool) -> Callable[[Any, Any
     def method(self: Any, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        a, b = (int(other), int(self)) if swap else (int(self), int(other))
-        return _made(op(a, b), self, other)
+        # int's own method: `op` of a subclass would come here again.
+        value = op(other, self) if swap else op(self, other)
+        kind = type(other)
+        # What most are, without another function call.
+        narrow = type(self) is Scalar and (kind is Scalar or (kind is int and INT32_MIN <= other <= INT32_MAX))
+        if narrow and INT32_MIN <= value <= INT32_MAX:
+            return int.__new__(Scalar, value)
+        return _made(value, self, other)
 
     return method
 
@@ -115,7 +118,7 @@ def _division(op: Callable[[int, int], int], swap: bool) -> Callable[[Any, Any],
 
 
 for _name in ("add", "sub", "mul", "and", "or", "xor", "lshift", "rshift"):
-    _op = getattr(operator, f"{_name}_" if _name in ("and", "or") else _name)
+    _op = getattr(int, f"__{_name}__")
     setattr(Scalar, f"__{_name}__", _arithmetic(_op, False))
     setattr(Scalar, f"__r{_name}__", _arithmetic(_op, True))
 for _name in ("add", "sub", "mul", "truediv"):
@@ -135,6 +138,11 @@ def _bits(value: float, held: DType, dtype: DType) -> Any:
 
 def scalar(value: Any, dtype: DType) -> Any:
     """A Python value as a run-time scalar of `dtype`."""
+    if dtype is int32:
+        number = int(value)
+        if not INT32_MIN <= number <= INT32_MAX:
+            fail(IntegerError, f"{number} does not fit into int32")
+        return int.__new__(Scalar, number)
     if dtype.is_float:
         made = Float(rounded(np.asarray(value), dtype) if dtype.nbytes <= 4 else value)
         made.dtype = dtype
@@ -144,8 +152,4 @@ def scalar(value: Any, dtype: DType) -> Any:
     number = int(value)
     if dtype is int64:
         return int.__new__(Int64, number)
-    if dtype is int32:
-        if not INT32_MIN <= number <= INT32_MAX:
-            fail(IntegerError, f"{number} does not fit into int32")
-        return int.__new__(Scalar, number)
     return number % (1 << dtype.primitive_bitwidth) if dtype.held.kind == "u" else number

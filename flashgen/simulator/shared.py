@@ -100,6 +100,8 @@ class SharedView:
         self.allocation, self.data, self.written, self.reshaped = allocation, data, written, reshaped
         self._views: dict[Any, SharedView] = {}
         self._region: Region | None = None
+        self.barrier: Barrier | None = None  # that it was seen to hold
+        self._whole = False  # every element was seen to be written: what was written once stays so
 
     @property
     def dtype(self) -> DType:
@@ -139,6 +141,13 @@ class SharedView:
         if self._region is None:
             self._region = self.allocation.region(self.written)
         return self._region
+
+    @property
+    def whole(self) -> bool:
+        """Whether every element was ever written."""
+        if not self._whole:
+            self._whole = bool(self.written.all())
+        return self._whole
 
     def __str__(self) -> str:
         return f"{self.allocation.name}{self.shape}"
@@ -261,7 +270,7 @@ def read(view: SharedView, proxy: Proxy, what: str, over: tuple[int, float] | No
         if _unfenced(part, proxy, last):
             why = "no fence_async_shared between an ordinary write and an asynchronous read"
             _report(ProxyFenceError, view, why, what, part, mark, last)
-    if not view.written.all():
+    if not view.whole:
         site = mark.site()
         raise UninitializedError(
             f"{what} by {part.name} of {view}, of which {int((~view.written).sum())} elements were never written\n"

@@ -217,19 +217,24 @@ def binary(
         quotient: a true division: integers become float32.
         integer: a floor division or remainder: negative operands are refused.
     """
-    plain(a, b)
-    for operand in (a, b):
-        if not isinstance(operand, (Tensor, int, float, np.number, np.bool_)):
-            return NotImplemented
-    dtype = promoted(a, b)
+    x: Any
+    y: Any
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        left, right = a.values.shape, b.values.shape
-        if len(left) != len(right) or any(p != q and 1 not in (p, q) for p, q in zip(left, right, strict=True)):
+        x, y = a.values, b.values
+        left, right = x.shape, y.shape
+        if left != right and (
+            len(left) != len(right) or any(p != q and 1 not in (p, q) for p, q in zip(left, right, strict=True))
+        ):
             fail(ShapeError, f"operands of shape {list(left)} and {list(right)}")
         layout = common(a.layout, b.layout)
     else:
+        plain(a, b)
+        for operand in (a, b):
+            if not isinstance(operand, (Tensor, int, float, np.number, np.bool_)):
+                return NotImplemented
         layout = a.layout if isinstance(a, Tensor) else b.layout
-    x, y = values_of(a), values_of(b)
+        x, y = values_of(a), values_of(b)
+    dtype = promoted(a, b)
     if integer and (np.any(np.less(x, 0)) or np.any(np.less(y, 0))):
         fail(IntegerError, "integer division of negative values: Triton truncates, Python floors")
     if dtype is int32 and not compare:  # in 64 bits first: NumPy would wrap round in silence

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, Table, func, insert, select
+from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from flashgen.errors import DatabaseError, InvalidProblemError
-from flashgen.store import schema
+from flashgen.store import exchange, schema
 from flashgen.store.engines import read_stable, reading_engine, writing, writing_engine
 from flashgen.store.location import Location, locate, translated
 from flashgen.store.models import Base, Hardware, Kernel, Trial, kernel_values, target_values, to_record, trial_values
@@ -23,6 +23,7 @@ from flashgen.store.verify import problems_of
 
 _T = TypeVar("_T")
 _Key = tuple[object, ...]
+_BATCH = 500  # values of one statement: SQLite takes 999 in old builds
 
 
 def open_store(url: str | os.PathLike[str] | None = None, *, write: bool = False) -> Store:
@@ -61,7 +62,8 @@ def open_store(url: str | os.PathLike[str] | None = None, *, write: bool = False
 class Store:
     """An open tuning database; made by `open_store`. Threads may share one.
 
-    Rows are only ever added. A winner is the answer to a query, by the rules of `flashgen.store.select`.
+    Rows are never changed, and only `remove` takes any away. A winner is the answer to a query, by the rules of
+    `flashgen.store.select`.
     """
 
     def __init__(self, location: Location, engine: Engine, *, write: bool) -> None:
@@ -85,13 +87,31 @@ class Store:
             DatabaseError: opened for reading, closed, or the database cannot be written.
         """
         rows = list(records)  # whatever makes them must not run while others wait for the lock
-        self._check_open()
-        if not self._write:
-            raise DatabaseError(f"{self._location.name} is open for reading: use open_store(write=True) to add rows.")
+        self._check_writing()
         if not rows:
             return 0
         with translated(self._location), writing(self._engine) as connection:
             return _Adder(connection).add(rows)
+
+    def remove(self, records: Iterable[Record]) -> int:
+        """Take trials away, all or none, and kernels and targets that no trial is left of. Nothing is copied before.
+
+        Returns:
+            How many were there.
+
+        Raises:
+            DatabaseError: as `add`.
+        """
+        shas = [record.sha for record in records]
+        self._check_writing()
+        removed = 0
+        with translated(self._location), writing(self._engine) as connection:
+            for start in range(0, len(shas), _BATCH):
+                batch = shas[start : start + _BATCH]
+                removed += connection.execute(delete(Trial).where(Trial.content_sha.in_(batch))).rowcount
+            for model, used in ((Kernel, Trial.kernel_id), (Hardware, Trial.target_id)):
+                connection.execute(delete(model).where(model.id.not_in(select(used))))
+        return removed
 
     # -- reading --
 
@@ -191,6 +211,15 @@ class Store:
             "winners_predicted": len(winners) - measured,
         }
 
+    def digest(self) -> str:
+        """Digest of all rows, see `exchange.digest_of`: equal on two machines whose calls find the same rows.
+
+        Raises:
+            DatabaseError: the store is closed, or the database cannot be read.
+        """
+        query = select(Trial.content_sha, Trial.origin)
+        return self._read(lambda session: exchange.digest_of((row[0], row[1]) for row in session.execute(query)))
+
     def verify(self) -> list[str]:
         """Check the file and every row.
 
@@ -227,6 +256,13 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise DatabaseError(f"the store {self._location.name} is closed: open it again with open_store().")
+
+    def _check_writing(self) -> None:
+        self._check_open()
+        if not self._write:
+            raise DatabaseError(
+                f"{self._location.name} is open for reading: use open_store(write=True) to change its rows."
+            )
 
     def _records(self, query: Select[Trial]) -> list[Record]:
         def run(session: Session) -> list[Record]:

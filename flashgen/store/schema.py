@@ -71,7 +71,7 @@ def migrate(url: str | os.PathLike[str] | None = None) -> tuple[str, str]:
                     _refuse_newer(location, old)
                     if old != HEAD:
                         if path is not None:
-                            _keep_copy(path, old)
+                            keep_copy(path, old)
                         upgrade(connection)
             finally:
                 engine.dispose()
@@ -224,13 +224,15 @@ def _with_side_files(path: Path) -> list[Path]:
     return [path, *(path.with_name(f"{path.name}{suffix}") for suffix in ("-wal", "-shm", "-journal"))]
 
 
-def _keep_copy(path: Path, revision: str) -> None:
-    copy = path.with_name(f"{path.name}.bak-{revision}")
+def keep_copy(path: Path, label: str) -> Path:
+    """Copy a database to `<name>.bak-<label>`, numbered where that is taken; the copy's path."""
+    copy = path.with_name(f"{path.name}.bak-{label}")
     number = 1
     while copy.exists():
         number += 1
-        copy = path.with_name(f"{path.name}.bak-{revision}-{number}")
+        copy = path.with_name(f"{path.name}.bak-{label}-{number}")
     copy_file(path, copy)
+    return copy
 
 
 @contextmanager

@@ -97,7 +97,8 @@ def _with_options(case: Case) -> AccuracyReport:
             )  # fmt: skip
             if backward:
                 part = replace(part, dout=tensors["dout"][batch : batch + 1, rows, head : head + 1])
-            oracle, honest = exact(part), same_precision(part, runs=_HONEST_RUNS)
+            oracle = exact(part, gradients=backward)
+            honest = same_precision(part, runs=_HONEST_RUNS, gradients=backward)
             case.reference.append([one.gradients["q"] if backward else one.out for one in (oracle, *honest)])
     name = "dq" if backward else "o"
     found = [tensors[name][b : b + 1, start : start + _CHECKED_ROWS, h : h + 1] for b, h, start in places]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashgen import patience
 from flashgen.errors import TuningError
 from flashgen.interpret_worker import receive, send
 
@@ -158,9 +157,7 @@ class MeasuringWorker:
         self._kill(self._process)
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        deadline = time.monotonic() + timeout_s
-        ready, _, _ = select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not patience.readable(self._replies, timeout_s):
             raise TimeoutError
         return receive(self._replies)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -70,6 +71,7 @@ class MaskParts:
         return ",".join(("=f", "f", *("r" for _ in self.operands)))
 
 
+@lru_cache(maxsize=64)  # a template asks for them some six times
 def mask_parts(spec: AttentionSpec) -> MaskParts:
     """The parts of a spec's window and mask_mod."""
     if not spec.has_mask_mod:

@@ -6,6 +6,7 @@ The arguments of the kernel and of `launch` are the portable kernel's (`features
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -148,6 +149,7 @@ class Options:
         )
 
 
+@lru_cache(maxsize=64)  # asked for some ten times a kernel, and mods are written out each time
 def options(spec: AttentionSpec) -> Options:
     """The names of a spec."""
     return Options(
@@ -232,14 +234,14 @@ def _matrix(name: str) -> list[str]:
     return [f"{name}_head", f"stride_{name}_m", f"stride_{name}_n"]
 
 
-def words(spec: AttentionSpec, kind: str) -> set[str]:
+def words(spec: AttentionSpec, kind: str) -> frozenset[str]:
     """The names in the text of a mod; none where the spec has no such mod."""
     given = {"score": spec.has_score_mod, "mask": spec.has_mask_mod, "block": spec.has_block_mask}
     if spec.mods is None or not given[kind]:
-        return set()
+        return frozenset()
     text = emission(spec, kind)
     lines = " ".join((*text.statements, *text.results))
-    return set("".join(c if c.isalnum() or c == "_" else " " for c in lines).split())
+    return frozenset("".join(c if c.isalnum() or c == "_" else " " for c in lines).split())
 
 
 def _captured(spec: AttentionSpec, kind: str) -> list[str]:
@@ -250,6 +252,7 @@ def _captured(spec: AttentionSpec, kind: str) -> list[str]:
     return [name for name in ("off_b", "off_h", *spec.mods.program.parameters) if name in found]
 
 
+@lru_cache(maxsize=64)
 def emission(spec: AttentionSpec, kind: str) -> Any:
     """The text of a spec's `score`, `mask` or `block`, a `mods.Emission`."""
     from flashgen import mods  # imports torch: only where a mod was given, which needed it already

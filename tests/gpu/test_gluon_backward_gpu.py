@@ -10,9 +10,9 @@ from problems import BR, TABLE, TL, Row, row
 
 import flashgen
 from flashgen.build import build
+from flashgen.checks import tma_addressable
 from flashgen.config import KernelConfig
 from flashgen.gradients import GradientBuffers, make_gradient_buffers
-from flashgen.problem import tma_addressable
 from flashgen.render import render
 from flashgen.target import Target
 from flashgen.variants import by_name

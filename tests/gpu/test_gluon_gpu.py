@@ -11,8 +11,8 @@ from problems import BR, FAR, TABLE, TL, Row, far_tensors, row
 
 from flashgen.accuracy import Buffers, check, make_buffers
 from flashgen.build import build
+from flashgen.checks import tma_addressable
 from flashgen.config import KernelConfig
-from flashgen.problem import tma_addressable
 from flashgen.render import render
 from flashgen.target import Target
 from flashgen.variants import by_name

@@ -117,9 +117,9 @@ class Public:
         calls = judge.reference_calls(self.case, tensors)
         judge.poison(self.case, tensors, calls)
         before = {name: x.clone() for name, x in tensors.allocations.items()}
-        want = judge._joined(self.case, calls, [exact(call) for call in calls])
+        want = judge.joined(self.case, calls, [exact(call) for call in calls])
         runs = zip(*(same_precision(call, runs=judge.HONEST_RUNS) for call in calls), strict=True)
-        return tensors, before, want, [judge._joined(self.case, calls, list(run)) for run in runs]
+        return tensors, before, want, [judge.joined(self.case, calls, list(run)) for run in runs]
 
     @cached_property
     def text(self) -> str:

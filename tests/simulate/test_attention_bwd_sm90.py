@@ -11,9 +11,10 @@ import torch
 from problems import BR, TABLE, TL, Row, row
 
 from flashgen.accuracy import AccuracyReport
+from flashgen.checks import tma_addressable
 from flashgen.config import KernelConfig
 from flashgen.gradients import GradientBuffers, make_gradient_buffers
-from flashgen.problem import Problem, tma_addressable
+from flashgen.problem import Problem
 from flashgen.render import render
 from flashgen.simulator import SCHEDULES, simulate
 from flashgen.spec import AttentionSpec

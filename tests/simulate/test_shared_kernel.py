@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_options_sm90 import CASES
 
-from flashgen import execution, shared_masks
+from flashgen import block_ranges, execution, shared_masks, stand_ins
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 
@@ -46,3 +47,34 @@ def test_the_shared_kernel_says_what_a_mask_says(name: str, keys: int, monkeypat
     said = judge(case)
     assert said is None, said
     assert seen and all(seen), "a kernel of its own ran"
+
+
+@pytest.mark.parametrize("name", ["mask_mod that reads", "mask_mod of blocks that it reads"])
+def test_the_shared_kernel_stands_in_for_a_mask_that_reads_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the call that makes the tables; the mask's own kernel, which runs in the next one, gives the same bits."""
+    monkeypatch.setattr(shared_masks, "_ON_CPU", True)
+    ran: list[tuple[bool, Any, Any]] = []
+    run = execution._run_kernel
+
+    def noted(plan: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, operands: Any) -> None:
+        for _ in range(2):
+            chosen.clear()
+            run(plan, q, k, v, out, lse, operands)
+            ran.append((chosen[0] is not None, out.clone(), None if lse is None else lse.clone()))
+
+    chosen: list[Any] = []
+    choose = stand_ins.chosen
+
+    def choosing(*arguments: Any) -> Any:
+        found = choose(*arguments)
+        chosen.append(found[0])
+        return found
+
+    monkeypatch.setattr(execution, "_run_kernel", noted)
+    monkeypatch.setattr(stand_ins, "chosen", choosing)
+    block_ranges.forget()
+    said = judge(CASES[name])
+    assert said is None, said
+    assert [stood_in for stood_in, *_ in ran[:2]] == [True, False]
+    (_, *first), (_, *second) = ran[:2]
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))

@@ -193,9 +193,12 @@ def test_vmap_over_nothing() -> None:
     assert torch.vmap(attend)(q, k, v).shape == (0, 2, 9, 4, 6)
 
 
-def test_meta_tensors_have_shapes_and_gradients() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"score_mod": lambda s, b, h, i, j: s - j}, {"mask_mod": lambda b, h, i, j: i >= j}], ids=[*"-sm"]
+)
+def test_meta_tensors_have_shapes_and_gradients(options: dict[str, Any]) -> None:
     q, k, v = (x.detach().to("meta").requires_grad_() for x in tensors())
-    out = attend(q, k, v)
+    out = attend(q, k, v, **options)
     assert out.shape == (2, 9, 4, 6) and out.is_meta
     dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
     assert [x.shape for x in (dq, dk, dv)] == [q.shape, k.shape, v.shape]

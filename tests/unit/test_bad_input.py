@@ -53,6 +53,13 @@ ANY_CALL: list[tuple[str, Any, str]] = [
     ("softmax_scale", 10**400, r"softmax_scale=10{400} .*fp32 can hold"),
     ("softmax_scale", "0.1", r"softmax_scale='0.1' is a str"),
     ("softmax_scale", torch.ones(2), r"softmax_scale=tensor\(\[1\., 1\.\]\) is a Tensor: it must be a number"),
+    (
+        "softmax_scale",
+        torch.tensor(0.1, requires_grad=True),
+        r"softmax_scale is a tensor that wants a gradient.*scale q",
+    ),
+    ("softcap", torch.tensor(5.0, requires_grad=True), r"softcap is a tensor that wants a gradient"),
+    ("dropout_p", torch.tensor(0.1, requires_grad=True), r"dropout_p is a tensor that wants a gradient"),
     ("window_size", 128, r"window_size=128 must be a pair"),
     ("window_size", (1, 2, 3), r"window_size=\(1, 2, 3\) must be a pair"),
     ("window_size", (1.0, 2), r"window_size=\(1\.0, 2\) must be a pair .* of ints"),
@@ -296,6 +303,7 @@ def test_what_is_unusual_but_legal_passes(function: Callable[..., Any]) -> None:
         {"attn_mask": torch.tensor(True)},
         {"softmax_scale": 1, "softcap": 5, "dropout_p": 0, "causal": 1},
         {"softmax_scale": torch.tensor(0.25), "window_size": [4, 4]},
+        {"softmax_scale": torch.nn.Parameter(torch.tensor(0.25), requires_grad=False)},
         {"block_mask": block_mask(1, HEADS, SEQLEN, SEQLEN)},
         {"block_mask": block_mask(BATCH, 1, SEQLEN, SEQLEN)},
     ):

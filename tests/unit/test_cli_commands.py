@@ -70,7 +70,6 @@ USAGE = [
     (["nonsense"], "No such command"),
 ]
 UNBUILT = [
-    *[["db", name] for name in ("export", "import", "merge", "prune", "digest")],
     ["tune", "--op", "attention_decode", "--target", "h100"],
     ["export", "attention_fwd-bf16-d64", "--format", "aot", "-o", "x.py"],
     ["export", "attention_fwd-bf16-d64", "--format", "hf-kernels", "-o", "x"],

@@ -109,7 +109,6 @@ def test_functions_that_are_not_built_are_named() -> None:
     lengths = torch.tensor([0, 4], dtype=torch.int32)
     calls: dict[str, Callable[[], Any]] = {
         "decode_attention": lambda: flashgen.decode_attention(q, k, v, seqused_k=lengths[1:]),
-        "merge_attention_states": lambda: flashgen.merge_attention_states(q, q[..., 0], q, q[..., 0]),
     }
     for name, call in calls.items():
         with pytest.raises(UnsupportedProblemError, match=name):

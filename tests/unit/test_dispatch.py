@@ -279,9 +279,3 @@ def test_a_call_without_a_database_imports_no_sqlalchemy_and_creates_nothing(tmp
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert not folder.exists()
-
-
-def test_an_unbuilt_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHGEN_REQUIRE_DB_DIGEST", "abc")
-    with pytest.raises(UnsupportedProblemError, match="FLASHGEN_REQUIRE_DB_DIGEST"):
-        dispatch.resolve(PROBLEM, H100)

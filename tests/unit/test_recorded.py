@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_warm import HIDE, K, Q, V, draw, gpu, short  # noqa: F401  # fixtures
+from test_warm_options import HIDE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from warm_support import K, Q, V, draw, gpu, short  # noqa: F401  # fixtures
 
 import flashgen
 from flashgen import recorded, warm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -79,8 +80,6 @@ def test_what_tables_cannot_say_has_its_own() -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """CPU tensors count as on an h100; what would be launched: which file, with which values."""
-    from dataclasses import replace
-
     from flashgen import build
 
     made: list[tuple[str, dict[str, Any]]] = []
@@ -121,11 +120,22 @@ def test_too_many_tiles_have_their_own(launches: list[tuple[str, dict[str, Any]]
     assert "captured_tile_slots" not in launches[-1][1]
 
 
+def test_tables_without_words_have_their_own(
+    launches: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that were left behind, as the fuzz once left them, name words that are not there: a launch would look for their sizes."""
+    tables = block_ranges._analysed
+    monkeypatch.setattr(block_ranges, "_analysed", lambda *given: replace(tables(*given), words=None))
+    q, k = (torch.zeros(1, 512, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    block_ranges.forget()
+    flashgen.attention(q, k, k, mask_mod=lambda b, h, i, j: i // 8 == j // 8, causal=True, backend="gluon")
+    block_ranges.forget()
+    assert "captured_tile_slots" not in launches[-1][1] and launches[-1][1]["mask_words"] is None
+
+
 def test_a_measured_configuration_keeps_the_kernel_that_was_measured(
     launches: list[tuple[str, dict[str, Any]]],
 ) -> None:
-    from dataclasses import replace
-
     spec = spec_of(MASKS["window"])
     q, k = (torch.zeros(1, 512, heads, 128, dtype=torch.bfloat16) for heads in (4, 2))
     flashgen.attention(q, k, k, mask_mod=MASKS["window"], backend="gluon")
