@@ -94,12 +94,13 @@ def attention(
         if not (score_mod is None and mask_mod is None and block_mask is None):
             from flashgen import uncompiled
 
-            return uncompiled.run(  # type: ignore[no-any-return]
-                attention, q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
-                softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
-                mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
-                deterministic=deterministic, layout=layout, backend=backend, config=config,
-            )  # fmt: skip
+            if not uncompiled.READS_MODS or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
+                return uncompiled.run(  # type: ignore[no-any-return]
+                    attention, q, k, v, causal=causal, causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size,
+                    softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod,
+                    mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
+                    deterministic=deterministic, layout=layout, backend=backend, config=config,
+                )  # fmt: skip
     elif block_mask is None and not isinstance(dropout_p, Tensor):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, layout, backend, dropout_p,
@@ -128,7 +129,11 @@ def _run(
     call: warm.Call | None, known: warm.Table, q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The long way, after which a call of this kind may take the short one."""
-    if torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and operands.has_functions:
+        from flashgen import compiled
+
+        out, lse = compiled.run(q, k, v, operands, scalars)
+    elif torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         from flashgen import uncompiled
 
         out, lse = uncompiled.transformed(q, k, v, *ops.flatten(operands, scalars))
@@ -288,13 +293,14 @@ def varlen_attention(
         if not (score_mod is None and mask_mod is None):
             from flashgen import uncompiled
 
-            return uncompiled.run(  # type: ignore[no-any-return]
-                varlen_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=causal,
-                causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
-                alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod, mask_mod=mask_mod,
-                dropout_p=dropout_p, generator=generator, return_lse=return_lse, deterministic=deterministic, backend=backend,
-                config=config,
-            )  # fmt: skip
+            if not uncompiled.READS_MODS or hasattr(torch._C._functorch.peek_interpreter_stack(), "level"):
+                return uncompiled.run(  # type: ignore[no-any-return]
+                    varlen_attention, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=causal,
+                    causal_alignment=causal_alignment, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
+                    alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, attn_mask=attn_mask, score_mod=score_mod, mask_mod=mask_mod,
+                    dropout_p=dropout_p, generator=generator, return_lse=return_lse, deterministic=deterministic, backend=backend,
+                    config=config,
+                )  # fmt: skip
     elif not isinstance(dropout_p, Tensor):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, backend, dropout_p,

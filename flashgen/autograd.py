@@ -17,8 +17,8 @@ from flashgen.scalars import Scalars
 
 # What an operator's schema cannot carry: functions, and what they meant in the forward.
 _FUNCTIONS = ("score_mod", "mask_mod", "block_mask", "traced_as", "captured_as")
-_FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
-_BIAS, _SINKS = (_FIRST_OPERAND + TENSORS.index(name) for name in ("bias", "sinks"))
+FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
+BIAS, SINKS = (FIRST_OPERAND + TENSORS.index(name) for name in ("bias", "sinks"))
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +43,7 @@ def _refuse_tangent() -> NoReturn:
     raise not_built("the forward-mode derivative of flashgen.attention (torch.func.jvp, dual tensors)")
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
+def refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode derivatives are refused: through the operator they would be zero, silently."""
     if forward_ad._current_level < 0:
         return
@@ -78,7 +78,7 @@ def _refuse_traced(q: Tensor, scalars: Scalars) -> None:
 def run(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Attention, differentiable where an argument wants a gradient."""
     operands.require_tensors(q.device)
-    _refuse_tangents(q, k, v, operands.bias, operands.sinks)
+    refuse_tangents(q, k, v, operands.bias, operands.sinks)
     if operands.has_functions:
         _refuse_transformed(operands)
         _refuse_traced(q, scalars)
@@ -136,7 +136,7 @@ class AttentionFunction(torch.autograd.Function):
             return tuple(grads)
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         operands = _operands(ctx.functions, tuple(tensors))
-        arguments = (wanted[_BIAS], wanted[_SINKS])
+        arguments = (wanted[BIAS], wanted[SINKS])
         # With create_graph the gradients must carry a node that refuses to be differentiated: without one they
         # would pass for constants, and a gradient penalty would be silently wrong.
         again, refuse_twice = torch.is_grad_enabled(), cast(Any, NotTwiceDifferentiable.apply)
@@ -159,8 +159,8 @@ class AttentionFunction(torch.autograd.Function):
             )
         grads[:3] = dq, dk, dv
         if operands.has_functions:
-            grads[_FIRST_OPERAND + len(TENSORS) :] = of_captured
-        grads[_BIAS], grads[_SINKS] = dbias if wanted[_BIAS] else None, dsinks if wanted[_SINKS] else None
+            grads[FIRST_OPERAND + len(TENSORS) :] = of_captured
+        grads[BIAS], grads[SINKS] = dbias if wanted[BIAS] else None, dsinks if wanted[SINKS] else None
         return tuple(grads)
 
     @staticmethod
@@ -175,7 +175,7 @@ class AttentionFunction(torch.autograd.Function):
             result: tuple[Tensor, ...] = apply(q, k, v, functions, scalars, *operands)
             return result
 
-        return mapped(one, info.batch_size, (q, k, v), in_dims[:3], tensors, in_dims[_FIRST_OPERAND:])
+        return mapped(one, info.batch_size, (q, k, v), in_dims[:3], tensors, in_dims[FIRST_OPERAND:])
 
 
 class RefusesTangents(AttentionFunction):

@@ -323,13 +323,19 @@ _BLOCK_MASK = (
 )
 
 
+def is_block_mask(mask: Any) -> None:
+    """A BlockMask, whatever for."""
+    for name in _BLOCK_MASK:
+        if not hasattr(mask, name):
+            raise InvalidProblemError(
+                f"block_mask is a {type(mask).__name__}: it must be a torch.nn.attention.flex_attention.BlockMask, from "
+                "create_block_mask()."
+            )
+
+
 def block_mask(mask: Any, scores: tuple[int, int, int, int], device: Any) -> None:
     """A BlockMask for these scores (batch, num_heads_q, seqlen_q, seqlen_k)."""
-    if not all(hasattr(mask, name) for name in _BLOCK_MASK):
-        raise InvalidProblemError(
-            f"block_mask is a {type(mask).__name__}: it must be a torch.nn.attention.flex_attention.BlockMask, from "
-            "create_block_mask()."
-        )
+    is_block_mask(mask)
     counts = mask.kv_num_blocks
     if counts.device != device:
         raise InvalidProblemError(

@@ -22,18 +22,18 @@ from flashgen.scalars import Scalars
 # -- the schema --
 
 TENSORS = ["alibi_slopes", "sinks", "bias", "attn_mask", "philox", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"]
-_SCALAR_SCHEMA = (
+SCALAR_SCHEMA = (
     "bool causal, str causal_alignment, float? softmax_scale, int window_left, int window_right, float softcap, "
     "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k, str layout, bool return_lse, bool training, bool deterministic, str backend, str config"
 )
-_OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
+OPERAND_SCHEMA = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _library = torch.library.Library("flashgen", "DEF")
 _library.define(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPERAND_SCHEMA}, {_SCALAR_SCHEMA}) -> (Tensor out, Tensor lse)"
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {OPERAND_SCHEMA}, {SCALAR_SCHEMA}) -> (Tensor out, Tensor lse)"
 )
 _library.define(
-    f"attention_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPERAND_SCHEMA}, "
-    f"{_SCALAR_SCHEMA}, bool bias_grad, bool sinks_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    f"attention_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {OPERAND_SCHEMA}, "
+    f"{SCALAR_SCHEMA}, bool bias_grad, bool sinks_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 

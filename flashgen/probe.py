@@ -12,6 +12,7 @@ f = lambda s, b, h, i, j: s + t[h, (i - j) % 8]" "probe.score_mod(f, d)", and li
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,10 +63,26 @@ def per_score(function: Callable[..., Any]) -> Callable[..., Any]:
         found = function
         for place in (3, 2, 1, 0):
             found = torch.vmap(found, in_dims=(*(0 for _ in scores), *(0 if at == place else None for at in range(4))))
-        result: Tensor = found(*scores, *(index.flatten() for index in indices))
+        with _mapping():
+            result: Tensor = found(*scores, *(index.flatten() for index in indices))
         return result
 
     return mapped
+
+
+def _mapping() -> AbstractContextManager[Any]:
+    """An operator of a compiled graph may run below a dispatch mode of the compiler's, where vmap's own keys are left out."""
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    if not excluded.has(keys.FuncTorchBatched):
+        return nullcontext()
+    for key in (
+        keys.FuncTorchBatched, keys.FuncTorchVmapMode, keys.FuncTorchDynamicLayerFrontMode, keys.FuncTorchDynamicLayerBackMode,
+    ):  # fmt: skip
+        excluded = excluded.remove(key)
+    guard: AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded
+    )
+    return guard
 
 
 def require_elementwise(name: str, function: Callable[..., Any], device: torch.device) -> None:

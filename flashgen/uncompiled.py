@@ -1,6 +1,6 @@
 """Calls that `torch.compile` does not look into.
 
-With Python functions the graph is broken around them, and they run as they do without it; inside of `torch.func` they are one of its nodes.
+With Python functions inside of `torch.func` the graph is broken around them, and they run as they do without it; others are one of its nodes there.
 
 Loaded by such a call alone: `torch.compiler` imports the compiler, which takes seconds.
 """
@@ -15,6 +15,13 @@ from torch import Tensor
 
 from flashgen import autograd, ops
 
+try:
+    import flashgen.compiled  # noqa: F401
+
+    READS_MODS = True
+except ImportError:  # a PyTorch whose compiler does not hand a function's graph over
+    READS_MODS = False
+
 
 def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return function(*arguments, **options)
@@ -22,8 +29,9 @@ def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 run = torch.compiler.disable(
     _run,
-    reason="attention of flashgen with score_mod, mask_mod or block_mask takes Python functions, which no operator of a compiled graph "
-    "can. Compile with fullgraph=False: the graph is broken around the call, which runs the kernel that it runs without torch.compile",
+    reason="attention of flashgen with score_mod, mask_mod or block_mask inside of torch.func, or of a PyTorch whose compiler does not hand "
+    "functions over, cannot be part of a compiled graph. Compile with fullgraph=False: the graph is broken around the call, which runs the "
+    "kernel that it runs without torch.compile",
 )
 
 

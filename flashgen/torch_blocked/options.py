@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flashgen.problem import not_built
 from flashgen.torch_blocked.philox import keep_block
@@ -167,10 +169,13 @@ class Block:
         if o.score_mod is not None:
             if torch._C._functorch.is_functorch_wrapped_tensor(raw):
                 raise not_built("a torch.func transform of flashgen.attention with score_mod")
-            with torch.enable_grad():
+            # One that was computed from another would hand its gradient on, and autograd will do so itself.
+            own = [one if one.is_leaf else one.detach().requires_grad_() for one in o.captured]
+            computed = not all(one.is_leaf for one in o.captured)
+            with torch.enable_grad(), _InPlaceOf(o.captured, own) if computed else nullcontext():
                 x = self._capped(raw).detach().requires_grad_()
                 y = self._modified(x)
-            inputs = [x, *o.captured]
+            inputs = [x, *own]
             if y.requires_grad:
                 grads = torch.autograd.grad(y, inputs, ds, allow_unused=True)
                 ds = torch.zeros_like(ds) if grads[0] is None else grads[0]
@@ -222,6 +227,24 @@ class GradientSums:
 def _four(x: Tensor) -> Tensor:
     """Something that broadcasts to (b, h, m, n), with all four dimensions."""
     return x.view((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x
+
+
+class _InPlaceOf(TorchFunctionMode):
+    """Calls of a mod on captured tensors, as calls on others."""
+
+    def __init__(self, captured: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._others = {id(x): other for x, other in zip(captured, others, strict=True) if x is not other}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self._instead(tuple(args)), **self._instead(kwargs or {}))
+
+    def _instead(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._others.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._instead, value))
+        return {name: self._instead(one) for name, one in value.items()} if type(value) is dict else value
 
 
 def _add_reduced(total: Tensor, x: Tensor) -> None:
