@@ -60,6 +60,7 @@ CASES: dict[str, Case] = {
     "mask_mod": Case(**{**_WIDE, "mask_mod": "document", "seqlen_q": 75, "tile": (16, 32)}),
     "mask_mod, ragged": Case(**{**_WIDE, "mask_mod": "document"}),
     "mask_mod of columns": Case(**{**_WIDE, "mask_mod": "columns", "group": 1}),
+    "gradients, mask_mod of columns": Case(**{**_WIDE, "grad": True, "mask_mod": "columns", "group": 1, "seqlen_k": 40}),
     "window, more queries": Case(**{**_WIDE, "window": (20, 9), "seqlen_q": 71, "seqlen_k": 37}),
     "mask_mod of bands": Case(**{**_WIDE, "mask_mod": "bands", "seqlen_q": 75, "seqlen_k": 96}),
     "block_mask as given, of each head": Case(**{**_WIDE, "grad": True, "block_mask": "given", "block_size": (32, 16), "seqlen_q": 80, "group": 1}),
@@ -117,6 +118,8 @@ MOD_FULL = (
     "full_start = tl.maximum(tl.maximum(full_start, tl.load(ranges + 1) * BLOCK_N), first_block)\n"
     "        full_end = tl.minimum(full_end, tl.load(ranges + 2) * BLOCK_N)\n"
 )
+BEHIND = "start_n += tl.where(place >= gap_start, gap, 0)"
+BEHIND_T = BEHIND.replace("start_n", "start_m")
 CAPPED = "return softcap * tl.where(x < 0.0, -y, y)"
 SINK = "l_i = l_i * alpha + tl.exp2(sink - m_safe)"
 
@@ -151,12 +154,17 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("rows that a bias leaves without a key", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)", "online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED)", FORWARD, "bias of -inf"),
     ("softcap after the bias", "        qk += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)\n", "        qk += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)\n        qk = soft_cap(qk, softcap)\n", FORWARD, "softcap, then bias"),
     ("attn_mask inverted", "mask=inside, other=0) != 0", "mask=inside, other=0) == 0", FORWARD, "attn_mask"),
-    ("values that a mask hides from all", "> 0\n        v = tl.where(seen[:, None], v, 0.0)", "> 0\n        v = v + 0.0", FORWARD, "attn_mask of columns"),
+    ("values that a mask hides from all", "{% if spec.has_attn_mask %}\n        v = tl.where(seen[:, None], v, 0.0)", "{% if spec.has_attn_mask %}\n        v = v + 0.0", FORWARD, "attn_mask of columns"),
     ("mask_mod's first block too late", "tl.maximum(first_block, tl.load(ranges) * BLOCK_N)", "tl.maximum(first_block, (tl.load(ranges) + 1) * BLOCK_N)", FORWARD, "mask_mod"),
     ("mask_mod's last block forgotten", "tl.minimum(kv_end, tl.load(ranges + 3) * BLOCK_N)", "tl.minimum(kv_end, (tl.load(ranges + 3) - 1) * BLOCK_N)", FORWARD, "mask_mod"),
     ("blocks that mask_mod hides in part taken for whole ones", MOD_FULL, "full_start = first_block\n        full_end = tl.minimum(full_end, tl.load(ranges + 3) * BLOCK_N)\n", FORWARD, "mask_mod of columns"),
     ("the ranges of the first block of queries", "start_m // BLOCK_M * 4", "0", FORWARD, "mask_mod"),
-    ("rows beyond the end see keys", "visible &= (offs_m < seqlen_q)[:, None]", "visible &= (offs_m >= 0)[:, None]", FORWARD, "mask_mod, ragged"),
+    ("rows beyond the end see keys", "last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)", "last_key = tl.where(offs_m >= 0, kv_end - 1, -1)", FORWARD, "mask_mod, ragged"),
+    ("keys behind those without a mask begin a block late", BEHIND, BEHIND.replace(">=", ">"), FORWARD, "mask_mod in small tiles"),
+    ("keys behind those without a mask looked for before them", BEHIND, BEHIND.replace("gap, 0", "0, 0"), FORWARD, "mask_mod in small tiles"),
+    ("keys behind those without a mask forgotten", '("True", "first_block", "kv_end - gap")', '("True", "first_block", "full_start")', FORWARD, "mask_mod in small tiles"),
+    ("keys without a mask masked once more", '("False", "full_start", "full_end")] %}\n{% set listed', '("False", "first_block", "full_end")] %}\n{% set listed', FORWARD, "mask_mod in small tiles"),
+    ("keys that no row sees told from the others by their scores", "tl.where(visible, scores.to(tl.int32, bitcast=True), 2147483647)", "scores.to(tl.int32, bitcast=True)", FORWARD, "mask_mod of columns"),
     ("mask_mod not evaluated", "            visible &= {{ mask.result }}\n", "", FORWARD, "mask_mod of columns"),
     ("score_mod of the key/value head", "    h = off_h\n", "    h = off_hkv.to(tl.int32)\n", FORWARD, "score_mod"),
     ("score_mod before softcap", "        qk = {{ score.result }}\n", "        qk = soft_cap({{ score.result }}, softcap)\n", FORWARD, "score_mod and softcap"),
@@ -179,8 +187,17 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("rows that mask_mod leaves begin a block late", "begin = tl.maximum(begin, tl.load(ranges) * BLOCK_M)", "begin = tl.maximum(begin, (tl.load(ranges) + 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod"),
     ("rows that mask_mod hides in part taken for whole ones", "full_start = tl.maximum(tl.maximum(full_start, tl.load(ranges + 1) * BLOCK_M), begin)", "full_start = begin", BACKWARD, "gradients, mask_mod"),
     ("the last rows that mask_mod leaves forgotten", "stop = tl.minimum(stop, tl.load(ranges + 3) * BLOCK_M)", "stop = tl.minimum(stop, (tl.load(ranges + 3) - 1) * BLOCK_M)", BACKWARD, "gradients, mask_mod of a band"),
+    ("rows behind those without a mask begin a block late", BEHIND_T, BEHIND_T.replace(">=", ">"), BACKWARD, "mask_mod in small tiles"),
+    ("rows behind those without a mask looked for before them", BEHIND_T, BEHIND_T.replace("gap, 0", "0, 0"), BACKWARD, "mask_mod in small tiles"),
+    ("rows behind those without a mask forgotten", '("True", "begin", "stop - gap")', '("True", "begin", "full_start")', BACKWARD, "mask_mod in small tiles"),
+    ("rows that mask_mod hides in part unmasked", '("False", "full_start", "full_stop")', '("False", "begin", "full_stop")', BACKWARD, "mask_mod in small tiles"),
+    ("dq: keys behind those without a mask begin a block late", BEHIND, BEHIND.replace(">=", ">"), BACKWARD, "mask_mod in small tiles"),
+    ("dq: keys behind those without a mask looked for before them", BEHIND, BEHIND.replace("gap, 0", "0, 0"), BACKWARD, "mask_mod in small tiles"),
+    ("dq: keys behind those without a mask forgotten", '("True", "first_block", "kv_end - gap")', '("True", "first_block", "full_start")', BACKWARD, "mask_mod in small tiles"),
+    ("hidden pairs are not told from others", '"-0.0" if spec.has_free_mask else "0.0"', '"0.0"', BACKWARD, "gradients, mask_mod of columns"),
+    ("dq: keys that a mask_mod hides from all", "            k = tl.where(any_sees(p)[:, None], k, 0.0)", "            k = k + 0.0", BACKWARD, "gradients, mask_mod of columns"),
     ("row ranges of the first block of keys", "start_n // BLOCK_N * 4\n", "0\n", BACKWARD, "gradients, mask_mod"),
-    ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= visible\n", "", BACKWARD, "gradients, captured and hidden"),
+    ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= ~hidden(p)\n", "", BACKWARD, "gradients, captured and hidden"),
     ("score_mod's derivative left out", "        ds = {{ slope.score }}\n", "        ds = ds * 1.0\n", BACKWARD, "gradients, squared"),
     ("score_mod's derivative at the new score", "        raw = qk\n", "        raw = qk * 0.5\n", BACKWARD, "gradients, squared"),
     ("what is captured gets the gradient of one tile", "tl.atomic_add(sum_ptr + places, value,", "tl.store(sum_ptr + places, value,", BACKWARD, "gradients, score_mod"),
@@ -226,6 +243,12 @@ def _of_infinities() -> None:
         return score + scale[h] / (20 - q_idx)
 
     _agree((q, k, v), (scale,), score_mod=mod)
+
+
+def _in_small_tiles() -> None:
+    """Of each tile the blocks before and behind those that the mask leaves whole; what a key holds that nobody sees stays where it is."""
+    q, k, v = (drawn(1, seqlen, 2, 16, seed=seqlen) for seqlen in (90, 85, 86))
+    _agree((q, k, v[:, :85]), (), mask_mod=lambda b, h, i, j: (i - j < 30) & (j - i < 40))
 
 
 def _as_given(size: tuple[int, int]) -> None:
@@ -277,6 +300,7 @@ def _run(case: Case) -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"options-{name}": (lambda case=case: _run(case)) for name, case in CASES.items()},
     "options-gradients, constant of -inf": _of_infinities,
+    "options-mask_mod in small tiles": _in_small_tiles,
     "options-block_mask as given": lambda: _as_given((16, 16)),
     "options-block_mask as given, odd blocks": lambda: _as_given((16, 40)),
 }

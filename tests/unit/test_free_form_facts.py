@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import compile_free_form
 import pytest
-import torch
+from free_form_facts import compared, documents, problem, verdict
 
 from flashgen.facts import CompiledFacts, inspect
 from flashgen.problem import Problem
@@ -14,10 +15,7 @@ from flashgen.target import Target
 from flashgen.variants import by_name
 
 H100 = Target.named("h100")
-PLAIN = Problem(
-    dtype="bf16", batch=1, seqlen_q=8192, seqlen_k=8192, num_heads_q=8, num_heads_kv=8, head_dim=64, head_dim_v=64, return_lse=True
-)  # fmt: skip
-IDS = torch.arange(8192, dtype=torch.int32) // 500
+PLAIN = problem(64)
 
 
 def facts(problem: Problem, variant: str) -> CompiledFacts:
@@ -25,10 +23,6 @@ def facts(problem: Problem, variant: str) -> CompiledFacts:
     chosen = by_name(variant)
     config = chosen.default(documents(problem).spec, H100)
     return inspect(render(problem.spec, chosen), H100, config)
-
-
-def documents(problem: Problem) -> Problem:
-    return replace(problem, causal=False).modified(mask_mod=lambda b, h, i, j: (i >= j) & (IDS[i] == IDS[j]))
 
 
 @pytest.mark.slow
@@ -40,8 +34,40 @@ def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> 
     assert free.loop_spill_ops == 0 == free.loop.get("select", 0)
 
 
+@pytest.mark.slow
+def test_so_it_does_in_the_portable_backward() -> None:
+    """Head dim 128, and the forward's masked loop: `free_form_facts.py`, part of `make torture`."""
+    found = compared(64, "triton_bwd", H100)
+    assert list(found) == ["attention_bwd_dkdv", "attention_bwd_dq"]
+    assert [verdict(*pair) for pair in found.values()] == [None, None]
+
+
 def test_the_portable_tile_beside_a_mask_is_one_that_does_not_spill() -> None:
     wide = replace(PLAIN, head_dim=128, head_dim_v=128)
     config = by_name("triton_fwd").default(documents(wide).spec, H100)
     assert (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages) == (128, 64, 8, 3)
     assert by_name("triton_fwd").default(wide.spec, H100).BLOCK_N == 128
+
+
+@pytest.mark.slow
+def test_an_unmasked_block_of_the_hopper_backward_costs_what_it_costs_the_plain_kernel() -> None:
+    """One mask here; the others, and head dim 128, in `make torture`."""
+    plain = compile_free_form.plain(64)
+    free = compile_free_form.facts(compile_free_form.MASKS["prefix"](plain))
+    assert compile_free_form.wrong(free, compile_free_form.facts(replace(plain, causal=True))) == ""
+
+
+def test_more_instructions_spills_and_another_loop_are_told() -> None:
+    right = CompiledFacts(
+        arch="sm_90", triton_version="3.6.0", n_regs=168, spill_store_bytes=0, spill_load_bytes=0, stack_bytes=0,
+        smem_bytes=0, num_warps=8, serialised=False, undefined_registers=0, loop={"total": 335}, compile_s=0.0, loop_macs=64,
+    )  # fmt: skip
+    for changed, said in (
+        (replace(right, loop={"total": 336}), "336 instructions where the plain kernel has 335"),
+        (replace(right, loop={"total": 335, "spill": 1}), "1 spill"),
+        (replace(right, loop={"total": 300, "select": 32}), "another loop"),
+        (replace(right, loop_macs=32), "another loop"),
+        (replace(right, undefined_registers=1), "miscompiled"),
+    ):
+        assert said in compile_free_form.wrong(changed, right)
+    assert compile_free_form.wrong(right, right) == ""

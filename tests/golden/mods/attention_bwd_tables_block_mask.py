@@ -48,6 +48,18 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hidden(p):
+    """Where p is -0: the pairs that a mask hides."""
+    return p.to(tl.int32, bitcast=True) == -2147483648
+
+
+@triton.jit
+def any_sees(p):
+    """Of each key whether any row of a tile of rows x keys sees it."""
+    return tl.max(p.to(tl.int32, bitcast=True), 0) != -2147483648
+
+
+@triton.jit
 def floor_mod(x, y):
     """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
     remainder = tl.where(x < 0, ~x, x) % y
@@ -193,8 +205,11 @@ def add_dkdv(
         rows = start_m + offs_m
         # -- query --
         live = rows < seqlen_q
-        q = load_tile(q_ptr + first * stride_qm + q_offs, live, HEAD_DIM, BLOCK_D, IS_RAGGED=True)
-        safe_lse = tl.load(safe_lse_ptr + rows, mask=live, other=float("inf"))
+        q = load_tile(q_ptr + first * stride_qm + q_offs, live, HEAD_DIM, BLOCK_D, IS_MASKED)
+        if IS_MASKED:
+            safe_lse = tl.load(safe_lse_ptr + rows, mask=live, other=float("inf"))
+        else:
+            safe_lse = tl.load(safe_lse_ptr + rows)
         # -- probabilities, keys x rows, fp32 --
         qk = tl.dot(k, tl.trans(q), input_precision="ieee")
         qk *= sm_scale
@@ -209,6 +224,7 @@ def add_dkdv(
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
         if IS_MASKED:
             # -- mask --
+            visible = (rows < seqlen_q)[None, :]
             # -- block_mask: its mask_mod counts in its partial blocks alone --
             if ONE_KIND:
                 kind_row = block_kinds_ptr + (start_m // block_size_q).to(tl.int64) * stride_block_kinds_m
@@ -225,15 +241,16 @@ def add_dkdv(
             block_documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             block_documents_k = tl.load(block_documents_ptrs_2, mask=block_documents_inside_2, other=0)
             allowed = (block_documents_q == block_documents_k) & (kv_idx <= q_idx)
-            visible = (kind == 2) | ((kind == 1) & allowed)
-            visible &= (rows < seqlen_q)[None, :]  # what only rows beyond the end would see is not to be read
-            p = tl.where(visible, p, 0.0)
-        p = tl.where(live[None, :], p, 0.0)  # of rows beyond the end anything may have become
+            visible &= (kind == 2) | ((kind == 1) & allowed)
+            p = tl.where(visible, p, -0.0)
         # -- dv --
-        do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
+        do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         # -- dk --
-        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        if IS_MASKED:
+            delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + rows)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         # -- the derivative of score_mod --
@@ -243,8 +260,7 @@ def add_dkdv(
         d_table_value = tl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
         ds = ds * sigmoid(d_table_value)
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
-        ds = tl.where(live[None, :], ds, 0.0)
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -507,6 +523,8 @@ def add_dq(
     offs_n = tl.arange(0, BLOCK_N)
     k_offs = offs_n.to(tl.int64)[:, None] * stride_kn + tl.arange(0, BLOCK_D)[None, :]
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + tl.arange(0, BLOCK_DV)[None, :]
+    # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
+    last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
     for place in tl.range(start, stop):
         start_n = tl.load(key_blocks_ptr + place) * BLOCK_N
         first = tl.full([], start_n, tl.int64)
@@ -529,7 +547,7 @@ def add_dq(
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
         if IS_MASKED:
             # -- mask --
-            visible = (keys < kv_end)[None, :]
+            visible = keys[None, :] <= last_key[:, None]
             # -- block_mask: its mask_mod counts in its partial blocks alone --
             if ONE_KIND:
                 kind_row = block_kinds_ptr + (start_m // block_size_q).to(tl.int64) * stride_block_kinds_m
@@ -547,13 +565,12 @@ def add_dq(
             block_documents_k = tl.load(block_documents_ptrs_2, mask=block_documents_inside_2, other=0)
             allowed = (block_documents_q == block_documents_k) & (kv_idx <= q_idx)
             visible &= (kind == 2) | ((kind == 1) & allowed)
-            visible &= (offs_m < seqlen_q)[:, None]  # what only rows beyond the end would see is not to be read
-            p = tl.where(visible, p, 0.0)
+            p = tl.where(visible, p, -0.0)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         # -- the derivative of score_mod --
         d_table_index1 = floor_mod(q_idx - kv_idx, 5)
         d_table_inside = d_table_index1 < table_size1
@@ -564,7 +581,7 @@ def add_dq(
         if sum_of_table_ptr is not None:
             live = (offs_m < seqlen_q)[:, None]
             if IS_MASKED:
-                live &= visible
+                live &= ~hidden(p)
             part = tl.where(live, (ds * raw * (d_value * (1.0 - d_value))).to(tl.float32), 0.0)
             places = (h.to(tl.int64)) * table_size1 + d_table_index1_2.to(tl.int64)
             add_gradient(
@@ -578,9 +595,9 @@ def add_dq(
             )
         ds = ds * d_value
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         if IS_MASKED:
-            k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+            k = tl.where(any_sees(p)[:, None], k, 0.0)
         if WRITES_DQ:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq

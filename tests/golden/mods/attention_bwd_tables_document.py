@@ -48,6 +48,18 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hidden(p):
+    """Where p is -0: the pairs that a mask hides."""
+    return p.to(tl.int32, bitcast=True) == -2147483648
+
+
+@triton.jit
+def any_sees(p):
+    """Of each key whether any row of a tile of rows x keys sees it."""
+    return tl.max(p.to(tl.int32, bitcast=True), 0) != -2147483648
+
+
+@triton.jit
 def floor_mod(x, y):
     """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
     remainder = tl.where(x < 0, ~x, x) % y
@@ -154,6 +166,8 @@ def add_dkdv(
     qk_scale,
     start,
     stop,
+    gap_start,
+    gap,
     seqlen_q,
     offs_n,
     sm_scale,
@@ -174,18 +188,24 @@ def add_dkdv(
     BLOCK_M: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Add what query rows [start, stop) contribute; start is a multiple of BLOCK_M. Unless IS_MASKED, all see every key."""
+    """Add what query rows [start, stop) contribute, in whole blocks. If IS_MASKED, those from gap_start on are `gap` rows later; else all see every key."""
     offs_m = tl.arange(0, BLOCK_M)
     # 64-bit offsets: one sequence alone can exceed 2^31 elements.
     q_offs = offs_m.to(tl.int64)[:, None] * stride_qm + tl.arange(0, BLOCK_D)[None, :]
     do_offs = offs_m.to(tl.int64)[:, None] * stride_dom + tl.arange(0, BLOCK_DV)[None, :]
-    for start_m in tl.range(start, stop, BLOCK_M):
+    for place in tl.range(start, stop, BLOCK_M):
+        start_m = place
+        if IS_MASKED:
+            start_m += tl.where(place >= gap_start, gap, 0)
         first = tl.full([], start_m, tl.int64)
         rows = start_m + offs_m
         # -- query --
         live = rows < seqlen_q
-        q = load_tile(q_ptr + first * stride_qm + q_offs, live, HEAD_DIM, BLOCK_D, IS_RAGGED=True)
-        safe_lse = tl.load(safe_lse_ptr + rows, mask=live, other=float("inf"))
+        q = load_tile(q_ptr + first * stride_qm + q_offs, live, HEAD_DIM, BLOCK_D, IS_MASKED)
+        if IS_MASKED:
+            safe_lse = tl.load(safe_lse_ptr + rows, mask=live, other=float("inf"))
+        else:
+            safe_lse = tl.load(safe_lse_ptr + rows)
         # -- probabilities, keys x rows, fp32 --
         qk = tl.dot(k, tl.trans(q), input_precision="ieee")
         qk *= sm_scale
@@ -200,6 +220,7 @@ def add_dkdv(
         p = tl.exp2(qk * qk_scale - safe_lse[None, :])
         if IS_MASKED:
             # -- mask --
+            visible = (rows < seqlen_q)[None, :]
             # -- mask_mod --
             documents_inside = q_idx < documents_size0
             documents_ptrs = documents_ptr + q_idx.to(tl.int64) * documents_stride0
@@ -207,15 +228,16 @@ def add_dkdv(
             documents_inside_2 = kv_idx < documents_size0
             documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             documents_k = tl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
-            visible = (documents_q == documents_k) & (kv_idx <= q_idx)
-            visible &= (rows < seqlen_q)[None, :]  # what only rows beyond the end would see is not to be read
-            p = tl.where(visible, p, 0.0)
-        p = tl.where(live[None, :], p, 0.0)  # of rows beyond the end anything may have become
+            visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
+            p = tl.where(visible, p, -0.0)
         # -- dv --
-        do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
+        do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         # -- dk --
-        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        if IS_MASKED:
+            delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + rows)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         # -- the derivative of score_mod --
@@ -225,8 +247,7 @@ def add_dkdv(
         d_table_value = tl.load(d_table_ptrs, mask=d_table_inside, other=0.0)
         ds = ds * sigmoid(d_table_value)
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
-        ds = tl.where(live[None, :], ds, 0.0)
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -342,6 +363,7 @@ def attention_bwd_dkdv(
         # Where no block of rows sees every key, both meet at any block between.
         full_start = tl.minimum(full_start, tl.maximum(full_stop, begin))
         full_stop = tl.maximum(full_start, full_stop)
+        gap = full_stop - full_start
         dk, dv = add_dkdv(
             dk,
             dv,
@@ -355,7 +377,9 @@ def attention_bwd_dkdv(
             stride_dom,
             qk_scale,
             begin,
+            stop - gap,
             full_start,
+            gap,
             seqlen_q,
             offs_n,
             sm_scale,
@@ -390,6 +414,8 @@ def attention_bwd_dkdv(
             qk_scale,
             full_start,
             full_stop,
+            full_start,
+            gap,
             seqlen_q,
             offs_n,
             sm_scale,
@@ -409,40 +435,6 @@ def attention_bwd_dkdv(
             BLOCK_DV,
             BLOCK_M,
             IS_MASKED=False,
-        )
-        dk, dv = add_dkdv(
-            dk,
-            dv,
-            k,
-            v,
-            q_head,
-            do_head,
-            safe_lse_ptr + row_start,
-            delta_ptr + row_start,
-            stride_qm,
-            stride_dom,
-            qk_scale,
-            full_stop,
-            stop,
-            seqlen_q,
-            offs_n,
-            sm_scale,
-            b,
-            h,
-            table_ptr,
-            table_stride0,
-            table_stride1,
-            table_size0,
-            table_size1,
-            documents_ptr,
-            documents_stride0,
-            documents_size0,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_M,
-            IS_MASKED=True,
         )
 
     # -- store; a key that no row sees gets 0 --
@@ -467,6 +459,8 @@ def add_dq(
     offs_m,
     start,
     stop,
+    gap_start,
+    gap,
     kv_end,
     sm_scale,
     b,
@@ -492,11 +486,16 @@ def add_dq(
     WRITES_DQ: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Add what keys [start, stop) contribute; start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees all of them."""
+    """Add what keys [start, stop) contribute, in whole blocks. If IS_MASKED, those from gap_start on are `gap` keys later; else every row sees all of them."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offs = offs_n.to(tl.int64)[:, None] * stride_kn + tl.arange(0, BLOCK_D)[None, :]
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + tl.arange(0, BLOCK_DV)[None, :]
-    for start_n in tl.range(start, stop, BLOCK_N):
+    # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
+    last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
+    for place in tl.range(start, stop, BLOCK_N):
+        start_n = place
+        if IS_MASKED:
+            start_n += tl.where(place >= gap_start, gap, 0)
         first = tl.full([], start_n, tl.int64)
         keys = start_n + offs_n
         # -- keys and values: those that no row of this tile sees are not read, whatever they hold --
@@ -517,7 +516,7 @@ def add_dq(
         p = tl.exp2(qk * qk_scale - safe_lse[:, None])
         if IS_MASKED:
             # -- mask --
-            visible = (keys < kv_end)[None, :]
+            visible = keys[None, :] <= last_key[:, None]
             # -- mask_mod --
             documents_inside = q_idx < documents_size0
             documents_ptrs = documents_ptr + q_idx.to(tl.int64) * documents_stride0
@@ -526,13 +525,12 @@ def add_dq(
             documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             documents_k = tl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
             visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
-            visible &= (offs_m < seqlen_q)[:, None]  # what only rows beyond the end would see is not to be read
-            p = tl.where(visible, p, 0.0)
+            p = tl.where(visible, p, -0.0)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         # -- the derivative of score_mod --
         d_table_index1 = floor_mod(q_idx - kv_idx, 5)
         d_table_inside = d_table_index1 < table_size1
@@ -543,7 +541,7 @@ def add_dq(
         if sum_of_table_ptr is not None:
             live = (offs_m < seqlen_q)[:, None]
             if IS_MASKED:
-                live &= visible
+                live &= ~hidden(p)
             part = tl.where(live, (ds * raw * (d_value * (1.0 - d_value))).to(tl.float32), 0.0)
             places = (h.to(tl.int64)) * table_size1 + d_table_index1_2.to(tl.int64)
             add_gradient(
@@ -557,9 +555,9 @@ def add_dq(
             )
         ds = ds * d_value
         if IS_MASKED:
-            ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+            ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         if IS_MASKED:
-            k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+            k = tl.where(any_sees(p)[:, None], k, 0.0)
         if WRITES_DQ:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -670,6 +668,7 @@ def attention_bwd_dq(
     # Where no block is seen by every row, both meet at any block between.
     full_start = tl.minimum(full_start, tl.maximum(full_end, first_block))
     full_end = tl.maximum(full_start, full_end)
+    gap = full_end - full_start
     b = off_b.to(tl.int32)
     h = off_h.to(tl.int32)
 
@@ -688,7 +687,9 @@ def attention_bwd_dq(
         qk_scale,
         offs_m,
         first_block,
+        kv_end - gap,
         full_start,
+        gap,
         kv_end,
         sm_scale,
         b,
@@ -728,6 +729,8 @@ def attention_bwd_dq(
         offs_m,
         full_start,
         full_end,
+        full_start,
+        gap,
         kv_end,
         sm_scale,
         b,
@@ -752,45 +755,6 @@ def attention_bwd_dq(
         SUMS,
         WRITES_DQ,
         IS_MASKED=False,
-    )
-    dq = add_dq(
-        dq,
-        q,
-        do,
-        safe_lse,
-        delta,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        qk_scale,
-        offs_m,
-        full_end,
-        kv_end,
-        kv_end,
-        sm_scale,
-        b,
-        h,
-        table_ptr,
-        table_stride0,
-        table_stride1,
-        table_size0,
-        table_size1,
-        documents_ptr,
-        documents_stride0,
-        documents_size0,
-        seqlen_q,
-        sum_of_table_ptr,
-        largest_ptr,
-        term_bits,
-        HEAD_DIM,
-        HEAD_DIM_V,
-        BLOCK_D,
-        BLOCK_DV,
-        BLOCK_N,
-        SUMS,
-        WRITES_DQ,
-        IS_MASKED=True,
     )
 
     # -- store; a row that sees no key gets 0 --

@@ -35,6 +35,12 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
+def any_sees(visible, scores):
+    """Of each key whether any row of a tile sees it; of keys with a NaN in every score it does not matter."""
+    return tl.min(tl.where(visible, scores.to(tl.int32, bitcast=True), 2147483647), 0) != 2147483647
+
+
+@triton.jit
 def floor_mod(x, y):
     """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
     remainder = tl.where(x < 0, ~x, x) % y
@@ -96,6 +102,8 @@ def attend(
     # 64-bit offsets: one sequence alone can exceed 2^31 elements.
     k_offs = offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :]
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + offs_dv[None, :]
+    # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
+    last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
     for place in tl.range(start, stop):
         start_n = tl.load(key_blocks_ptr + place) * BLOCK_N
         first = tl.full([], start_n, tl.int64)
@@ -120,7 +128,7 @@ def attend(
         qk = qk * sigmoid(table_value)
         if IS_MASKED:
             # -- mask --
-            visible = (start_n + offs_n < kv_end)[None, :]
+            visible = (start_n + offs_n)[None, :] <= last_key[:, None]
             q_idx = offs_m[:, None]
             kv_idx = (start_n + offs_n)[None, :]
             # -- block_mask: its mask_mod counts in its partial blocks alone --
@@ -140,7 +148,7 @@ def attend(
             block_documents_k = tl.load(block_documents_ptrs_2, mask=block_documents_inside_2, other=0)
             allowed = (block_documents_q == block_documents_k) & (kv_idx <= q_idx)
             visible &= (kind == 2) | ((kind == 1) & allowed)
-            visible &= (offs_m < seqlen_q)[:, None]  # what only rows beyond the end would see is not to be read
+            seen = any_sees(visible, qk)
             qk = tl.where(visible, qk, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)
         # -- values: 0 where hidden, since 0 * NaN is NaN --
@@ -152,7 +160,6 @@ def attend(
         else:
             v = tl.load(v_ptrs)
         if IS_MASKED:
-            seen = tl.max(visible.to(tl.int32), 0) > 0
             v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i

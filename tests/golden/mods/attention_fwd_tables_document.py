@@ -35,6 +35,12 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
+def any_sees(visible, scores):
+    """Of each key whether any row of a tile sees it; of keys with a NaN in every score it does not matter."""
+    return tl.min(tl.where(visible, scores.to(tl.int32, bitcast=True), 2147483647), 0) != 2147483647
+
+
+@triton.jit
 def floor_mod(x, y):
     """x % y of a positive y, never negative, as in Python; the language's own has the sign of x."""
     remainder = tl.where(x < 0, ~x, x) % y
@@ -61,6 +67,8 @@ def attend(
     offs_m,
     start,
     stop,
+    gap_start,
+    gap,
     kv_end,
     sm_scale,
     b,
@@ -81,14 +89,19 @@ def attend(
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Attend to keys [start, stop); start is a multiple of BLOCK_N. Unless IS_MASKED, every row sees every one of them."""
+    """Attend to keys [start, stop), in whole blocks. If IS_MASKED, those from gap_start on are `gap` keys later; else every row sees all of them."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     # 64-bit offsets: one sequence alone can exceed 2^31 elements.
     k_offs = offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :]
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + offs_dv[None, :]
-    for start_n in tl.range(start, stop, BLOCK_N):
+    # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
+    last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
+    for place in tl.range(start, stop, BLOCK_N):
+        start_n = place
+        if IS_MASKED:
+            start_n += tl.where(place >= gap_start, gap, 0)
         first = tl.full([], start_n, tl.int64)
         # -- keys: those that no row of this tile sees are not read, whatever they hold --
         k_ptrs = k_ptr + first * stride_kn + k_offs
@@ -111,7 +124,7 @@ def attend(
         qk = qk * sigmoid(table_value)
         if IS_MASKED:
             # -- mask --
-            visible = (start_n + offs_n < kv_end)[None, :]
+            visible = (start_n + offs_n)[None, :] <= last_key[:, None]
             # -- mask_mod --
             q_idx = offs_m[:, None]
             kv_idx = (start_n + offs_n)[None, :]
@@ -122,7 +135,7 @@ def attend(
             documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             documents_k = tl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
             visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
-            visible &= (offs_m < seqlen_q)[:, None]  # what only rows beyond the end would see is not to be read
+            seen = any_sees(visible, qk)
             qk = tl.where(visible, qk, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)
         # -- values: 0 where hidden, since 0 * NaN is NaN --
@@ -134,7 +147,6 @@ def attend(
         else:
             v = tl.load(v_ptrs)
         if IS_MASKED:
-            seen = tl.max(visible.to(tl.int32), 0) > 0
             v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i
@@ -230,6 +242,7 @@ def attention_fwd(
     # Where no block is seen by every row, both meet at any block between.
     full_start = tl.minimum(full_start, tl.maximum(full_end, first_block))
     full_end = tl.maximum(full_start, full_end)
+    gap = full_end - full_start
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -247,7 +260,9 @@ def attention_fwd(
         qk_scale,
         offs_m,
         first_block,
+        kv_end - gap,
         full_start,
+        gap,
         kv_end,
         sm_scale,
         b,
@@ -281,6 +296,8 @@ def attention_fwd(
         offs_m,
         full_start,
         full_end,
+        full_start,
+        gap,
         kv_end,
         sm_scale,
         b,
@@ -300,39 +317,6 @@ def attention_fwd(
         BLOCK_DV,
         BLOCK_N,
         IS_MASKED=False,
-    )
-    acc, m_i, l_i = attend(
-        acc,
-        m_i,
-        l_i,
-        q,
-        k_ptr,
-        v_ptr,
-        stride_kn,
-        stride_vn,
-        qk_scale,
-        offs_m,
-        full_end,
-        kv_end,
-        kv_end,
-        sm_scale,
-        b,
-        h,
-        seqlen_q,
-        table_ptr,
-        table_stride0,
-        table_stride1,
-        table_size0,
-        table_size1,
-        documents_ptr,
-        documents_stride0,
-        documents_size0,
-        HEAD_DIM,
-        HEAD_DIM_V,
-        BLOCK_D,
-        BLOCK_DV,
-        BLOCK_N,
-        IS_MASKED=True,
     )
 
     # -- epilogue: a row that saw no key gives 0 --

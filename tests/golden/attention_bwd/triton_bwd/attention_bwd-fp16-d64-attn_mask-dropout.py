@@ -46,6 +46,18 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hidden(p):
+    """Where p is -0: the pairs that a mask hides."""
+    return p.to(tl.int32, bitcast=True) == -2147483648
+
+
+@triton.jit
+def any_sees(p):
+    """Of each key whether any row of a tile of rows x keys sees it."""
+    return tl.max(p.to(tl.int32, bitcast=True), 0) != -2147483648
+
+
+@triton.jit
 def keep(philox_ptr, off_bh, start_m, start_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which elements of a tile dropout keeps: Philox4x32-10 (Salmon et al., SC 2011), the same bits whatever the tile.
 
@@ -176,7 +188,7 @@ def add_dkdv(
         else:
             attn_mask = tl.load(attn_mask_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0)
         visible = attn_mask != 0
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible, p, -0.0)
         kept = tl.trans(keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         # -- dv --
         do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
@@ -187,7 +199,7 @@ def add_dkdv(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[None, :])
-        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -378,14 +390,14 @@ def add_dq(
         if IS_MASKED:
             # -- mask --
             visible &= (keys < kv_end)[None, :]
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible, p, -0.0)
         kept = keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
-        k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+        ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        k = tl.where(any_sees(p)[:, None], k, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 

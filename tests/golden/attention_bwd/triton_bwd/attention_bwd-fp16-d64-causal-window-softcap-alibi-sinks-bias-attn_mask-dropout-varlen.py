@@ -49,6 +49,18 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hidden(p):
+    """Where p is -0: the pairs that a mask hides."""
+    return p.to(tl.int32, bitcast=True) == -2147483648
+
+
+@triton.jit
+def any_sees(p):
+    """Of each key whether any row of a tile of rows x keys sees it."""
+    return tl.max(p.to(tl.int32, bitcast=True), 0) != -2147483648
+
+
+@triton.jit
 def soft_cap(scores, softcap):
     """softcap * tanh(scores / softcap), the hyperbolic tangent from exp2."""
     x = scores / softcap
@@ -275,7 +287,7 @@ def add_dkdv(
             # -- mask --
             visible &= offs_n[:, None] <= (rows + causal_offset + window_right)[None, :]
             visible &= offs_n[:, None] >= (rows + causal_offset - window_left)[None, :]
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible, p, -0.0)
         kept = tl.trans(keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         # -- dv --
         do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
@@ -287,7 +299,7 @@ def add_dkdv(
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[None, :])
         ds *= slack
-        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -654,13 +666,13 @@ def add_dq(
             visible &= keys[None, :] <= (offs_m + causal_offset + window_right)[:, None]
             visible &= keys[None, :] >= (offs_m + causal_offset - window_left)[:, None]
             visible &= (keys < kv_end)[None, :]
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible, p, -0.0)
         kept = keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         dp = tl.where(kept, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
         if SUM_BIAS > 0:
             # -- the bias's gradient --
             live_rows, live_keys = (offs_m < seqlen_q)[:, None], (keys < kv_end)[None, :]
@@ -683,8 +695,8 @@ def add_dq(
                 part, always = tl.sum(tl.sum(part, 1), 0), tl.full([], True, tl.int1)
                 add_gradient(dbias_ptr, largest_ptr, 0, part, always, term_bits, SUM_BIAS)
         ds *= slack
-        ds = tl.where(visible, ds, 0.0)  # a hidden key may hold NaN, and 0 * NaN is NaN
-        k = tl.where((tl.max(visible.to(tl.int32), 0) > 0)[:, None], k, 0.0)
+        ds = tl.where(hidden(p), 0.0, ds)  # a hidden key may hold NaN, and 0 * NaN is NaN
+        k = tl.where(any_sees(p)[:, None], k, 0.0)
         if WRITES_DQ:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq

@@ -35,6 +35,12 @@ def online_softmax(scores, m_i, l_i, qk_scale, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
+def any_sees(visible, scores):
+    """Of each key whether any row of a tile sees it; of keys with a NaN in every score it does not matter."""
+    return tl.min(tl.where(visible, scores.to(tl.int32, bitcast=True), 2147483647), 0) != 2147483647
+
+
+@triton.jit
 def attend(
     acc,
     m_i,
@@ -99,6 +105,7 @@ def attend(
         visible = tl.load(attn_mask_ptrs, mask=inside, other=0) != 0
         if IS_MASKED:
             visible &= (start_n + offs_n < kv_end)[None, :]
+        seen = any_sees(visible, qk)
         qk = tl.where(visible, qk, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)
         # -- values: 0 where hidden, since 0 * NaN is NaN --
@@ -109,7 +116,6 @@ def attend(
             v = tl.load(v_ptrs, mask=(offs_dv < HEAD_DIM_V)[None, :], other=0.0)
         else:
             v = tl.load(v_ptrs)
-        seen = tl.max(visible.to(tl.int32), 0) > 0
         v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return acc, m_i, l_i
