@@ -201,7 +201,8 @@ def patch_repeated_work() -> None:
     """
     import numpy as np
 
-    tl, interpreter = import_module("triton.language"), import_module("triton.runtime.interpreter")
+    tl: Any = import_module("triton.language")
+    interpreter: Any = import_module("triton.runtime.interpreter")
     remap, launch, np_dtype = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     mapped: set[int] = set()  # what the running launch has remapped
     known: dict[str, Any] = {}

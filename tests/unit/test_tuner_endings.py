@@ -16,7 +16,7 @@ import pytest
 from cpu_kernel import CPU, PROBLEM, TILES, use
 
 import flashgen
-from flashgen import DatabaseError
+from flashgen import DatabaseError, patience
 from flashgen.store import Record, database, open_store
 from flashgen.tuner import interrupts, tune
 from flashgen.tuner.saving import recover
@@ -107,8 +107,9 @@ def test_the_second_ctrl_c_ends_at_once_and_nothing_is_corrupt(tmp_path: Path) -
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
     began = time.monotonic()
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and time.monotonic() - began < 10
+    # At once, of a machine of one's own: what it stands in would take ten minutes.
+    _, err = process.communicate(timeout=20 * patience.share())
+    assert process.returncode == 130 and time.monotonic() - began < 10 * patience.share()
     assert "interrupted twice: ended at once" in err and gone(int(line.split()[0]))
     with open_store() as store:
         assert store.trials() == [] and store.verify() == []
