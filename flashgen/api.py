@@ -59,7 +59,8 @@ def attention(
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q): adds -slope * |i + seqlen_k - seqlen_q - j|; no gradient.
         sinks: (num_heads_q,) raw logits that join the softmax denominator only; differentiable.
         bias: additive, floating, broadcastable (right-aligned) to (batch, num_heads_q, seqlen_q, seqlen_k);
-            differentiable, its gradient has its own shape.
+            differentiable, its gradient has its own shape. Hide with -inf: where all scores of a row lie beyond some 10^6 in size, lse no
+            longer holds their sum in fp32, and the row's gradients are wrong.
         attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
         score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients. It is
             called once with a few zeros before anything runs, to see what shape and dtype it gives.

@@ -355,7 +355,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, torch_blocked.GradientSums]:
     """Run a generated backward by its `launch`; a gradient that autograd left out counts as zero. Sums are in fp32."""
     problem = plan.problem
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    make = torch.zeros if 0 in q.shape else torch.empty  # the Hopper kernel writes no dk and dv of no queries
+    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     seen = (lambda x: x) if problem.varlen else (lambda x: _bshd(x, layout))
     inputs = (_unit_last_stride(seen(x)) for x in (q, k, v, out))
     dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)

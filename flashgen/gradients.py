@@ -85,7 +85,9 @@ class GradientBuffers:
                 (honest[0].gradients[name[1:]], None),
                 self.problem.dtype,
                 gradient=True,
-                unit=_unit(_Same(oracle), _Same(honest), name[1:], gradient.dtype) if gradient.numel() else None,
+                unit=_unit(ByIdentity(oracle), ByIdentity(honest), name[1:], gradient.dtype)
+                if gradient.numel()
+                else None,
             )
             reports.append(replace(report, message=f"{name}: {report.message}"))
         worst = max(reports, key=lambda report: (not report.ok, report.ratio))
@@ -111,7 +113,7 @@ class GradientBuffers:
         return found
 
 
-class _Same:
+class ByIdentity:
     """A key of a cache that is equal to itself alone; it keeps what it stands for alive."""
 
     def __init__(self, value: Any) -> None:
@@ -121,11 +123,11 @@ class _Same:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, ByIdentity) and self.value is other.value
 
 
 @lru_cache(maxsize=32)
-def _unit(oracle: _Same, honest: _Same, name: str, dtype: torch.dtype) -> tuple[float, float]:
+def _unit(oracle: ByIdentity, honest: ByIdentity, name: str, dtype: torch.dtype) -> tuple[float, float]:
     """What honest runs err by, once for all launches on the same inputs: it took longer than to judge a launch."""
     runs = [run.gradients[name].to(dtype) for run in honest.value]
     return accuracy.unit_of(oracle.value.gradients[name], runs)

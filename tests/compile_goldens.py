@@ -4,8 +4,8 @@
 
 Each golden text is compiled with its variant's default configuration for one GPU of every architecture that the variant
 supports, and the result is read: shared memory fits, no register is read that nothing wrote, and in fp16 and bf16 the reader of
-machine code finds all products of a tile in the main loop; up to head dim 128 no spill stands in that loop. Beyond, in
-fp32, and of gradients with options, spills are told, not judged. Products of Gluon kernels stay asynchronous (no C7510 to C7519 of ptxas).
+machine code finds all products of a tile in the main loop; up to head dim 128 no spill stands in that loop, but for what is listed as
+open. Beyond and in fp32 spills are told, not judged. Products of Gluon kernels stay asynchronous (no C7510 to C7519 of ptxas).
 
 Exit code 1, with the names, when one fails. CI runs it under the oldest and the newest Triton. `--record` keeps what was told, a row for each kernel and
 Triton: benchmarks/results/compiled_spills.csv.
@@ -45,6 +45,11 @@ SAMPLE = {
 }
 # A backward is three kernels. Of those whose spills are told only, one GPU of each kind of tensor core is enough.
 TOLD_BACKWARD = ("a100", "h100", "b200", "mi300x")
+# Spill instructions that are left, at most: values of a whole kernel that a step reads back.
+OPEN = {
+    ("sm_90", "gluon_bwd_sm90", "attention_bwd-bf16-d128-causal-bias"): 5,
+    ("sm_90", "gluon_bwd_sm90", "attention_bwd-bf16-d128-causal-window-softcap-alibi-sinks"): 5,
+}
 COLUMNS = ("triton", "arch", "kernel", "loop_spills")
 # Options add statements to the loops of the same kernels: one GPU of each of NVIDIA's tensor cores is enough.
 OPTIONS = ("a100", "h100", "b200")
@@ -98,8 +103,11 @@ def judge(spec: AttentionSpec, target: Target, config: KernelConfig, facts: Comp
     if gluon and facts.serialised:
         wrong.append("ptxas serialised its asynchronous products")
     spills = facts.loop_spill_ops
-    told = spec.op == "attention_bwd" and bool(set(spec.flags) - {"causal"})  # no tile was searched for these yet
-    if half and spills and max(spec.head_dim, spec.head_dim_v) <= 128 and not told:
+    if (
+        half
+        and spills > OPEN.get((target.arch, config.variant, spec.key), 0)
+        and max(spec.head_dim, spec.head_dim_v) <= 128
+    ):
         wrong.append(f"{spills} spill instructions in the main loop with the default {config.label}")
     return "; ".join(wrong), f"{spills} spills in the loop" if spills and not wrong else ""
 

@@ -16,6 +16,7 @@ from flashgen.simulator.tensors import Tensor, plain
 
 ASM: dict[str, Callable[..., Any]] = {
     "mov.b32 $0, $1;": np.copy,
+    "shr.s32 $0, $1, 31;": lambda x: x >> 31,
     "{ .reg .pred seen; .reg .b32 bit; and.b32 bit, $2, $3; setp.ne.b32 seen, bit, 0; selp.f32 $0, $1, 0fFF800000, seen; }": (
         lambda x, bits, bit: np.where(bits & bit, x, np.float32(-np.inf))
     ),
@@ -87,8 +88,10 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     results = function(*(arg.values if isinstance(arg, Tensor) else np.asarray(arg) for arg in args))
     many = isinstance(dtype, (tuple, list))
+    if not tensors and not many:  # of scalars a scalar
+        return scalar(np.asarray(results).item(), dtype)
     made = tuple(
-        Tensor(rounded(result, kind), kind, tensors[0].layout if tensors else None)
+        Tensor(rounded(result, kind), kind, tensors[0].layout) if tensors else scalar(np.asarray(result).item(), kind)
         for result, kind in zip(results if many else [results], dtype if many else [dtype], strict=True)
     )
     return made if many else made[0]

@@ -9,6 +9,7 @@ from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec, padded_head_dim
 from flashgen.target import Target
 from flashgen.variants.base import Knob, KnownGood, ResourceFacts, Variant
+from flashgen.variants.features import capped_too_high
 from flashgen.variants.gluon_bwd_text import BackwardText
 
 _COVERED_FLAGS = frozenset(
@@ -93,6 +94,13 @@ _PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
 _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (((64, 128, 2, 1, 2, 24, False, False, True), _H200_MASKS),),
 }
+# Go before those where the step has least registers left: at head dim 128 beside a tile of operands or of dropout's bits, or a cap and slopes
+# (the addresses of a second buffer of ds are made in the step), at 64 beside three options or more (half the keys leave 255 registers a thread).
+_COMPILED = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
+_CROWDED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (((64, 64, 2, 2, 1, 24, False, False, True), _COMPILED),),
+    128: (((64, 128, 2, 2, 1, 24, False, False, True), _COMPILED),),
+}
 # Go first where a mask_mod compares what it computes of rows and keys, at head dim 64.
 _MASKED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (((128, 128, 2, 1, 1, 24, False, False, True), _H200_MASKS),),
@@ -147,7 +155,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
-        return None
+        return capped_too_high(problem)
 
     # -- what it compiles --
 
@@ -317,9 +325,17 @@ class GluonBackwardSm90(BackwardText, Variant):
             rows = (first, *(row for row in rows if row[0] != first[0]))
         if self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
+            rows = (*(_CROWDED.get(width, ()) if self.crowds(spec, width) else ()), *rows)
         elif spec.has_mask_mod:
             rows = (*_MASKED.get(width, ()), *rows)
         return self.legal((KnownGood(config=self._of(values), source=source) for values, source in rows), spec, target)
+
+    @staticmethod
+    def crowds(spec: AttentionSpec, width: int) -> bool:
+        """Whether options leave a step of a usual tile too few registers."""
+        if width <= 64:
+            return sum((spec.has_bias, spec.has_attn_mask, spec.dropout, spec.softcap, spec.has_score_mod)) >= 3
+        return spec.has_bias or spec.dropout or (spec.softcap and spec.has_alibi)
 
     def _of(self, values: _Knobs) -> KernelConfig:
         return self.config(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))

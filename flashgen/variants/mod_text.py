@@ -9,7 +9,7 @@ from typing import Any
 from flashgen.errors import RenderError
 from flashgen.problem import Problem
 from flashgen.spec import AttentionSpec
-from flashgen.variants.features import captured
+from flashgen.variants.features import capped_too_high, captured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,13 @@ class WithMods:
     """A mixin for variants whose templates hold mods."""
 
     def refuses(self, problem: Problem) -> str | None:
-        """None, or why mods keep a call from the kernel."""
+        """None, or why mods or a cap keep a call from the kernel."""
         if problem.untraced:
             return problem.untraced
         if (problem.has_score_mod or problem.has_mask_mod or problem.has_block_mask) and problem.mods is None:
             # On CPU tensors, and of a problem that is only named, there is nothing to trace for.
             return "score_mod, mask_mod and block_mask are traced where a call may run a kernel, and this one does not"
-        return None
+        return capped_too_high(problem)
 
     def mod(self, spec: AttentionSpec, kind: str) -> Any:
         """The text of a spec's `score`, `mask` or `block` in the inner loop, a `mods.Emission`."""

@@ -70,12 +70,25 @@ _KNOWN_GOOD: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
     ("gfx942", 128): (((64, 64, 64, 64, 4, 1), _COMPILED),),
     ("gfx942", 256): (((32, 64, 64, 32, 4, 1), _FITS),),
 }
-# Go first where an option keeps values beside every score; on sm_90 the tiles above hold them.
+# Go first where an option keeps values beside every score.
 _BESIDE_SCORES: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
     ("cuda", 64): (((32, 64, 64, 32, 8, 1), _COMPILED),),
     ("cuda", 128): (((32, 64, 64, 32, 8, 1), _COMPILED),),
+    ("sm_90", 64): (((64, 128, 128, 64, 8, 2), _COMPILED),),
+    ("sm_90", 128): (((32, 128, 128, 64, 8, 1), _COMPILED),),
     ("hip", 64): (((32, 64, 64, 32, 8, 1), _COMPILED),),
     ("hip", 128): (((32, 64, 64, 32, 4, 1), _COMPILED),),
+}
+# Go before those where three options or more do: 16 rows at a time.
+_MANY = 3
+_BESIDE_MANY: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
+    ("sm_80", 64): (((16, 64, 64, 32, 8, 1), _COMPILED),),
+    ("sm_90", 64): (((16, 128, 128, 32, 8, 1), _COMPILED),),
+    ("sm_90", 128): (((16, 128, 128, 64, 8, 1), _COMPILED),),
+}
+# Go first for packed sequences, whose lengths stay in registers.
+_PACKED: dict[tuple[str, int], tuple[tuple[_Tile, str], ...]] = {
+    ("sm_80", 128): (((32, 64, 64, 32, 8, 1), _COMPILED),),
 }
 # fp32 is multiplied on the CUDA cores in full precision: everything larger spills.
 _FP32: _Tile = (16, 16, 16, 16, 4, 1)
@@ -209,8 +222,13 @@ class TritonBackward(WithMods, Variant):
         else:
             widest = max(spec.block_head_dim_out, spec.block_head_dim_v)
             rows = _KNOWN_GOOD[(family(target), widest)]
-            if self.keeps_beside_scores(spec) and family(target) != "sm_90":
-                rows = (*_BESIDE_SCORES.get((target.backend, widest), ()), *rows)
+            options = sum(flag in _INNER or flag == "has_score_mod" for flag in spec.flags)
+            tables = [_PACKED] if spec.varlen else []
+            tables += [_BESIDE_SCORES] if self.keeps_beside_scores(spec) else []
+            tables += [_BESIDE_MANY] if options >= _MANY else []
+            for table in tables:
+                known = table.get((family(target), widest)) or table.get((target.backend, widest), ())
+                rows = (*known, *rows)
         return tuple(KnownGood(config=self._tile(tile), source=source) for tile, source in rows)
 
     def keeps_beside_scores(self, spec: AttentionSpec) -> bool:

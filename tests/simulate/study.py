@@ -76,6 +76,11 @@ def study(name: str, results: Path | None = None) -> bool:
     good, survivors = True, collections.Counter[str]()
     for schedule in SCHEDULES:
         kinds, left, start = collections.Counter[str](), list[str](), time.process_time()
+        rendered = rendered_of(name)
+        said = verdict(name, rendered.study_of(name).text, schedule) if rendered else None  # type: ignore[attr-defined]
+        if said is not None:
+            print(f"  WRONG {schedule}: the original itself: {said}", flush=True)
+            good = False
         for mutant in found:
             kind = verdict(name, mutant.text, schedule)
             kinds[kind or "survived"] += 1

@@ -20,8 +20,9 @@ def test_sampled_mutants_are_found(key: str, schedule: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", forward.SPECS)
+@pytest.mark.parametrize("key", (*forward.SAMPLED, "attention_fwd-bf16-d192-dv128-causal-lse"))
 def test_the_original_is_right(key: str) -> None:
+    """Of all, under every schedule, where `make torture` studies them."""
     study = forward.study_of(key)
     assert study.verdict(study.text, schedule="priority", seed=3) is None
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from free_backward import Free, launch, make
+from free_backward import Free, launch, make, references
 from free_cases import BIASES, CASES, GROUPS, TALL, bands_of_heads
 
+from flashgen.gradients import ByIdentity
 from flashgen.simulator import SimulationError
 
 OF = {case.why: case for case in (*CASES, *BIASES)}
@@ -75,15 +76,17 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("no derivative of the cap", SOFTCAP, "p *= 1.0 - squashed * squashed", "p *= 1.0"),
     ("the cap without its factor", SOFTCAP, "squashed * (softcap * qk_scale)", "squashed * qk_scale"),
     ("an even tanh", SOFTCAP, "grown = gl.exp2(x)", "grown = gl.exp2(gl.abs(x))"),
-    ("ALiBi from the top left", ALIBI, "(start_m + alibi_shift - start_n)", "(start_m - start_n)"),
+    ("ALiBi from the top left", ALIBI, "(start_m + alibi_shift - start_n,", "(start_m - start_n,"),
     ("ALiBi with one sign on both sides", OF["ALiBi, top-left, more rows than keys"], "seqlen_k - seqlen_q >= causal_offset", "True"),
     ("ALiBi falls with the key", ALIBI, "lift = (slope * qk_scale)", "lift = -(slope * qk_scale)"),
     ("heads behind the first forgotten", WINDOWS_OF_GROUPS, "group * before + member * behind", "group * before"),
     ("ALiBi of the first head", ALIBI, "off_h * stride_alibi_h", "off_hkv * 0"),
-    ("ALiBi a bonus in front of the diagonal", OF["ALiBi of each batch"], "gl.abs(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])", "(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])"),
-    ("the caller's mask inverted", OF["attn_mask of rows and keys"], "mask=inside, other=0) != 0", "mask=inside, other=0) == 0"),
+    ("ALiBi a bonus in front of the diagonal", OF["ALiBi of each batch"], "slope * gl.abs(distances(", "slope * (distances("),
+    ("the caller's mask inverted", OF["attn_mask of rows and keys"], "attn_mask != 0", "attn_mask == 0"),
     ("the caller's mask of the first head", Free(why="", sizes=GROUPS, attn_mask="1h1j"), "off_h.to(gl.int64) * stride_attn_mask_h", "off_hkv.to(gl.int64) * stride_attn_mask_h"),
-    ("the bias of the first keys", OF["a bias with -inf"], "offs_n.to(gl.int64)[:, None] * stride_bias_n\n", "(offs_n % 16).to(gl.int64)[:, None] * stride_bias_n\n"),
+    ("the bias of the first keys", OF["a bias with -inf"], "near_n.to(gl.int64) * stride_bias_n", "(near_n % 16).to(gl.int64) * stride_bias_n"),
+    ("the bias of a thread's first key for all of its keys", SHARED, "far_n.to(gl.int64) * stride_bias_n", "0 * far_n.to(gl.int64) * stride_bias_n"),
+    ("the last row's bias is that of the row before", SHARED, "COLUMN), seqlen_q - 1).to(gl.uint32)", "COLUMN), seqlen_q - 2).to(gl.uint32)"),
     ("the bias's gradient after the score's derivative", OF["a bias of every pair, under a score"], "largest_ptr, ds, exists", "largest_ptr, ds * 1.05, exists"),
     ("the bias's gradient of one row", OF["a bias of keys"], "gl.sum(ds, 1), offs_n", "gl.max(ds, 1), offs_n"),
     ("the bias's gradient stored by each head", SHARED, "dbias.numel() == batch * num_heads_q *", "dbias.numel() == batch *"),
@@ -123,4 +126,4 @@ def test_a_broken_line_is_noticed(index: int) -> None:
         launch(case, buffers, values, text=broken, schedule="priority", seed=3, max_steps=60_000)
     except SimulationError:
         return
-    assert not buffers.check().ok, f"{name}: nobody noticed"
+    assert not buffers.check(references(ByIdentity(case), 2, True)).ok, f"{name}: nobody noticed"

@@ -36,6 +36,18 @@ def test_case(index: int, deterministic: bool) -> None:
     run(case, index, deterministic=deterministic, schedule=SCHEDULES[(index + 2 * deterministic) % 4]).require(case.why)
 
 
+def test_loops_apart_as_under_triton_3_6() -> None:
+    """The simulator has the names of both versions, and takes the text's newer half: here the older one."""
+    sizes = {"seqlen_q": 300, "seqlen_k": 260}
+    case = Free(why="a window", sizes=sizes, window=(70, 90), knobs={"BLOCK_M": 64, "BLOCK_N": 64})
+    text = case.source.text
+    older = text.replace('APART = gl.constexpr(not hasattr(gl, "barrier"))', "APART = gl.constexpr(True)")
+    assert older != text and "nought_of(masked_end)" in text and "nought_of(unmasked_end)" in text
+    buffers, values = make(case, 3)
+    launch(case, buffers, values, text=older, schedule="random", seed=5)
+    buffers.check().require(case.why)
+
+
 SUMS = (*BIASES, *LEARNED)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import compile_free_form
 import pytest
 from free_form_facts import compared, documents, problem, verdict
 
@@ -46,3 +47,27 @@ def test_the_portable_tile_beside_a_mask_is_one_that_does_not_spill() -> None:
     config = by_name("triton_fwd").default(documents(wide).spec, H100)
     assert (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages) == (128, 64, 8, 3)
     assert by_name("triton_fwd").default(wide.spec, H100).BLOCK_N == 128
+
+
+@pytest.mark.slow
+def test_an_unmasked_block_of_the_hopper_backward_costs_what_it_costs_the_plain_kernel() -> None:
+    """One mask here; the others, and head dim 128, in `make torture`."""
+    plain = compile_free_form.plain(64)
+    free = compile_free_form.facts(compile_free_form.MASKS["prefix"](plain))
+    assert compile_free_form.wrong(free, compile_free_form.facts(replace(plain, causal=True))) == ""
+
+
+def test_more_instructions_spills_and_another_loop_are_told() -> None:
+    right = CompiledFacts(
+        arch="sm_90", triton_version="3.6.0", n_regs=168, spill_store_bytes=0, spill_load_bytes=0, stack_bytes=0,
+        smem_bytes=0, num_warps=8, serialised=False, undefined_registers=0, loop={"total": 335}, compile_s=0.0, loop_macs=64,
+    )  # fmt: skip
+    for changed, said in (
+        (replace(right, loop={"total": 336}), "336 instructions where the plain kernel has 335"),
+        (replace(right, loop={"total": 335, "spill": 1}), "1 spill"),
+        (replace(right, loop={"total": 300, "select": 32}), "another loop"),
+        (replace(right, loop_macs=32), "another loop"),
+        (replace(right, undefined_registers=1), "miscompiled"),
+    ):
+        assert said in compile_free_form.wrong(changed, right)
+    assert compile_free_form.wrong(right, right) == ""

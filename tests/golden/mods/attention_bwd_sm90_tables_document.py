@@ -601,6 +601,8 @@ def consume(
     values = v_rows.load(V_LAYOUT)
     v_rows.store(gl.where(values.to(gl.float32) * 0.0 == 0.0, values, 0.0))
     fence_async_shared()
+    # Met here once: the compiler would put a barrier of its own into the loops, before the first product that reads what was stored.
+    partition_barrier()
     scores = nothing
     if SCORES_AHEAD:
         k = k_tile.reshape([BLOCK_N, BLOCK_D])

@@ -270,6 +270,19 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
+
+
+@gluon.jit
 def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
     """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
 
@@ -359,28 +372,37 @@ def attend(
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    step = afresh(step)
     stage = step % STAGES
     k = k_tile.reshape([BLOCK_N, BLOCK_D])
     q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
     do = do_tiles.index(stage).reshape([BLOCK_M, BLOCK_DV])
-    # -- scores of this block, and dp --
+    # -- scores of this block --
     if not SCORES_AHEAD:
         scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
+    # -- meanwhile what each score takes --
+    read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    near_n, far_n = offs_n & -9, offs_n & 8
+    if IS_MASKED:
+        near_n, far_n = gl.minimum(offs_n, seqlen_k - 1), 0 * offs_n
+    bias_ptrs = (bias_ptr + near_n.to(gl.int64) * stride_bias_n)[:, None]
+    bias_ptrs += (read_m * stride_bias_m)[None, :]
+    bias_ptrs += (far_n.to(gl.int64) * stride_bias_n)[:, None]
+    bias = gl.load(bias_ptrs)
+    if not SCORES_AHEAD:
+        scores = warpgroup_mma_wait(0, deps=(scores_product,))
+    # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
+    lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
+    scaled = scores * sm_scale
+    s = scaled
+    s += bias.to(gl.float32)
     mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
     v = v_tile.reshape([BLOCK_N, BLOCK_DV])
     dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if not SCORES_AHEAD:
-        scores = warpgroup_mma_wait(1, deps=(scores_product,))
-    # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
-    lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
-    scaled = scores * sm_scale
-    s = scaled
-    bias_ptrs = bias_ptr + rows_m.to(gl.int64)[None, :] * stride_bias_m + offs_n.to(gl.int64)[:, None] * stride_bias_n
-    s += gl.load(bias_ptrs, mask=(rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None], other=0.0).to(gl.float32)
     p = gl.exp2(s * qk_scale - lse[None, :])
     if IS_MASKED:
         # -- mask --
+        rows_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1)
         visible = first_m[:, None] <= rows_m[None, :]
         p = gl.where(visible, p, 0.0)
     p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
@@ -394,12 +416,13 @@ def attend(
     ds = p * (dp - delta[None, :])
     # -- the bias's gradient --
     if SUM_BIAS > 0:
+        rows_m = rows_of(start_m, BLOCK_M, COLUMN)
         if BIAS_ROWS and BIAS_KEYS:
-            # It is contiguous: 32 bits hold what is added within a tile.
-            tile_ptr = dbias_ptr + start_m.to(gl.int64) * stride_dbias_m + start_n.to(gl.int64) * stride_dbias_n
-            row_places = gl.arange(0, BLOCK_M, COLUMN) * stride_dbias_m
-            dbias_ptrs = tile_ptr + (row_places[None, :] + ((offs_n - start_n) * stride_dbias_n)[:, None])
-            exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+            # It is contiguous.
+            dbias_ptrs = (dbias_ptr + offs_n)[:, None] + (rows_m.to(gl.uint32).to(gl.int64) * stride_dbias_m)[None, :]
+            exists = (rows_m < seqlen_q)[None, :] & (offs_n >= 0)[:, None]
+            if IS_MASKED:
+                exists &= (offs_n < seqlen_k)[:, None]
             add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m

@@ -310,6 +310,20 @@ def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.co
     return warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
+# Triton 3.6 keeps addresses that both loops read in uniform registers over both, and a step then copies each for its product: so each loop
+# has its own. 3.9 copies more where they are apart.
+APART = gl.constexpr(not hasattr(gl, "barrier"))
+
+
+@gluon.jit
+def nought_of(end):
+    """0 that no compiler knows of: what is found with it is computed anew before a loop, and not kept for the next."""
+    nought = 0
+    if APART:
+        nought = gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [end], dtype=gl.int32, is_pure=False, pack=1)
+    return nought
+
+
 @gluon.jit
 def attend(
     step,
@@ -322,6 +336,7 @@ def attend(
     no_dq,
     first_m,
     qk_scale,
+    nought,
     tiles,
     bars,
     BLOCK_M: gl.constexpr,
@@ -343,6 +358,8 @@ def attend(
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    if APART:
+        gl.assume(step >= 0)
     stage = step % STAGES
     k = k_tile.reshape([BLOCK_N, BLOCK_D])
     q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
@@ -382,6 +399,7 @@ def attend(
     # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
     fence_async_shared()
     # -- dq, then dk: dq is staged while dk is multiplied --
+    ds_tile = ds_tiles.index(step % DS_STAGES + nought)
     dq_product = warpgroup_mma(ds_tile.permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
     dv = warpgroup_mma_wait(1, deps=(dv_product,))
     dk_product = warpgroup_mma(ds_operand, q, dk, is_async=True)
@@ -485,6 +503,7 @@ def consume(
         unmasked_end = gl.where(is_before, first_step + before, masked_end)
         shift = gl.where(is_before, begin, full_end) - first_step
         # -- blocks that need a mask --
+        nought = nought_of(masked_end)
         for step in range(first_step, masked_end):
             start_m = (step + shift) * BLOCK_M
             scores, dk, dv = attend(
@@ -498,6 +517,7 @@ def consume(
                 no_dq,
                 first_m,
                 qk_scale,
+                nought,
                 tiles,
                 (q_full, do_full, dq_empty),
                 BLOCK_M,
@@ -513,6 +533,7 @@ def consume(
                 IS_MASKED=True,
             )
         # -- blocks whose rows see every key --
+        nought = nought_of(unmasked_end)
         for step in range(masked_end, unmasked_end):
             scores, dk, dv = attend(
                 step,
@@ -525,6 +546,7 @@ def consume(
                 no_dq,
                 first_m,
                 qk_scale,
+                nought,
                 tiles,
                 (q_full, do_full, dq_empty),
                 BLOCK_M,

@@ -285,6 +285,27 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
+
+
+@gluon.jit
+def distances(first, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows less keys of a tile of keys x rows, given that of its first ones; within the tile exact in fp32, and cheaper than integers."""
+    rows, keys = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)), gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
+    of_lane = afresh(first) + ((rows & 6)[None, :] - (keys & -9)[:, None])
+    return (of_lane.to(gl.float32) + (rows & -7).to(gl.float32)[None, :]) - (keys & 8).to(gl.float32)[:, None]
+
+
+@gluon.jit
 def hide(p, x1, x2, x3):
     """Probabilities, 0 where a comparison fails; said in PTX, since a tile of conditions is packed into bits or selected one by one."""
     return gl.inline_asm_elementwise(
@@ -349,29 +370,30 @@ def attend(
     q_full, do_full, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
+    SCORES: gl.constexpr = nothing.type.layout
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    step = afresh(step)
     stage = step % STAGES
     k = k_tile.reshape([BLOCK_N, BLOCK_D])
     q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
     do = do_tiles.index(stage).reshape([BLOCK_M, BLOCK_DV])
-    # -- scores of this block, and dp --
+    # -- scores of this block --
     if not SCORES_AHEAD:
         scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
-    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
-    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
-    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    # -- meanwhile what each score takes --
     if not SCORES_AHEAD:
-        scores = warpgroup_mma_wait(1, deps=(scores_product,))
+        scores = warpgroup_mma_wait(0, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+    rows_m = rows_of(start_m, BLOCK_M, COLUMN)
     squashed = squash(scores * (sm_scale / softcap * 2.8853900817779268))
     capped = softcap * squashed
     s = capped
-    # Distances within the tile are exact in fp32, and cheaper than integers.
-    apart = (start_m + alibi_shift - start_n).to(gl.float32) + gl.arange(0, BLOCK_M, COLUMN).to(gl.float32)
-    s -= slope * gl.abs(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])
+    s -= slope * gl.abs(distances(start_m + alibi_shift - start_n, BLOCK_M, BLOCK_N, SCORES))
+    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
+    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
     p = gl.exp2(s * qk_scale - lse[None, :])
     if IS_MASKED:
         # -- mask --

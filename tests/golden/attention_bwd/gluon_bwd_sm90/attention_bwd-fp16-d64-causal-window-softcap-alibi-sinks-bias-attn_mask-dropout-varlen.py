@@ -108,7 +108,9 @@ def keep(
     AUTO: gl.constexpr = gl.AutoLayout()
     zero = gl.zeros([BLOCK_N // 2, BLOCK_M // 2], gl.uint32, AUTO)
     c0 = (start_n // 2 + gl.arange(0, BLOCK_N // 2, AUTO)).to(gl.uint32)[:, None] + zero
-    c1 = (start_m // 2 + gl.arange(0, BLOCK_M // 2, AUTO)).to(gl.uint32)[None, :] + zero
+    # What registers of a thread differ in is added last, see rows_of.
+    places = gl.arange(0, BLOCK_M // 2, AUTO)
+    c1 = ((start_m // 2 + (places & 6)) + (places & -7)).to(gl.uint32)[None, :] + zero
     c2 = zero + off_bh.to(gl.uint32)
     c3 = zero + gl.load(philox_ptr + 1).to(gl.uint32)
     k0 = zero + seed.to(gl.uint32)
@@ -367,6 +369,27 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
+
+
+@gluon.jit
+def distances(first, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows less keys of a tile of keys x rows, given that of its first ones; within the tile exact in fp32, and cheaper than integers."""
+    rows, keys = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)), gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
+    of_lane = afresh(first) + ((rows & 6)[None, :] - (keys & -9)[:, None])
+    return (of_lane.to(gl.float32) + (rows & -7).to(gl.float32)[None, :]) - (keys & 8).to(gl.float32)[:, None]
+
+
+@gluon.jit
 def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
     """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
 
@@ -468,40 +491,48 @@ def attend(
     SCORES: gl.constexpr = nothing.type.layout
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    step = afresh(step)
     stage = step % STAGES
     k = k_tile.reshape([BLOCK_N, BLOCK_D])
     q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
     do = do_tiles.index(stage).reshape([BLOCK_M, BLOCK_DV])
-    # -- scores of this block, and dp --
+    # -- scores of this block --
     if not SCORES_AHEAD:
         scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
-    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
-    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
-    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    # -- meanwhile what each score takes --
+    kept = keep(philox_ptr, off_bh, afresh(start_n), afresh(start_m), dropout_threshold, BLOCK_N, BLOCK_M, SCORES)
+    read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    near_n, far_n = offs_n & -9, offs_n & 8
+    if IS_MASKED:
+        near_n, far_n = gl.minimum(offs_n, seqlen_k - 1), 0 * offs_n
+    bias_ptrs = (bias_ptr + near_n.to(gl.int64) * stride_bias_n)[:, None]
+    bias_ptrs += (read_m * stride_bias_m)[None, :]
+    bias_ptrs += (far_n.to(gl.int64) * stride_bias_n)[:, None]
+    bias = gl.load(bias_ptrs)
+    attn_mask_ptrs = (attn_mask_ptr + near_n.to(gl.int64) * stride_attn_mask_n)[:, None]
+    attn_mask_ptrs += (read_m * stride_attn_mask_m)[None, :]
+    attn_mask_ptrs += (far_n.to(gl.int64) * stride_attn_mask_n)[:, None]
+    attn_mask = gl.load(attn_mask_ptrs)
     if not SCORES_AHEAD:
-        scores = warpgroup_mma_wait(1, deps=(scores_product,))
+        scores = warpgroup_mma_wait(0, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+    rows_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1)
     squashed = squash(scores * (sm_scale / softcap * 2.8853900817779268))
     capped = softcap * squashed
     s = capped
-    # Distances within the tile are exact in fp32, and cheaper than integers.
-    apart = (start_m + alibi_shift - start_n).to(gl.float32) + gl.arange(0, BLOCK_M, COLUMN).to(gl.float32)
-    s -= slope * gl.abs(apart[None, :] - (offs_n - start_n).to(gl.float32)[:, None])
-    bias_ptrs = bias_ptr + rows_m.to(gl.int64)[None, :] * stride_bias_m + offs_n.to(gl.int64)[:, None] * stride_bias_n
-    s += gl.load(bias_ptrs, mask=(rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None], other=0.0).to(gl.float32)
+    s -= slope * gl.abs(distances(start_m + alibi_shift - start_n, BLOCK_M, BLOCK_N, SCORES))
+    s += bias.to(gl.float32)
+    s = gl.where(attn_mask != 0, s, float("-inf"))
+    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
+    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
     p = gl.exp2(s * qk_scale - lse[None, :])
     if IS_MASKED:
         # -- mask --
         visible = first_m[:, None] <= rows_m[None, :]
         visible &= rows_m[None, :] < end_m[:, None]
-        mask_ptrs = attn_mask_ptr + rows_m.to(gl.int64)[None, :] * stride_attn_mask_m
-        mask_ptrs = mask_ptrs + offs_n.to(gl.int64)[:, None] * stride_attn_mask_n
-        inside = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
-        visible &= gl.load(mask_ptrs, mask=inside, other=0) != 0
         p = gl.where(visible, p, 0.0)
-    kept = keep(philox_ptr, off_bh, start_n, start_m, dropout_threshold, BLOCK_N, BLOCK_M, SCORES)
     p_operand = gl.convert_layout(gl.where(kept, p * dropout_scale, 0.0).to(DTYPE), P_LAYOUT)
     # -- ds: in registers for dk, in shared memory for dq --
     if DV_FIRST:
@@ -514,12 +545,13 @@ def attend(
     ds = p * (dp - delta[None, :])
     # -- the bias's gradient --
     if SUM_BIAS > 0:
+        rows_m = rows_of(start_m, BLOCK_M, COLUMN)
         if BIAS_ROWS and BIAS_KEYS:
-            # It is contiguous: 32 bits hold what is added within a tile.
-            tile_ptr = dbias_ptr + start_m.to(gl.int64) * stride_dbias_m + start_n.to(gl.int64) * stride_dbias_n
-            row_places = gl.arange(0, BLOCK_M, COLUMN) * stride_dbias_m
-            dbias_ptrs = tile_ptr + (row_places[None, :] + ((offs_n - start_n) * stride_dbias_n)[:, None])
-            exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+            # It is contiguous.
+            dbias_ptrs = (dbias_ptr + offs_n)[:, None] + (rows_m.to(gl.uint32).to(gl.int64) * stride_dbias_m)[None, :]
+            exists = (rows_m < seqlen_q)[None, :] & (offs_n >= 0)[:, None]
+            if IS_MASKED:
+                exists &= (offs_n < seqlen_k)[:, None]
             add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m
@@ -672,6 +704,8 @@ def consume(
     values = v_rows.load(V_LAYOUT)
     v_rows.store(gl.where(values.to(gl.float32) * 0.0 == 0.0, values, 0.0))
     fence_async_shared()
+    # Met here once: the compiler would put a barrier of its own into the loops, before the first product that reads what was stored.
+    partition_barrier()
     scores = nothing
     if SCORES_AHEAD:
         k = k_tile.reshape([BLOCK_N, BLOCK_D])
