@@ -305,3 +305,23 @@ def test_wrong_offsets_are_explained() -> None:
             flashgen.varlen_attention(q, q, q, good, bad, 4, 4)
     with pytest.raises(InvalidProblemError, match="max_seqlen_q=3 is less"):
         flashgen.varlen_attention(q, q, q, good, good, 3, 4)
+
+
+def test_of_two_captured_tensors_one_may_be_computed_from_the_other() -> None:
+    """Each gets its own gradient; what the first hands on to the second is autograd's to add, and was counted twice."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 2, 8, generator=generator) for _ in range(3))
+    leaf = torch.randn(2, generator=generator).requires_grad_()
+    grads = []
+    for materialised in (False, True):
+        moved = leaf + 1
+        if materialised:
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
+            scores = scores * (1 + (moved * leaf)[:, None, None])
+            out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+        else:
+            found = flashgen.attention(q, k, v, score_mod=lambda s, b, h, i, j, x=moved: s + x[h] * s * leaf[h])
+            assert isinstance(found, torch.Tensor)
+            out = found
+        grads += torch.autograd.grad(out.sin().sum(), leaf)
+    torch.testing.assert_close(*grads)
