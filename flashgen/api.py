@@ -68,7 +68,7 @@ def attention(
             blocks that it hides. Tensors that it reads are copied to the host for that, once for each content (the only call that
             waits for the device); where a content is first met while a CUDA graph is captured, every block is masked.
         block_mask: torch's BlockMask, taken as given. Its lists are read again when PyTorch counts a write into them; after one that
-            it does not count (through `.data`, NumPy, or another library's kernel) make a new BlockMask.
+            it does not count on a GPU (through `.data` or another library's kernel) make a new BlockMask.
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.

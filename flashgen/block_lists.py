@@ -133,12 +133,15 @@ def _broadcast(table: Tensor) -> Tensor:
 
 # -- what was made once --
 
-_known: OrderedDict[tuple[Any, ...], tuple[weakref.ref[Any], dict[str, Any]]] = OrderedDict()
+# With the mask and, on the CPU, copies of its tensors: NumPy and other libraries write there, and comparing waits for nothing.
+_known: OrderedDict[tuple[Any, ...], tuple[weakref.ref[Any], dict[str, Any], list[Tensor]]] = OrderedDict()
 _lock = threading.Lock()
 
 
 def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """What a rendered launch takes of a block mask, by name; remembered while the mask lives and nobody writes into its tensors.
+
+    On a GPU a write that PyTorch does not count is not seen.
 
     Args:
         block_mask: as in `kinds`.
@@ -156,14 +159,19 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
     key = (id(block_mask), tuple(block_mask.BLOCK_SIZE), versions, sizes)
     with _lock:
         found = _known.get(key)
-        if found is not None and found[0]() is block_mask:
+        if (
+            found is not None
+            and found[0]() is block_mask
+            and all(torch.equal(old, x) for old, x in zip(found[2], tensors, strict=False))
+        ):
             _known.move_to_end(key)
             return found[1]
+    copies = [x.clone() for x in tensors] if device.type == "cpu" else []
     values = _made(block_mask, problem, tiles)
     with _lock:
-        for old in [old for old, (alive, _) in _known.items() if alive() is None]:
+        for old in [old for old, (alive, *_) in _known.items() if alive() is None]:
             del _known[old]
-        _known[key] = (weakref.ref(block_mask), values)
+        _known[key] = (weakref.ref(block_mask), values, copies)
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return values

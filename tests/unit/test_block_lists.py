@@ -142,4 +142,6 @@ def test_what_was_made_once_is_made_anew_after_a_write() -> None:
     mask.kv_num_blocks.zero_()
     after = block_lists.launch_values(mask, p, tiles)
     assert after["key_counts"].sum() == 0 != first["key_counts"].sum()
+    mask.kv_num_blocks.numpy()[...] = 1  # which PyTorch does not count
+    assert block_lists.launch_values(mask, p, tiles)["key_counts"].sum() > 0
     assert after["row_blocks"] is None
