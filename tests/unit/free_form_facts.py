@@ -41,13 +41,11 @@ def compared(head_dim: int, variant: str, target: Target) -> dict[str, tuple[Com
     if chosen.op == "attention_bwd":
         plain, free = plain.backward, free.backward
     config = chosen.default(free.spec, target)
-    names = [name for name in chosen.kernels(free.spec, config) if "preprocess" not in name]
     found = {}
-    for name in names:
-        found[name] = tuple(
-            compile_kernel(render(one.spec, chosen), target, config, name, chosen.kernels(one.spec, config)[name])
-            for one in (plain, free)
-        )
+    for name, constants in chosen.kernels(free.spec, config).items():
+        if "preprocess" not in name:
+            of_plain = compile_kernel(render(plain.spec, chosen), target, config, name, constants)
+            found[name] = of_plain, compile_kernel(render(free.spec, chosen), target, config, name, constants)
     return found
 
 
