@@ -194,7 +194,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("dq: keys behind those without a mask begin a block late", BEHIND, BEHIND.replace(">=", ">"), BACKWARD, "mask_mod in small tiles"),
     ("dq: keys behind those without a mask looked for before them", BEHIND, BEHIND.replace("gap, 0", "0, 0"), BACKWARD, "mask_mod in small tiles"),
     ("dq: keys behind those without a mask forgotten", '("True", "first_block", "kv_end - gap")', '("True", "first_block", "full_start")', BACKWARD, "mask_mod in small tiles"),
-    ("hidden pairs are not told from others", '"-0.0" if spec.has_free_mask else "0.0"', '"0.0"', BACKWARD, "gradients, mask_mod of columns"),
+    ("hidden pairs are not told from others", '"hide(p, visible)" if spec.has_free_mask else', '"tl.where(visible, p, 0.0)" if True else', BACKWARD, "gradients, mask_mod of columns"),
     ("dq: keys that a mask_mod hides from all", "            k = tl.where(any_sees(p)[:, None], k, 0.0)", "            k = k + 0.0", BACKWARD, "gradients, mask_mod of columns"),
     ("row ranges of the first block of keys", "start_n // BLOCK_N * 4\n", "0\n", BACKWARD, "gradients, mask_mod"),
     ("hidden keys reach what score_mod captures", "            if IS_MASKED:\n                live &= ~hidden(p)\n", "", BACKWARD, "gradients, captured and hidden"),

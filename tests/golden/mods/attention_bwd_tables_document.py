@@ -48,6 +48,12 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hide(p, visible):
+    """p where it is visible, else -0: by its bits, since Triton before 3.9 takes the number -0.0 for 0."""
+    return tl.where(visible, p.to(tl.int32, bitcast=True), -2147483648).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def hidden(p):
     """Where p is -0: the pairs that a mask hides."""
     return p.to(tl.int32, bitcast=True) == -2147483648
@@ -229,7 +235,7 @@ def add_dkdv(
             documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             documents_k = tl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
             visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
-            p = tl.where(visible, p, -0.0)
+            p = hide(p, visible)
         # -- dv --
         do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -525,7 +531,7 @@ def add_dq(
             documents_ptrs_2 = documents_ptr + kv_idx.to(tl.int64) * documents_stride0
             documents_k = tl.load(documents_ptrs_2, mask=documents_inside_2, other=0)
             visible &= (documents_q == documents_k) & (kv_idx <= q_idx)
-            p = tl.where(visible, p, -0.0)
+            p = hide(p, visible)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])

@@ -46,6 +46,12 @@ def store_tile(ptrs, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def hide(p, visible):
+    """p where it is visible, else -0: by its bits, since Triton before 3.9 takes the number -0.0 for 0."""
+    return tl.where(visible, p.to(tl.int32, bitcast=True), -2147483648).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def hidden(p):
     """Where p is -0: the pairs that a mask hides."""
     return p.to(tl.int32, bitcast=True) == -2147483648
@@ -188,7 +194,7 @@ def add_dkdv(
         else:
             attn_mask = tl.load(attn_mask_ptrs, mask=inside & (offs_n < seqlen_k)[:, None], other=0)
         visible = attn_mask != 0
-        p = tl.where(visible, p, -0.0)
+        p = hide(p, visible)
         kept = tl.trans(keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N))
         # -- dv --
         do = load_tile(do_ptr + first * stride_dom + do_offs, live, HEAD_DIM_V, BLOCK_DV, IS_RAGGED=True)
@@ -390,7 +396,7 @@ def add_dq(
         if IS_MASKED:
             # -- mask --
             visible &= (keys < kv_end)[None, :]
-        p = tl.where(visible, p, -0.0)
+        p = hide(p, visible)
         kept = keep(philox_ptr, off_bh, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
         # -- dq --
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
