@@ -224,7 +224,9 @@ class TritonBackward(WithMods, Variant):
             rows = _KNOWN_GOOD[(family(target), widest)]
             options = sum(flag in _INNER or flag == "has_score_mod" for flag in spec.flags)
             tables = [_PACKED] if spec.varlen else []
-            tables += [_BESIDE_SCORES] if self.keeps_beside_scores(spec) else []
+            # What a mask_mod reads is not kept beside the scores of unmasked blocks: on sm_90 the usual tiles hold it.
+            beside = options > 0 if family(target) == "sm_90" else self.keeps_beside_scores(spec)
+            tables += [_BESIDE_SCORES] if beside else []
             tables += [_BESIDE_MANY] if options >= _MANY else []
             for table in tables:
                 known = table.get((family(target), widest)) or table.get((target.backend, widest), ())
