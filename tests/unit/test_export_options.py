@@ -46,7 +46,10 @@ PROBLEMS: dict[str, Problem] = {
 }
 # A line of each kernel -> the same line a little wrong.
 BROKEN = {
-    "mask of numbers": ("visible &= (offs_m < seqlen_q)[:, None]", "visible = (offs_m < seqlen_q)[:, None]"),
+    "mask of numbers": (
+        "last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)",
+        "last_key = tl.where(offs_m < seqlen_q, kv_end, -1)",
+    ),
     "mods that read": ("visible &= (ids_q == ids_k)", "visible &= (ids_q != ids_k)"),
     "closed options": ("qk += tl.load(bias_ptrs", "qk -= tl.load(bias_ptrs"),
     "window, no lse": ("offs_m + causal_offset - window_left", "offs_m + causal_offset - window_left + 1"),
