@@ -87,9 +87,9 @@ def test_wrong_numbers_are_a_defect_too(capsys: pytest.CaptureFixture[str], monk
 def test_mutants_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     key = forward.SPECS[0]
     found = mutants(forward.study_of(key).text)
-    sample = [
-        mutant for mutant in found if mutant.rule == "drop fence_async_shared" or mutant.key in forward.REVIEWED[key]
-    ]
+    # A survivor runs every case, 6 s each: the first four of those that were reviewed.
+    reviewed = [mutant for mutant in found if mutant.key in forward.REVIEWED[key]][:4]
+    sample = [*(mutant for mutant in found if mutant.rule == "drop fence_async_shared"), *reviewed]
     monkeypatch.setattr(mutation, "mutants", lambda text: tuple(sample))
     code, out, _ = call(capsys, "check", key, "--mutate", "--json")
     (row,) = json.loads(out)["mutants"]
