@@ -200,8 +200,8 @@ def test_lists_of_scattered_blocks(beside: bool, write: bool) -> None:
     listed: list[bool] = []
     real = flashgen.block_ranges.looked_up
 
-    def spied(*given: Any) -> Any:
-        made = real(*given)
+    def spied(*given: Any, **more: Any) -> Any:
+        made = real(*given, **more)
         listed.append(made["mask_lists"] is not None)
         return made
 
