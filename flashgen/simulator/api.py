@@ -69,9 +69,11 @@ def barrier(*, cluster: bool = False) -> None:
     shared.thread_barrier()
 
 
-def async_copy_global_to_shared(tensor_desc: Any, coord: Any, barrier: Any, result: Any, pred: Any = True) -> None:
-    """Start a TMA load (Triton 3.6's name)."""
-    tma.tma_load(tensor_desc, coord, barrier, result, pred)
+def async_copy_global_to_shared(
+    tensor_desc: Any, coord: Any, barrier: Any, result: Any, pred: Any = True, multicast: Any = False
+) -> None:
+    """Start a TMA load (the name of Triton 3.6 and 3.7)."""
+    async_load(tensor_desc, coord, barrier, result, pred, multicast)
 
 
 def async_copy_shared_to_global(tensor_desc: Any, coord: Any, src: Any) -> None:
