@@ -250,6 +250,9 @@ class GluonForwardSm90(WithMods, Variant):
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
 
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        return {"BRIEF": True} if options(spec).any else {}
+
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
     ) -> str | None:

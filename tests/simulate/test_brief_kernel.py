@@ -33,7 +33,7 @@ SOME = (
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_brief_kernel_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, ran = interpret.simulate, 0
+    real, ran = vars(interpret)["simulate"], 0
 
     def both(source: Any, given: dict[str, Any], **more: Any) -> Any:
         nonlocal ran
