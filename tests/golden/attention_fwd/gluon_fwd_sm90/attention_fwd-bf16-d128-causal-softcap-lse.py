@@ -729,8 +729,9 @@ def consume(
             full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
             full_first = gl.maximum(gl.minimum(full_first, full_end), first)
             for part in range(2):
-                stop = gl.where(part == 0, full_end, first)
-                for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+                for n in range(
+                    gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1
+                ):
                     p, acc, m_i, l_i = attend(
                         q,
                         k_tiles,

@@ -750,8 +750,9 @@ def consume(
             full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
             full_first = gl.maximum(gl.minimum(full_first, full_end), first)
             for part in range(2):
-                stop = gl.where(part == 0, full_end, first)
-                for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+                for n in range(
+                    gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1
+                ):
                     p, acc, m_i, l_i = attend(
                         q,
                         k_tiles,
@@ -1461,7 +1462,9 @@ def launch(
     pack = 1
     rows = 64 // pack
     # Blocks of each sequence, see find_block.
-    num_m_blocks = total_q // (64 if BRIEF else BLOCK_M) + batch
+    num_m_blocks = total_q // BLOCK_M + batch
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks = total_q // 64 + batch
     num_packs = num_heads_q
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --

@@ -2020,7 +2020,9 @@ def launch(
     pack = 1
     rows = 64 // pack
     # Blocks of each sequence, see find_block.
-    num_m_blocks = total_q // (64 if BRIEF else BLOCK_M) + batch
+    num_m_blocks = total_q // BLOCK_M + batch
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks = total_q // 64 + batch
     num_packs = num_heads_q
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
