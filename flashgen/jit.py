@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashgen import compiling, launches
+from flashgen import compiling, garbage, launches
 from flashgen.lineless import without_lines
 from flashgen.stream_capture import relaxed
 
@@ -179,7 +179,7 @@ class _Compile:
         if work is not None:
             compiling.after_reading(src, work)
         try:
-            with without_lines():
+            with without_lines(), garbage.as_ever():
                 made = self._compile(src, target=target, options=options, **more)
         finally:
             # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
