@@ -243,11 +243,15 @@ class GluonForwardSm90(WithMods, Variant):
     def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
         found = options(spec)
         own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
+        own |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        own |= {"BRIEF": False} if found.any else {"MASKED_LOOP": False}
         own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
         own |= {"LATE": True} if found.late else {}
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
+
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        return {"BRIEF": True} if options(spec).any else {}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None
