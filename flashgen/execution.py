@@ -291,7 +291,7 @@ def _backward_beside(
     if operands.bias is not None and operands.bias.requires_grad:  # whose sums may be as large as the scores
         return nullcontext()
 
-    def compile_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    def work(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         _ran.compiles_only = True
         sinks_grad = operands.sinks is not None and operands.sinks.requires_grad
         backward(out, None, q, k, v, out, lse, operands, scalars, False, sinks_grad)
@@ -299,9 +299,7 @@ def _backward_beside(
     def start() -> None:
         if capturing(q.device):
             return
-        _beside[_kernel(after)] = thread = stand_ins.compile_beside(
-            compile_backward, "flashgen-backward", q, k, v, out, lse
-        )
+        _beside[_kernel(after)] = thread = stand_ins.compile_beside(work, "flashgen-backward", q, k, v, out, lse)
         thread.start()
 
     return compiling.beside(start)
