@@ -178,6 +178,9 @@ class _Compile:
         work, compiling.thread.beside = compiling.thread.beside, None
         if work is not None:
             compiling.after_reading(src, work)
+        read = getattr(src, "make_ir", None)
+        if read is not None:  # half a second of Python, which makes objects by the ten thousand
+            src.make_ir = garbage.put_off()(read)
         try:
             with without_lines(), garbage.as_ever():
                 made = self._compile(src, target=target, options=options, **more)
