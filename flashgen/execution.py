@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import checks, jit, settings, stand_ins, torch_blocked
+from flashgen import checks, compiling, settings, stand_ins, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
@@ -198,38 +198,43 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
         raise not_built("a torch.func transform of flashgen.attention with mods or block_mask in a kernel")
     device = next(x.device for x in arguments if x is not None)
-    stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
-    spec = kernel_spec(plan) if stand_in is None else stand_in
-    source = render(spec, variant)
     more = {**variant.launch_options(problem), **extra, **plan.config}
-    values = {**operands.launch_values(problem, plan.config, spec=spec, made=made), **more}
-    if plan.target.backend == "cpu":
-        from flashgen import interpret  # starts a worker process: only where somebody asked for it
+    own = kernel_spec(plan)
+    ways = (stand_ins.Way(own),) if _ran.compiles_only else stand_ins.ways(plan, own, operands, arguments[0])
+    for way in ways:
+        source = render(way.spec, variant)
+        values = {**operands.launch_values(problem, plan.config, spec=way.spec, made=way.made), **more}
+        if plan.target.backend == "cpu":
+            from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
-        interpret.launch_of(source)(source, *arguments, **values)
+            interpret.launch_of(source)(source, *arguments, **values)
+            return
+        kernel = build(source)
+        if _ran.compiles_only:
+            with compiling.compiling_only():
+                kernel.launch(*arguments, **values)
+            return
+        if _beside:
+            join_beside(plan)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            try:
+                with compiling.refusing(way.refuses):
+                    kernel.launch(*arguments, **values, **(variant.brief(own) if way.brief else {}))
+            except compiling.NotCompiledError:
+                continue
+            except Exception as error:
+                raise explained(error, plan) from error
+            if way.stands_in:
+                _ran.plan = None  # what runs once its own is compiled is another kernel
+                values = {**operands.launch_values(problem, plan.config, spec=own, made=way.made), **more}
+                build_own = lambda: build(render(own, variant)).launch  # noqa: E731
+                stand_ins.compile_own(plan, way, own, build_own, arguments, values, partial(_gradients_sooner, plan))
         return
-    kernel = build(source)
-    if _ran.compiles_only:
-        with jit.compiling_only():
-            kernel.launch(*arguments, **values)
-        return
-    if _beside:
-        join_beside(plan)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        try:
-            kernel.launch(*arguments, **values)
-        except Exception as error:
-            raise explained(error, plan) from error
-        if stand_in is not None:
-            _ran.plan = None  # what runs once its own is compiled is another kernel
-            own = {**operands.launch_values(problem, plan.config, made=made), **more}
-            build_own = lambda: build(render(problem.spec, variant)).launch  # noqa: E731
-            stand_ins.compile_own(plan, build_own, arguments, own, partial(_gradients_sooner, plan))
 
 
 def _gradients_sooner(plan: Plan) -> threading.Thread | None:
     """What compiles a plan's backward; begins it, if the forward had nothing to compile."""
-    jit.begin_beside()
+    compiling.begin_beside()
     return None if plan.backward is None else _beside.get(_kernel(plan.backward))
 
 
@@ -296,7 +301,7 @@ def _backward_beside(
         _beside[_kernel(after)] = thread
         thread.start()
 
-    return jit.beside(start)
+    return compiling.beside(start)
 
 
 # -- backward --

@@ -180,6 +180,10 @@ class Variant:
         """What `launch` takes of a call besides the scale, the offset and the tunables."""
         return {}
 
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        """What `launch` takes besides to run a form that gives the same bits, slower, and compiles quickly; nothing where there is none."""
+        return {}
+
     def unordered(self, problem: Problem) -> tuple[str, ...]:
         """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch.
 
