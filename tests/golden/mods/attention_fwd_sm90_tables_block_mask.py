@@ -1834,7 +1834,7 @@ def launch(
         TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
         BRIEF,
         # A tile that is computed anew reads 64 keys at a time.
         block_size_q % 64 == 0 and block_size_k % max(64, BLOCK_N) == 0,

@@ -1547,7 +1547,7 @@ def launch(
         TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
         BRIEF,
     )
     # -- arguments of the options --

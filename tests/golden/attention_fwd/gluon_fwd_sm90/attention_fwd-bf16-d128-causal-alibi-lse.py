@@ -134,6 +134,7 @@ def produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -180,9 +181,10 @@ def produce(
         mbarrier.arrive(ticket_full, count=1)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -512,6 +514,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -529,7 +532,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     step = 0  # key blocks consumed so far
@@ -566,7 +568,9 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- blocks that other warpgroups see: released unread --
         for _ in range(n_end - end):
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
@@ -738,7 +742,7 @@ def consume(
                 p = repacked(p)
 
         if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -833,6 +837,7 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
     BRIEF: gl.constexpr,
 ):
@@ -842,7 +847,7 @@ def attention_fwd(
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -851,15 +856,15 @@ def attention_fwd(
         o_tiles = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -913,6 +918,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -944,6 +950,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -993,6 +1000,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1036,6 +1044,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1067,6 +1076,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1116,6 +1126,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1159,6 +1170,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1202,6 +1214,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1233,6 +1246,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1316,6 +1330,7 @@ def launch(
         TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
         is_late,
         BRIEF,
     )
