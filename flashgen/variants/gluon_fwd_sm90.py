@@ -134,7 +134,7 @@ class GluonForwardSm90(WithMods, Variant):
         Knob(
             name="LAZY_SUM",
             values=(False, True),
-            meaning="row sums are reduced across lanes once, at the end; references are held, too, but beside dropout and some score options",
+            meaning="row sums are reduced across lanes once, at the end; references are held, too, but beside dropout",
         ),
         Knob(name="TAKE_TURNS", values=(False, True), meaning="warpgroups issue their products one after the other"),
     )
@@ -193,8 +193,8 @@ class GluonForwardSm90(WithMods, Variant):
         return not (options(spec).any or spec.causal)
 
     def holds(self, spec: AttentionSpec) -> bool:
-        """Whether LAZY_SUM holds references, too: where exponentials are of scaled scores and of nothing that a row or a block adds."""
-        return not (spec.dropout or options(spec).linear or self.caps_in_exponents(spec))
+        """Whether LAZY_SUM holds references, too."""
+        return not spec.dropout
 
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
