@@ -323,9 +323,8 @@ def produce(
                         off_b,
                         off_h,
                     )
-                    found = found + (
-                        (gl.load(ranges), gl.load(ranges + 1), gl.load(ranges + 2), gl.load(ranges + 4)),
-                    )
+                    line = (gl.load(ranges), gl.load(ranges + 1), gl.load(ranges + 2), gl.load(ranges + 4))
+                    found = found + (line,)
                 else:
                     found = found + ((),)
             for w in gl.static_range(NUM_WG):
