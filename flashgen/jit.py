@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashgen import compiling, launches
+from flashgen import compiling, garbage, launches
 from flashgen.lineless import without_lines
 from flashgen.stream_capture import relaxed
 
@@ -178,8 +178,11 @@ class _Compile:
         work, compiling.thread.beside = compiling.thread.beside, None
         if work is not None:
             compiling.after_reading(src, work)
+        read = getattr(src, "make_ir", None)
+        if read is not None:  # half a second of Python, which makes objects by the ten thousand
+            src.make_ir = garbage.put_off()(read)
         try:
-            with without_lines():
+            with without_lines(), garbage.as_ever():
                 made = self._compile(src, target=target, options=options, **more)
         finally:
             # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.

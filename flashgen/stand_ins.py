@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from flashgen import compiling, settings, shared_masks
+from flashgen import compiling, garbage, settings, shared_masks
 from flashgen.dispatch import Plan
 from flashgen.operands import Operands
 from flashgen.spec import AttentionSpec
@@ -123,7 +123,8 @@ def ways(plan: Plan, spec: AttentionSpec, operands: Operands, q: Tensor | None) 
     if known is not None and alive:
         query = StorageWeakRef(q.untyped_storage())
         if capturing(q.device) or query in known.queries or (_on_a_gpu(q.device) and torch.cuda.get_sync_debug_mode()):
-            known.thread.join()
+            with garbage.as_ever():
+                known.thread.join()
             yield own
             return
         known.queries.add(query)
