@@ -25,7 +25,6 @@ PEERS = {
     "fa4": "FlashAttention 4",
     "sdpa-cudnn": "cuDNN",
     "fa3": "FlashAttention 3",
-    "fa3-jax": "FlashAttention 3",
     "sdpa-flash": "FlashAttention 2",
     "flex": "FlexAttention",
 }
@@ -98,9 +97,7 @@ def where(rows: Sequence[Row]) -> str:
         raise click.ClickException(f"rows of different machines or versions in one table: {sorted(one)}")
     gpu, driver, torch, triton, protocol = one.pop()
     clocks = [float(row[name]) for row in rows for name in ("sm_mhz_before", "sm_mhz_after") if row[name]]
-    peers = sorted(
-        {row["version"] for row in rows if row["contestant"] in ("fa4", "fa3", "fa3-jax") and row["median_ms"]}
-    )
+    peers = sorted({row["version"] for row in rows if row["contestant"] in ("fa4", "fa3") and row["median_ms"]})
     return (
         f"One {gpu} (driver {driver}, {min(clocks):.0f} to {max(clocks):.0f} MHz; torch {torch}, Triton {triton}"
         f"{''.join(', ' + peer for peer in peers)}; protocol `{protocol}`)"
@@ -219,37 +216,6 @@ def portable_backward() -> str:
     return "\n".join([*lines, "", summary(cells, ["sdpa-flash"], lambda key: dims(key[:2]))])
 
 
-def fa3() -> str:
-    """FlashAttention 3 under JAX, forward and backward."""
-    rows = read("h200_fa3.csv")
-    if not rows:
-        return "Not measured yet."
-    cells = {
-        key: cell
-        for key, cell in cells_of(rows, "op", "head_dim", "causal", "seqlen_q").items()
-        if ratio(cell, "fa3-jax") is not None
-    }
-    lengths = sorted({int(key[3]) for key in cells})
-    timed = [row for row in rows if row["samples"] not in ("", "0")]
-    lines = [
-        f"{where(timed)}, bf16, 16,384 tokens of a model 2048 wide: TFLOP/s, and how many times longer FlashAttention 3 takes.",
-        "",
-        *columns_of(lengths, "loops of calls"),
-    ]
-    for op, d, causal in dict.fromkeys(key[:3] for key in cells):
-        texts = [_figures(cells.get((op, d, causal, str(n))), ["fa3-jax"]) for n in lengths]
-        lines.append(
-            f"| {'forward' if op == 'attention_fwd' else 'backward'}, head dim {d}{', causal' if causal == 'True' else ''} | "
-            + " | ".join(texts)
-            + " |"
-        )
-    for op, word in (("attention_fwd", "Forward"), ("attention_bwd", "Backward")):
-        some = {key: cell for key, cell in cells.items() if key[0] == op}
-        if some:
-            lines += ["", f"{word}: {summary(some, ['fa3-jax'], lambda key: f'head dim {key[1]}')}"]
-    return "\n".join(lines)
-
-
 def freeform() -> str:
     """Free-form attention beside FlexAttention."""
     rows = read("h200_freeform.csv")
@@ -352,7 +318,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "backward": backward,
     "portable-backward": portable_backward,
     "freeform": freeform,
-    "fa3": fa3,
     "training-memory": training_memory,
 }
 
