@@ -107,7 +107,7 @@ class _Compiling:
             except Exception as error:
                 self.errors.append(error)
 
-        self.threads.append(threading.Thread(target=compile, name="flashgen-kernel"))
+        self.threads.append(threading.Thread(target=compile, name="flashgen-kernel", daemon=False))
         self.threads[-1].start()
 
 

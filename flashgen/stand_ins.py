@@ -95,8 +95,8 @@ def compile_beside(work: Callable[..., None], name: str, *tensors: Tensor | None
             logger.debug("%s: nothing was compiled ahead: %s", name, error)
 
     given = (None if x is None else x.detach() for x in tensors)
-    # No daemon: at the end of the process it is waited for.
-    return threading.Thread(target=compile, args=(stream, *given), name=name)
+    # At the end of the process it is waited for. Said, not left out: a thread inherits it, and PyTorch's autograd threads count as daemons.
+    return threading.Thread(target=compile, args=(stream, *given), name=name, daemon=False)
 
 
 def ways(plan: Plan, spec: AttentionSpec, operands: Operands, q: Tensor | None) -> Iterator[Way]:
