@@ -9,6 +9,7 @@ import threading
 from unittest import mock
 
 import pytest
+import torch
 
 from flashgen import compiling, stand_ins
 
@@ -26,11 +27,11 @@ def test_no_thread_that_compiles_is_a_daemon(what: str, monkeypatch: pytest.Monk
         # amid LLVM at the end of the process, which takes the process with it.
         assert threading.current_thread().daemon
         if what == "beside a call":
-            stand_ins.compile_beside(lambda: None, "test").start()
+            stand_ins.compile_beside(lambda x: None, "test", torch.zeros(1)).start()
         else:
             compiling._Compiling().begin(None, (), (1,), {})
         done.set()
 
     _thread.start_new_thread(begin, ())
-    assert done.wait(30.0)
+    assert done.wait(10.0)
     assert seen == [False]
