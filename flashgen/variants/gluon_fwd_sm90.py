@@ -70,12 +70,14 @@ _H200_OPTIONS = "measured on one H200, bf16, S 8192, beside two other tiles (opt
 _H200_TABLES = (
     "measured on one H200, bf16, S 2048 to 16384: documents of mixed length, 0.82 to 0.97 of the time of BLOCK_N=128"
 )
+_H200_HELD = "measured on one H200, bf16, S 2048 to 16384, two to four kinds of masks beside other tiles (benchmarks/results/h200_freeform_tiles.csv)"
 _COMPILED = "never timed: the tile whose loops do not spill when compiled with Triton 3.6"
 
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
 # registers beside it, a window's edges waste less of a narrow block.
 _NARROW_64: _Knobs = (192, 64, 3, 160, 32, 16, True, True, False)
 _DEEP_64: _Knobs = (192, 64, 6, 160, 32, 16, True, True, False)
+_HELD_64: _Knobs = (192, 128, 3, 160, 32, 16, True, True, True)
 _WIDE_64: _Knobs = (128, 128, 3, 240, 24, 16, True, True, False)
 _NARROW_128: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _ROOMY_64: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
@@ -89,7 +91,7 @@ _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
         "has_bias": (_NARROW_64, _H200_OPTIONS),
         "has_attn_mask": (_NARROW_64, _H200_OPTIONS),
         "has_score_mod": (_NARROW_64, _H200_OPTIONS),
-        "has_mask_mod": (_PORTFOLIO[64][0][0], _H200_OPTIONS),
+        "has_mask_mod": (_HELD_64, _H200_HELD),
         "has_block_mask": (_NARROW_64, _COMPILED),
         "varlen": (_NARROW_64, _COMPILED),
         "dropout": (_NARROW_64, _COMPILED),
@@ -97,6 +99,7 @@ _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
     128: {
         "has_attn_mask": (_NARROW_128, _H200_OPTIONS),
         "dropout": (_NARROW_128, _COMPILED),
+        "has_mask_mod": (_PORTFOLIO[128][1][0], _H200_HELD),
     },
     256: dict.fromkeys(("has_bias", "has_attn_mask", "has_score_mod", "dropout"), (_NARROW_256, _COMPILED)),
 }
@@ -134,7 +137,7 @@ class GluonForwardSm90(WithMods, Variant):
         Knob(
             name="LAZY_SUM",
             values=(False, True),
-            meaning="row sums are reduced across lanes once, at the end; a plain kernel then holds references",
+            meaning="row sums are reduced across lanes once, at the end; references may be held, too (`holds`)",
         ),
         Knob(name="TAKE_TURNS", values=(False, True), meaning="warpgroups issue their products one after the other"),
     )
@@ -191,6 +194,18 @@ class GluonForwardSm90(WithMods, Variant):
     def settles(self, spec: AttentionSpec) -> bool:
         """Whether a plain kernel compares maxima as integers once no row's is negative. A causal one starts with rows of few keys: it lost."""
         return not (options(spec).any or spec.causal)
+
+    def holds(self, spec: AttentionSpec) -> bool:
+        """Whether LAZY_SUM holds references, too: of kernels with options where it was measured to win, and of those that their blocks are like.
+
+        A cap lost (head dim 64: 1.07 to 1.10 of the time, 128: 1.00 to 1.02), and so did windows in blocks of 64 keys (1.01 to 1.03).
+        """
+        if not options(spec).any:
+            return True
+        narrow = any(getattr(spec, flag) for flag in ("window", "varlen", "has_block_mask", *_HEAVY))
+        width = max(self.block_d(spec), self.block_dv(spec))
+        wide = width == 128 and not (spec.dropout or spec.has_attn_mask)
+        return not spec.softcap and (wide or (width == 64 and not narrow))
 
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""

@@ -12,7 +12,8 @@ Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/o; BLOCK_D, BLOCK_DV: the s
 Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: keys of a step; STAGES: key blocks in flight;
                CONSUMER_REGS, PRODUCER_REGS: registers of a thread; SECTION: heads whose tiles are worked on at a time, so
                that their keys stay in L2; OWN_STAGING: the output leaves through memory of its own, not through that of q;
-               LAZY_SUM: row sums stay one per lane until the end; TAKE_TURNS: warpgroups issue their products one after the
+               LAZY_SUM: row sums stay one per lane until the end, and what exponentials are relative to, a row's
+               reference, is held rather than its running maximum; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
 Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
@@ -184,6 +185,12 @@ def produce(
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             start_n = (n_end - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -194,11 +201,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         turn += 1
     # -- there are no more --
     mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -337,6 +339,93 @@ def mask_scores(
     return qk
 
 
+# Two rows of a lane: $0, $1 their references, $4, $5 the largest scores, $8 the scale, $10, $11 the sums so far. Scores may exceed a reference
+# by the logarithm of a quarter of a sum, by 8 at most; when one of the warp's exceeds more, every reference becomes its row's running maximum, and $2, $3
+# correct what was accumulated.
+_ABOVE = "mul.f32 t, ${2}, 0f3E800000; lg2.approx.ftz.f32 t, t; max.f32 t, t, 0f00000000; min.f32 t, t, 0f41000000; neg.f32 u, ${0}; fma.rn.f32 u, ${1}, $8, u; "
+_MOVED = (
+    "mul.f32 t, ${2}, $8; shfl.sync.bfly.b32 u, t, 1, 0x1f, 0xffffffff; max.f32 t, t, u; shfl.sync.bfly.b32 u, t, 2, 0x1f, 0xffffffff; "
+    "max.f32 t, t, u; max.f32 t, t, ${0}; sub.f32 u, ${0}, t; ex2.approx.ftz.f32 ${1}, u; mov.f32 ${0}, t; "
+)
+HOLD_ASM = gl.constexpr(
+    "{ .reg .pred above; .reg .f32 t, u; "
+    + _ABOVE.format(0, 4, 10)
+    + "setp.gt.f32 above, u, t; "
+    + _ABOVE.format(1, 5, 11)
+    + "setp.gt.or.f32 above, u, t, above; vote.sync.any.pred above, above, 0xffffffff; "
+    "mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000; @!above bra HELD; "
+    + _MOVED.format(0, 2, 4)
+    + _MOVED.format(1, 3, 5)
+    + "HELD: }"
+)
+RESCALED = gl.constexpr(64)  # registers of a lane's part of the output
+RESCALE_ASM = gl.constexpr(
+    "{ .reg .pred moved; setp.neu.f32 moved, $128, 0f3F800000; setp.neu.or.f32 moved, $130, 0f3F800000, moved; "
+    "vote.sync.any.pred moved, moved, 0xffffffff; @!moved bra SAME; "
+    + " ".join(f"mul.f32 ${i}, ${i}, ${i + 128};" for i in range(64))
+    + " SAME: }"
+)
+RESCALE_REGISTERS = gl.constexpr(",".join(["=f"] * 64 + [str(i) for i in range(64)] + ["f"] * 64))
+
+
+@gluon.jit
+def by_lanes(x, COLUMNS: gl.constexpr):
+    """A tile by what a lane holds of it: four lanes share a row, eight columns apart."""
+    return x.reshape([WG_ROWS, COLUMNS // 8, 4, 2])
+
+
+@gluon.jit
+def lane_max(qk, BLOCK_N: gl.constexpr, QUICK: gl.constexpr):
+    """The maximum of what one lane holds of a row, in two chains of comparisons."""
+    if QUICK:
+        # Integers order numbers from 0 on as they are and put all others below: three are compared at a time.
+        found = by_lanes(qk.to(gl.int32, bitcast=True), BLOCK_N)
+        found = gl.max(gl.max(found, 1), 2).to(gl.float32, bitcast=True)
+    else:
+        found = gl.max(gl.max(by_lanes(qk, BLOCK_N), 1), 2)
+    return found
+
+
+@gluon.jit
+def hold(found, m_i, l_i, qk_scale):
+    """The rows' references and the correction of what was accumulated: both as they were, and 1, while all of a warp's are held."""
+    return gl.inline_asm_elementwise(
+        HOLD_ASM,
+        "=&f,=&f,=&f,=&f,f,f,0,1,f,f,f,f",
+        [found, m_i, qk_scale, l_i],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def rescale(acc, alpha, BLOCK_DV: gl.constexpr):
+    """Corrects what was accumulated; a warp whose corrections are all 1 jumps over it."""
+    lanes = by_lanes(acc, BLOCK_DV)
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
+    found = gl.inline_asm_elementwise(
+        RESCALE_ASM,
+        RESCALE_REGISTERS,
+        [lanes, alpha[:, :, None][:, None, :, :]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=RESCALED,
+    )
+    return gl.convert_layout(found.reshape([WG_ROWS, BLOCK_DV]), acc.type.layout)
+
+
+@gluon.jit
+def held_softmax(qk, m_i, qk_scale, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """Probabilities of a block relative to the rows' references, as the first operand of the next product, and their sums by lane."""
+    lanes = by_lanes(qk, BLOCK_N)
+    m_lanes = gl.convert_layout(m_i, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
+    p = gl.exp2(lanes * qk_scale - m_lanes[:, :, None][:, None, :, :])
+    sums = gl.sum(gl.sum(p, 1), 2)
+    p = p.to(DTYPE).reshape([WG_ROWS, BLOCK_N])
+    return gl.convert_layout(p, P_LAYOUT), sums
+
+
 @gluon.jit
 def online_softmax(
     qk,
@@ -415,16 +504,25 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    k_stage = (step + 1) % STAGES
-    v_stage = step % STAGES
+    if STAGES == 2:
+        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
+        v_stage = step & 1
+        v_phase = (step >> 1) & 1
+        k_stage = 1 - v_stage
+        k_phase = v_phase ^ v_stage
+    else:
+        v_stage = step % STAGES
+        v_phase = (step // STAGES) & 1
+        k_stage = (step + 1) % STAGES
+        k_phase = ((step + 1) // STAGES) & 1
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
+    mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
@@ -454,20 +552,34 @@ def attend(
             QK_LAYOUT,
         )
 
-    p, alpha, m_i, l_i = online_softmax(
-        qk,
-        m_i,
-        l_i,
-        qk_scale,
-        alibi_of_rows(rows_m, start_n, slope, alibi_shift, LATE),
-        BLOCK_N,
-        P_LAYOUT,
-        v_tiles.dtype,
-        LAZY_SUM,
-    )
-    acc = warpgroup_mma_wait(0, deps=(product,))
-    mbarrier.arrive(v_empty.index(v_stage), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    if LAZY_SUM:
+        # -- references are held --
+        # What rows have of their distance differs from block to block: of the reference it is left out for a block.
+        of_rows = alibi_of_rows(rows_m, start_n, slope, alibi_shift, LATE)
+        of_rows = gl.convert_layout(of_rows, gl.SliceLayout(1, l_i.type.layout))[:, None]
+        m_block, alpha = hold(lane_max(qk, BLOCK_N, False), m_i - of_rows, l_i, qk_scale)
+        m_i = gl.where(alpha == 1.0, m_i, m_block + of_rows)
+        acc = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        acc = rescale(acc, alpha, BLOCK_DV)
+        p, sums_p = held_softmax(qk, m_block, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype)
+        l_i = l_i * alpha + sums_p
+    else:
+        # -- references follow the maximum --
+        p, alpha, m_i, l_i = online_softmax(
+            qk,
+            m_i,
+            l_i,
+            qk_scale,
+            alibi_of_rows(rows_m, start_n, slope, alibi_shift, LATE),
+            BLOCK_N,
+            P_LAYOUT,
+            v_tiles.dtype,
+            LAZY_SUM,
+        )
+        acc = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return p, acc, m_i, l_i
 
 
@@ -557,11 +669,12 @@ def consume(
         rows_m = start_m + row % ROWS
         slope_ptr = alibi_slopes_ptr + off_b.to(gl.int64) * stride_alibi_b + off_h.to(gl.int64) * stride_alibi_h
         slope = gl.load(slope_ptr).to(gl.float32)
-        m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         if LAZY_SUM:
-            l_i = lane_sums(gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT), BLOCK_N)
+            l_i = lane_max(gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT), BLOCK_N, False)
+            m_i = gl.full([WG_ROWS, 4], LEAST, gl.float32, l_i.type.layout)
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
+            m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
         mbarrier.wait(q_full.index(WG), turn & 1)
         # -- blocks that other warpgroups see: released unread --
@@ -606,17 +719,25 @@ def consume(
             QK_LAYOUT,
         )
 
-        p, _, m_i, l_i = online_softmax(
-            qk,
-            m_i,
-            l_i,
-            qk_scale,
-            alibi_of_rows(rows_m, (end - 1) * BLOCK_N, slope, alibi_shift, LATE),
-            BLOCK_N,
-            P_LAYOUT,
-            DTYPE,
-            LAZY_SUM,
-        )
+        if LAZY_SUM:
+            # What rows have of their distance differs from block to block: of the reference it is left out for a block.
+            of_rows = alibi_of_rows(rows_m, (end - 1) * BLOCK_N, slope, alibi_shift, LATE)
+            of_rows = gl.convert_layout(of_rows, gl.SliceLayout(1, l_i.type.layout))[:, None]
+            m_block, alpha = hold(lane_max(qk, BLOCK_N, False), m_i - of_rows, l_i, qk_scale)
+            m_i = gl.where(alpha == 1.0, m_i, m_block + of_rows)
+            p, l_i = held_softmax(qk, m_block, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
+        else:
+            p, _, m_i, l_i = online_softmax(
+                qk,
+                m_i,
+                l_i,
+                qk_scale,
+                alibi_of_rows(rows_m, (end - 1) * BLOCK_N, slope, alibi_shift, LATE),
+                BLOCK_N,
+                P_LAYOUT,
+                DTYPE,
+                LAZY_SUM,
+            )
         # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
         full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
         full_first = gl.maximum(gl.minimum(full_first, full_end), first)
@@ -657,7 +778,7 @@ def consume(
                 )
                 step += 1
             p = repacked(p)
-            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
+            for left in range(gl.where(part == 0, full_end - full_first, 0)):
                 p, acc, m_i, l_i = attend(
                     q,
                     k_tiles,
@@ -671,7 +792,7 @@ def consume(
                     l_i,
                     qk_scale,
                     rows_m,
-                    n * BLOCK_N,
+                    (full_end - 1 - left) * BLOCK_N,
                     seqlen_k,
                     sm_scale,
                     slope,
@@ -700,6 +821,8 @@ def consume(
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         step += 1
+        if LAZY_SUM:
+            m_i = gl.convert_layout(gl.max(m_i, 1), ROW_LAYOUT)
         if LAZY_SUM:
             l_i = gl.convert_layout(gl.sum(l_i, 1), ROW_LAYOUT)
         # -- epilogue: a row that saw no key gives 0 --

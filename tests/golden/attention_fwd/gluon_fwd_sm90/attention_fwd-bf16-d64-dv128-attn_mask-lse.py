@@ -179,6 +179,12 @@ def produce(
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             start_n = (n_end - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -189,11 +195,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         turn += 1
     # -- there are no more --
     mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -379,8 +380,17 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    k_stage = (step + 1) % STAGES
-    v_stage = step % STAGES
+    if STAGES == 2:
+        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
+        v_stage = step & 1
+        v_phase = (step >> 1) & 1
+        k_stage = 1 - v_stage
+        k_phase = v_phase ^ v_stage
+    else:
+        v_stage = step % STAGES
+        v_phase = (step // STAGES) & 1
+        k_stage = (step + 1) % STAGES
+        k_phase = ((step + 1) // STAGES) & 1
     # -- what the caller's matrices say of it: asked for before it is needed --
     attn_mask = operand(
         attn_mask_head,
@@ -396,13 +406,13 @@ def attend(
     )
 
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
+    mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
