@@ -229,11 +229,11 @@ class GluonForwardSm90(WithMods, Variant):
     def q_stages_text(self, spec: AttentionSpec) -> str:
         """How many tiles of queries lie in shared memory, as `launch` computes it: two where they fit."""
         once, step = 2 * self.block_d(spec) + self.block_dv(spec), self.block_d(spec) + self.block_dv(spec)
-        return f"2 if BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
+        return f"2 if OWN_STAGING and BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
 
     def q_stages(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """The same of a configuration."""
-        if not options(spec).hides:
+        if not config.OWN_STAGING:  # the output is staged in their memory
             return 1
         widths = self.block_d(spec), self.block_dv(spec)
         tiles = config.BLOCK_M * (2 * widths[0] + widths[1]) + config.STAGES * config.BLOCK_N * sum(widths)
@@ -258,11 +258,15 @@ class GluonForwardSm90(WithMods, Variant):
     def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
         found = options(spec)
         own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
-        own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
+        own |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        own |= {"BRIEF": False} if found.any else {"MASKED_LOOP": False}
+        own |= {"Q_STAGES": self.q_stages(spec, config)}
         own |= {"LATE": True} if found.late else {}
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
+
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        return {"BRIEF": True} if options(spec).any else {}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

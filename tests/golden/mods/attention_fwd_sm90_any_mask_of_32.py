@@ -15,7 +15,8 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                LAZY_SUM: row sums stay one per lane until the end, and what exponentials are relative to, a row's
                reference, is held rather than its running maximum; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
@@ -240,6 +241,7 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
@@ -257,8 +259,9 @@ def produce(
     turn = 0  # tiles loaded so far
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        part = m_block % PARTS
         m_block = by_length(
-            m_block,
+            m_block // PARTS,
             off_b,
             off_h,
             mask_ranges_ptr,
@@ -269,6 +272,7 @@ def produce(
             stride_lists_h,
             stride_lists_m,
         )
+        m_block = m_block * PARTS + part
         start_m = m_block * (NUM_WG * ROWS)
         # -- what the consumers are told of the tile --
         mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -280,7 +284,7 @@ def produce(
             listing, n_masked, n_blocks, words_at = listed_tile(
                 off_b,
                 off_h,
-                m_block,
+                m_block // PARTS,
                 seqlen_k,
                 mask_lists_ptr,
                 stride_lists_b,
@@ -290,7 +294,7 @@ def produce(
             )
             put(ticket_box, 6, n_masked)
             put(ticket_box, 7, n_blocks)
-            put(ticket_box, 8, words_at)
+            put(ticket_box, 8, gl.where(words_at < 0, words_at, words_at + part))
             put(ticket_box, 9, listed_block(listing, 0, words_at))
             n_end = gl.cdiv(seqlen_k, BLOCK_N)
         else:
@@ -1075,6 +1079,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -1122,7 +1127,7 @@ def consume(
             listing, _, _, _ = listed_tile(
                 off_b,
                 off_h,
-                m_block,
+                m_block // PARTS,
                 seqlen_k,
                 mask_lists_ptr,
                 stride_lists_b,
@@ -1230,15 +1235,11 @@ def consume(
             p, l_i = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
         else:
             p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        if mask_lists_ptr is not None:
-            # -- further blocks of the list: those to be masked, then those that every row sees; the second pass finds none --
-            if mask_words_ptr is not None:
-                n_masked = gl.where(words_at < 0, 0, n_masked)
-            else:
-                n_masked = gl.where(words_at < 0, n_listed, n_masked)
-            for part in range(2):
-                for index in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
-                    slot = words_at + index * NUM_WG + WG
+        if NUM_WG == 1:
+            # -- further blocks --
+            if mask_lists_ptr is not None:
+                for index in range(1, n_listed):
+                    slot = gl.where((words_at >= 0) & (index < n_masked), words_at + index * PARTS, -1)
                     p, acc, m_i, l_i = attend(
                         q,
                         k_tiles,
@@ -1286,63 +1287,8 @@ def consume(
                         IS_MASKED=True,
                     )
                     step += 1
-                p = repacked(p)
-                for index in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
-                    p, acc, m_i, l_i = attend(
-                        q,
-                        k_tiles,
-                        v_tiles,
-                        k_bars,
-                        v_bars,
-                        step,
-                        p,
-                        acc,
-                        m_i,
-                        l_i,
-                        qk_scale,
-                        rows_m,
-                        listed_block(listing, index, words_at) * BLOCK_N,
-                        seqlen_k,
-                        off_b,
-                        off_h,
-                        tile_slots_ptr,
-                        tile_slots_stride0,
-                        tile_slots_stride1,
-                        tile_slots_stride2,
-                        tile_slots_stride3,
-                        tile_slots_size2,
-                        tile_slots_size3,
-                        tile_words_ptr,
-                        tile_words_stride0,
-                        tile_words_stride1,
-                        tile_words_stride2,
-                        tile_words_size0,
-                        tile_words_size1,
-                        tile_words_size2,
-                        mask_words_ptr,
-                        slot,
-                        BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV,
-                        STAGES,
-                        QK_LAYOUT,
-                        O_LAYOUT,
-                        P_LAYOUT,
-                        WG,
-                        NUM_WG,
-                        LAZY_SUM,
-                        TAKE_TURNS,
-                        IS_MASKED=False,
-                    )
-                    step += 1
-                p = repacked(p)
-        else:
-            # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
-            full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
-            full_first = gl.maximum(gl.minimum(full_first, full_end), first)
-            for part in range(2):
-                stop = gl.where(part == 0, full_end, first)
-                for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+            else:
+                for n in range(end - 2, first - 1, -1):
                     slot = slot_of(n, bits_low, bits_high, bits_from, bits_to)
                     p, acc, m_i, l_i = attend(
                         q,
@@ -1391,56 +1337,219 @@ def consume(
                         IS_MASKED=True,
                     )
                     step += 1
-                p = repacked(p)
-                for left in range(gl.where(part == 0, full_end - full_first, 0)):
-                    p, acc, m_i, l_i = attend(
-                        q,
-                        k_tiles,
-                        v_tiles,
-                        k_bars,
-                        v_bars,
-                        step,
-                        p,
-                        acc,
-                        m_i,
-                        l_i,
-                        qk_scale,
-                        rows_m,
-                        (full_end - 1 - left) * BLOCK_N,
-                        seqlen_k,
-                        off_b,
-                        off_h,
-                        tile_slots_ptr,
-                        tile_slots_stride0,
-                        tile_slots_stride1,
-                        tile_slots_stride2,
-                        tile_slots_stride3,
-                        tile_slots_size2,
-                        tile_slots_size3,
-                        tile_words_ptr,
-                        tile_words_stride0,
-                        tile_words_stride1,
-                        tile_words_stride2,
-                        tile_words_size0,
-                        tile_words_size1,
-                        tile_words_size2,
-                        mask_words_ptr,
-                        slot,
-                        BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV,
-                        STAGES,
-                        QK_LAYOUT,
-                        O_LAYOUT,
-                        P_LAYOUT,
-                        WG,
-                        NUM_WG,
-                        LAZY_SUM,
-                        TAKE_TURNS,
-                        IS_MASKED=False,
-                    )
-                    step += 1
-                p = repacked(p)
+        else:
+            if mask_lists_ptr is not None:
+                # -- further blocks of the list: those to be masked, then those that every row sees; the second pass finds none --
+                if mask_words_ptr is not None:
+                    n_masked = gl.where(words_at < 0, 0, n_masked)
+                else:
+                    n_masked = gl.where(words_at < 0, n_listed, n_masked)
+                for part in range(2):
+                    for index in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+                        slot = words_at + index * (NUM_WG * PARTS) + WG
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            listed_block(listing, index, words_at) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=True,
+                        )
+                        step += 1
+                    p = repacked(p)
+                    for index in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            listed_block(listing, index, words_at) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=False,
+                        )
+                        step += 1
+                    p = repacked(p)
+            else:
+                # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+                full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+                full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+                for part in range(2):
+                    stop = gl.where(part == 0, full_end, first)
+                    for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+                        slot = slot_of(n, bits_low, bits_high, bits_from, bits_to)
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            n * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=True,
+                        )
+                        step += 1
+                    p = repacked(p)
+                    for left in range(gl.where(part == 0, full_end - full_first, 0)):
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            (full_end - 1 - left) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=False,
+                        )
+                        step += 1
+                    p = repacked(p)
+
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -1604,8 +1713,11 @@ def attention_fwd(
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    BRIEF: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
@@ -1637,7 +1749,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -1695,6 +1807,119 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        mask_ranges_ptr,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        mask_lists_ptr,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        k_ptr,
+                        v_ptr,
+                        tile_slots_ptr,
+                        tile_words_ptr,
+                        mask_ranges_ptr,
+                        mask_words_ptr,
+                        mask_lists_ptr,
+                        tile_slots_size0,
+                        tile_slots_size1,
+                        tile_slots_size2,
+                        tile_slots_size3,
+                        tile_words_size0,
+                        tile_words_size1,
+                        tile_words_size2,
+                        tile_slots_stride0,
+                        tile_slots_stride1,
+                        tile_slots_stride2,
+                        tile_slots_stride3,
+                        tile_words_stride0,
+                        tile_words_stride1,
+                        tile_words_stride2,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
+                        stride_kb,
+                        stride_kn,
+                        stride_kh,
+                        stride_vb,
+                        stride_vn,
+                        stride_vh,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1762,6 +1987,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1804,6 +2030,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1872,6 +2099,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1939,6 +2167,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -2006,6 +2235,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -2048,6 +2278,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -2086,6 +2317,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -2115,6 +2347,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -2124,13 +2358,14 @@ def launch(
         128,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        BRIEF,
     )
     # -- arguments of the options --
     added = (

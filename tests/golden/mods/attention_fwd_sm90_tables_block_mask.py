@@ -15,7 +15,8 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                LAZY_SUM: row sums stay one per lane until the end, and what exponentials are relative to, a row's
                reference, is held rather than its running maximum; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Options        The thread block walks over a list of blocks of keys; a loop of its own leaves out the mask where all of one is visible.
                ONE_KIND: a warpgroup's rows and a block of keys lie in one block of the mask.
@@ -136,6 +137,7 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
@@ -163,7 +165,7 @@ def produce(
         blocks, n_masked, n_listed = listed_blocks(
             off_b,
             off_h,
-            m_block,
+            m_block // PARTS,
             key_blocks_ptr,
             key_counts_ptr,
             stride_key_blocks_b,
@@ -865,6 +867,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -910,7 +913,7 @@ def consume(
         blocks, _, _ = listed_blocks(
             off_b,
             off_h,
-            m_block,
+            m_block // PARTS,
             key_blocks_ptr,
             key_counts_ptr,
             stride_key_blocks_b,
@@ -986,9 +989,9 @@ def consume(
             p, l_i = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
         else:
             p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        # -- further blocks: those to be masked, then those that every row sees; the second pass finds none --
-        for part in range(2):
-            for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+        if NUM_WG == 1:
+            # -- further blocks --
+            for place in range(1, n_listed):
                 p, acc, m_i, l_i = attend(
                     q,
                     k_tiles,
@@ -1034,54 +1037,104 @@ def consume(
                     IS_MASKED=True,
                 )
                 step += 1
-            p = repacked(p)
-            for place in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    gl.load(blocks + place) * BLOCK_N,
-                    seqlen_k,
-                    sm_scale,
-                    off_h,
-                    table_ptr,
-                    table_stride0,
-                    table_stride1,
-                    table_size1,
-                    start_m,
-                    block_kinds_head,
-                    stride_block_kinds_m,
-                    block_size_q,
-                    block_size_k,
-                    seqlen_q,
-                    documents_ptr,
-                    documents_stride0,
-                    documents_size0,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    ONE_KIND,
-                    IS_MASKED=False,
-                )
-                step += 1
-            p = repacked(p)
+        else:
+            # -- further blocks: those to be masked, then those that every row sees; the second pass finds none --
+            for part in range(2):
+                for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        gl.load(blocks + place) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        start_m,
+                        block_kinds_head,
+                        stride_block_kinds_m,
+                        block_size_q,
+                        block_size_k,
+                        seqlen_q,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        ONE_KIND,
+                        IS_MASKED=True,
+                    )
+                    step += 1
+                p = repacked(p)
+                for place in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        gl.load(blocks + place) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        off_h,
+                        table_ptr,
+                        table_stride0,
+                        table_stride1,
+                        table_size1,
+                        start_m,
+                        block_kinds_head,
+                        stride_block_kinds_m,
+                        block_size_q,
+                        block_size_k,
+                        seqlen_q,
+                        documents_ptr,
+                        documents_stride0,
+                        documents_size0,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        ONE_KIND,
+                        IS_MASKED=False,
+                    )
+                    step += 1
+                p = repacked(p)
+
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -1236,9 +1289,12 @@ def attention_fwd(
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    BRIEF: gl.constexpr,
     ONE_KIND: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
@@ -1270,7 +1326,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -1328,6 +1384,121 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
+                        ONE_KIND,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        key_blocks_ptr,
+                        key_counts_ptr,
+                        stride_key_blocks_b,
+                        stride_key_blocks_h,
+                        stride_key_blocks_m,
+                        stride_key_counts_b,
+                        stride_key_counts_h,
+                        stride_key_counts_m,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        lse_ptr,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        sm_scale,
+                        k_ptr,
+                        v_ptr,
+                        block_kinds_ptr,
+                        key_blocks_ptr,
+                        key_counts_ptr,
+                        table_ptr,
+                        documents_ptr,
+                        block_size_q,
+                        block_size_k,
+                        table_size0,
+                        table_size1,
+                        documents_size0,
+                        stride_block_kinds_b,
+                        stride_block_kinds_h,
+                        stride_block_kinds_m,
+                        stride_key_blocks_b,
+                        stride_key_blocks_h,
+                        stride_key_blocks_m,
+                        stride_key_counts_b,
+                        stride_key_counts_h,
+                        stride_key_counts_m,
+                        table_stride0,
+                        table_stride1,
+                        documents_stride0,
+                        stride_kb,
+                        stride_kn,
+                        stride_kh,
+                        stride_vb,
+                        stride_vn,
+                        stride_vh,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1396,6 +1567,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1440,6 +1612,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1508,6 +1681,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1576,6 +1750,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1644,6 +1819,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1688,6 +1864,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1728,6 +1905,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -1754,6 +1932,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -1763,13 +1943,14 @@ def launch(
         128,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        BRIEF,
         # A tile that is computed anew reads 64 keys at a time.
         block_size_q % 64 == 0 and block_size_k % max(64, BLOCK_N) == 0,
     )

@@ -15,7 +15,8 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                LAZY_SUM: row sums stay one per lane until the end, and what exponentials are relative to, a row's
                reference, is held rather than its running maximum; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
@@ -130,9 +131,11 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -179,9 +182,10 @@ def produce(
         mbarrier.arrive(ticket_full, count=1)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
@@ -612,6 +616,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -621,6 +626,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -638,7 +644,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     step = 0  # key blocks consumed so far
@@ -676,7 +681,9 @@ def consume(
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
             m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- blocks that other warpgroups see: released unread --
         for _ in range(n_end - end):
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
@@ -738,11 +745,9 @@ def consume(
                 DTYPE,
                 LAZY_SUM,
             )
-        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
-        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
-        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
-        for part in range(2):
-            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+        if NUM_WG == 1:
+            # -- further blocks --
+            for n in range(end - 2, first - 1, -1):
                 p, acc, m_i, l_i = attend(
                     q,
                     k_tiles,
@@ -777,45 +782,88 @@ def consume(
                     IS_MASKED=True,
                 )
                 step += 1
-            p = repacked(p)
-            for left in range(gl.where(part == 0, full_end - full_first, 0)):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    (full_end - 1 - left) * BLOCK_N,
-                    seqlen_k,
-                    sm_scale,
-                    slope,
-                    alibi_shift,
-                    causal_offset,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    LATE,
-                    IS_MASKED=False,
-                )
-                step += 1
-            p = repacked(p)
+        else:
+            # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+            full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+            full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+            for part in range(2):
+                for n in range(
+                    gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1
+                ):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        n * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        slope,
+                        alibi_shift,
+                        causal_offset,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        LATE,
+                        IS_MASKED=True,
+                    )
+                    step += 1
+                p = repacked(p)
+                for left in range(gl.where(part == 0, full_end - full_first, 0)):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        (full_end - 1 - left) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        slope,
+                        alibi_shift,
+                        causal_offset,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        LATE,
+                        IS_MASKED=False,
+                    )
+                    step += 1
+                p = repacked(p)
+
         if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -912,13 +960,17 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
+    BRIEF: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -927,15 +979,15 @@ def attention_fwd(
         o_tiles = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -946,7 +998,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -979,6 +1031,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -988,6 +1041,89 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
+                        LATE,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        lse_ptr,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        sm_scale,
+                        alibi_shift,
+                        alibi_slopes_ptr,
+                        stride_alibi_b,
+                        stride_alibi_h,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1021,6 +1157,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1030,6 +1167,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1057,9 +1195,11 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1099,6 +1239,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1108,6 +1249,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1141,6 +1283,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1150,6 +1293,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1183,6 +1327,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1192,6 +1337,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1219,9 +1365,11 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1252,6 +1400,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -1287,6 +1436,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -1296,13 +1447,15 @@ def launch(
         128,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
         is_late,
+        BRIEF,
     )
     # -- arguments of the options --
     added = (
