@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashgen import settings
-from flashgen.errors import InvalidProblemError
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.spec import DType
 
 if TYPE_CHECKING:
@@ -351,4 +351,38 @@ def block_mask(mask: Any, scores: tuple[int, int, int, int], device: Any) -> Non
         raise InvalidProblemError(
             f"block_mask was made for Q_LEN, KV_LEN = {tuple(mask.seq_lengths)}, the call has {scores[2:]}: they must be "
             "equal. Make it for these lengths."
+        )
+
+
+# From here on the rounding of lse changes a row's probabilities by more than rounding them to bf16 does.
+_LARGEST_LSE = float(1 << 16)
+
+
+def row_sums(dout: Tensor | None, dlse: Tensor | None, lse: Tensor, layout: str) -> None:
+    """Refuse to differentiate rows whose lse is too large to hold the sum of their scores, where a gradient reaches them; synchronises.
+
+    Args:
+        dout, dlse: gradients of out and of lse (batch, num_heads_q, seqlen_q), of packed sequences (num_heads_q, total_q).
+        lse: as the forward wrote it.
+        layout: of dout.
+
+    Raises:
+        UnsupportedProblemError: says how large it is, and what does differentiate them.
+    """
+    if without_values(lse):
+        return
+    large = (lse.abs() > _LARGEST_LSE) & lse.isfinite()
+    if not large.any():
+        return
+    reached = large.new_zeros(large.shape)
+    if dout is not None:
+        rows = (dout != 0).any(-1)  # NaN too
+        reached |= rows.mT if rows.dim() == 2 or layout == "bshd" else rows
+    if dlse is not None:
+        reached |= dlse != 0
+    if (large & reached).any():
+        raise UnsupportedProblemError(
+            f"a row's scores are as large as {lse[large & reached].abs().max():.3g}: its lse, one fp32 number, no longer holds their sum, and the "
+            "gradients of a generated kernel would be wrong. Hide keys with a mask or a bias of -inf instead of a huge negative number, "
+            "scale q and k, or take backend='torch', which sums such rows anew."
         )
