@@ -21,6 +21,7 @@ Layout = Literal["bshd", "bhsd"]
 CausalAlignment = Literal["bottom-right", "top-left"]
 LAYOUTS: tuple[Layout, ...] = ("bshd", "bhsd")
 ALIGNMENTS: tuple[CausalAlignment, ...] = ("bottom-right", "top-left")
+_FAR = 1 << 62  # keys: what an operator's schema can carry
 MAX_FLOAT32 = 3.4028234663852886e38
 _DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 
@@ -86,7 +87,7 @@ def window(value: Any) -> tuple[int, int]:
         raise InvalidProblemError(
             f"window_size={value!r} must be a pair (left, right) of ints, each -1 (no limit) or a number of keys from 0 up."
         )
-    return value[0], value[1]
+    return min(value[0], _FAR), min(value[1], _FAR)
 
 
 # -- q, k and v --
@@ -279,7 +280,11 @@ def generator(value: Any, device: Any) -> None:
 
 
 def operand(name: str, value: Tensor) -> None:
-    """The dtype of an optional tensor: floating, alibi_slopes float32, attn_mask bool."""
+    """The layout and dtype of an optional tensor: dense, floating, alibi_slopes float32, attn_mask bool."""
+    if str(value.layout) != "torch.strided" or value.is_nested:
+        raise InvalidProblemError(
+            f"{name} has layout {value.layout}: it must be a dense (strided) tensor: .to_dense()."
+        )
     if name == "attn_mask":
         if str(value.dtype) != "torch.bool":
             raise InvalidProblemError(
