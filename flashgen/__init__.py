@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         explain,
         varlen_attention,
     )
+    from flashgen.block_lists import reread_block_mask
     from flashgen.config import KernelConfig
     from flashgen.dispatch import Plan
     from flashgen.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "export",
     "merge_attention_states",
+    "reread_block_mask",
     "tune",
     "varlen_attention",
 ]
@@ -69,6 +71,7 @@ _HOME = {
     "Problem": "problem",
     "Target": "target",
     "merge_attention_states": "merging",
+    "reread_block_mask": "block_lists",
     **dict.fromkeys(("compile_facts", "export", "tune"), "offline"),
     **{name: "errors" for name in __all__ if name.endswith("Error")},
 }

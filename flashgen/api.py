@@ -59,8 +59,8 @@ def attention(
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q): adds -slope * |i + seqlen_k - seqlen_q - j|; no gradient.
         sinks: (num_heads_q,) raw logits that join the softmax denominator only; differentiable.
         bias: additive, floating, broadcastable (right-aligned) to (batch, num_heads_q, seqlen_q, seqlen_k);
-            differentiable, its gradient has its own shape. Hide with -inf: where all scores of a row lie beyond some 10^6 in size, lse no
-            longer holds their sum in fp32, and the row's gradients are wrong.
+            differentiable, its gradient has its own shape. Hide with -inf: where all scores of a row lie beyond some 10^5 in size, lse no
+            longer holds their sum in fp32, and a kernel's gradients of the row are wrong (FLASHGEN_CHECK_VALUES=1 refuses them); "torch" sums anew.
         attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
         score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients. It is
             called once with a few zeros before anything runs, to see what shape and dtype it gives.
@@ -68,7 +68,7 @@ def attention(
             blocks that it hides. Tensors that it reads are copied to the host for that, once for each content (the only call that
             waits for the device); where a content is first met while a CUDA graph is captured, every block is masked.
         block_mask: torch's BlockMask, taken as given. Its lists are read again when PyTorch counts a write into them; after one that
-            it does not count on a GPU (through `.data` or another library's kernel) make a new BlockMask.
+            it does not count on a GPU (through `.data`, another library's kernel, a graph's replay) call `flashgen.reread_block_mask`.
         dropout_p: multiplies normalised probabilities by 0 or 1/(1 - dropout_p); never sinks, never lse.
         generator: where dropout's seed is drawn from; None for the device's default generator.
         return_lse: also return the log-sum-exp of the scores; its gradient is propagated.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgen import checks, settings
 from flashgen.problem import Problem
 from flashgen.stream_capture import capturing
 
@@ -133,7 +134,8 @@ def _broadcast(table: Tensor) -> Tensor:
 
 # -- what was made once --
 
-# With the mask and, on the CPU, copies of its tensors: NumPy and other libraries write there, and comparing waits for nothing.
+# With the mask and, on the CPU, copies of its tensors: NumPy and other libraries write there, and comparing waits for nothing. On a GPU a comparison costs
+# a dozen launches and its remedy, lists made anew in each call, some thirty: more than the attention of a small problem takes the host.
 _known: OrderedDict[tuple[Any, ...], tuple[weakref.ref[Any], dict[str, Any], list[Tensor]]] = OrderedDict()
 _lock = threading.Lock()
 
@@ -141,7 +143,7 @@ _lock = threading.Lock()
 def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """What a rendered launch takes of a block mask, by name; remembered while the mask lives and nobody writes into its tensors.
 
-    On a GPU a write that PyTorch does not count is not seen.
+    On a GPU a write that PyTorch does not count is seen with FLASHGEN_CHECK_VALUES, or told by `reread_block_mask`.
 
     Args:
         block_mask: as in `kinds`.
@@ -157,16 +159,13 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     sizes = (problem.seqlen_q, problem.seqlen_k, diagonal, tuple(tiles.items()), stream)
     key = (id(block_mask), tuple(block_mask.BLOCK_SIZE), versions, sizes)
+    compares = device.type == "cpu" or settings.read().check_values
     with _lock:
         found = _known.get(key)
-        if (
-            found is not None
-            and found[0]() is block_mask
-            and all(torch.equal(old, x) for old, x in zip(found[2], tensors, strict=False))
-        ):
+        if found is not None and found[0]() is block_mask and (not compares or _same(found[2], tensors)):
             _known.move_to_end(key)
             return found[1]
-    copies = [x.clone() for x in tensors] if device.type == "cpu" else []
+    copies = [x.clone() for x in tensors] if compares else []
     values = _made(block_mask, problem, tiles)
     with _lock:
         for old in [old for old, (alive, *_) in _known.items() if alive() is None]:
@@ -175,6 +174,28 @@ def launch_values(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int,
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return values
+
+
+def _same(copies: list[Tensor], tensors: list[Tensor]) -> bool:
+    return len(copies) == len(tensors) and all(map(torch.equal, copies, tensors))
+
+
+def reread_block_mask(block_mask: Any) -> None:
+    """Have the next call read a BlockMask's tensors anew, after they were written on a GPU in a way that PyTorch does not count.
+
+    PyTorch's own in-place operations are counted, and seen by themselves; so is whatever is written on a CPU. Not counted are another library's
+    kernel, a write through `.data`, and the replay of a CUDA graph that writes there. A call that is captured into a graph reads them in every replay.
+
+    Args:
+        block_mask: `torch.nn.attention.flex_attention.BlockMask`.
+
+    Raises:
+        InvalidProblemError: it is no BlockMask.
+    """
+    checks.is_block_mask(block_mask)
+    with _lock:
+        for key in [key for key, (mask, *_) in _known.items() if mask() is None or mask() is block_mask]:
+            del _known[key]
 
 
 def _made(block_mask: Any, problem: Problem, tiles: dict[str, tuple[int, int]]) -> dict[str, Any]:

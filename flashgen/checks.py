@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashgen import settings
-from flashgen.errors import InvalidProblemError
+from flashgen.errors import InvalidProblemError, UnsupportedProblemError
 from flashgen.spec import DType
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ Layout = Literal["bshd", "bhsd"]
 CausalAlignment = Literal["bottom-right", "top-left"]
 LAYOUTS: tuple[Layout, ...] = ("bshd", "bhsd")
 ALIGNMENTS: tuple[CausalAlignment, ...] = ("bottom-right", "top-left")
+_FAR = 1 << 62  # keys: what an operator's schema can carry
 MAX_FLOAT32 = 3.4028234663852886e38
 _DTYPE_NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 
@@ -86,7 +87,7 @@ def window(value: Any) -> tuple[int, int]:
         raise InvalidProblemError(
             f"window_size={value!r} must be a pair (left, right) of ints, each -1 (no limit) or a number of keys from 0 up."
         )
-    return value[0], value[1]
+    return min(value[0], _FAR), min(value[1], _FAR)
 
 
 # -- q, k and v --
@@ -279,7 +280,11 @@ def generator(value: Any, device: Any) -> None:
 
 
 def operand(name: str, value: Tensor) -> None:
-    """The dtype of an optional tensor: floating, alibi_slopes float32, attn_mask bool."""
+    """The layout and dtype of an optional tensor: dense, floating, alibi_slopes float32, attn_mask bool."""
+    if str(value.layout) != "torch.strided" or value.is_nested:
+        raise InvalidProblemError(
+            f"{name} has layout {value.layout}: it must be a dense (strided) tensor: .to_dense()."
+        )
     if name == "attn_mask":
         if str(value.dtype) != "torch.bool":
             raise InvalidProblemError(
@@ -351,4 +356,38 @@ def block_mask(mask: Any, scores: tuple[int, int, int, int], device: Any) -> Non
         raise InvalidProblemError(
             f"block_mask was made for Q_LEN, KV_LEN = {tuple(mask.seq_lengths)}, the call has {scores[2:]}: they must be "
             "equal. Make it for these lengths."
+        )
+
+
+# From here on the rounding of lse changes a row's probabilities by more than rounding them to bf16 does.
+_LARGEST_LSE = float(1 << 16)
+
+
+def row_sums(dout: Tensor | None, dlse: Tensor | None, lse: Tensor, layout: str) -> None:
+    """Refuse to differentiate rows whose lse is too large to hold the sum of their scores, where a gradient reaches them; synchronises.
+
+    Args:
+        dout, dlse: gradients of out and of lse (batch, num_heads_q, seqlen_q), of packed sequences (num_heads_q, total_q).
+        lse: as the forward wrote it.
+        layout: of dout.
+
+    Raises:
+        UnsupportedProblemError: says how large it is, and what does differentiate them.
+    """
+    if without_values(lse):
+        return
+    large = (lse.abs() > _LARGEST_LSE) & lse.isfinite()
+    if not large.any():
+        return
+    reached = large.new_zeros(large.shape)
+    if dout is not None:
+        rows = (dout != 0).any(-1)  # NaN too
+        reached |= rows.mT if rows.dim() == 2 or layout == "bshd" else rows
+    if dlse is not None:
+        reached |= dlse != 0
+    if (large & reached).any():
+        raise UnsupportedProblemError(
+            f"a row's scores are as large as {lse[large & reached].abs().max():.3g}: its lse, one fp32 number, no longer holds their sum, and the "
+            "gradients of a generated kernel would be wrong. Hide keys with a mask or a bias of -inf instead of a huge negative number, "
+            "scale q and k, or take backend='torch', which sums such rows anew."
         )

@@ -328,6 +328,9 @@ def backward(
     problem = replace(problem, requires_grad=True, bias_grad=bias_grad)
     plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config)).backward
     if plan is not None and plan.backend != "torch":
+        looks = plan.target.backend == "cpu" or settings.read().check_values
+        if looks and not (_ran.compiles_only or capturing(q.device)):
+            checks.row_sums(dout, dlse, lse, scalars.layout)
         wanted = {"bias": bias_grad, "sinks": sinks_grad}
         launch = partial(_launch, plan, operands)
         return gradients(plan, launch, dout, dlse, q, k, v, out, lse, operands, scalars.layout, wanted)

@@ -25,6 +25,7 @@ Mod = Callable[..., Tensor]
 
 _BLOCK = "block_mask.mask_mod"
 _MOST_TRIED = 4096
+_NONE = (1, 1, 1, 1)  # batch, heads, queries, keys: index 0, which a tensor of packed sequences has for each of them
 _tried: dict[str, None] = {}  # fingerprints of mods that `probe` accepted and that have a trace
 
 
@@ -69,9 +70,7 @@ class Operands:
 
         Mods without a trace stay as they are.
         """
-        inside: Any = (
-            torch._C._functorch.peek_interpreter_stack
-        )  # what a transform wraps is another tensor outside of it
+        inside: Any = torch._C._functorch.peek_interpreter_stack  # what a transform wraps is another one outside
         if not self.has_functions or torch.compiler.is_compiling() or inside() is not None:
             return self
         try:
@@ -79,9 +78,7 @@ class Operands:
         except (FlashgenError, AttributeError):  # the checks say what is wrong with a mod or a block mask
             traced_as = None
         found = {id(x): x for x in self.options_captured()}
-        if (
-            traced_as is not None and self.score_mod is not None
-        ):  # a trace meets what a walk through objects may not find
+        if traced_as is not None and self.score_mod is not None:  # a trace meets what a walk through objects may not
             reached = {number for number in traced_as[0].score_reads if traced_as[1][number].requires_grad}
             found |= {id(x): x for x in (traced_as[1][number] for number in sorted(reached))}
         return replace(self, traced_as=traced_as, captured_as=tuple(found.values()))
@@ -168,7 +165,7 @@ class Operands:
             checks.block_mask(self.block_mask, scores, device)
         if not self.has_functions or tried or 0 in scores:
             return  # a mod of a call without scores never runs, and what it captured may be empty
-        self._try_mods(device)
+        self._try_mods(device, _NONE if problem.varlen else scores)
         if torch.compiler.is_compiling():
             return
         try:
@@ -177,37 +174,36 @@ class Operands:
             return
         self._check_indices(*traced, problem)
 
-    def _try_mods(self, device: torch.device) -> None:
-        score_mod, *others = self._on_blocks(device)
-        masks = dict(zip(("mask_mod", _BLOCK), others, strict=True))
+    def _try_mods(self, device: torch.device, sizes: tuple[int, ...] = _NONE) -> None:
+        known, given = self._untraced(device), self._mods
+        on_blocks = dict(zip(given, self._on_blocks(device), strict=True))
+        # Mapped, a mod is elementwise whatever it reduces: unless a trace knows what, it is tried as it was given.
+        tried = {name: mod if known is None or name in known else given[name] for name, mod in on_blocks.items()}
         try:
-            if score_mod is not None:
-                probe.score_mod(score_mod, device)
-            for name, mask in masks.items():
-                if mask is not None:
-                    probe.mask_mod(name, mask, device)
+            for name, mod in tried.items():
+                if mod is not None and name == "score_mod":
+                    probe.score_mod(mod, device)
+                elif mod is not None:
+                    probe.mask_mod(name, mod, device)
         except InvalidProblemError as error:
             if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
-        if not self._is_elementwise(device):
-            for name, mod in {"score_mod": score_mod, **masks}.items():
-                if mod is not None:
-                    probe.require_elementwise(name, mod, device)
+        for name, mod in {} if known is None else tried.items():
+            if mod is not None:
+                probe.require_elementwise(name, mod, device, sizes if mod is on_blocks[name] else _NONE)
 
     def _on_blocks(self, device: torch.device) -> tuple[Mod | None, Mod | None, Mod | None]:
         """score_mod, mask_mod and the block mask's, to be called on blocks: those that are right for 0-d arguments alone are mapped."""
-        mods = {
-            "score_mod": self.score_mod,
-            "mask_mod": self.mask_mod,
-            _BLOCK: getattr(self.block_mask, "mask_mod", None),
-        }
+        mods = self._mods
         per_score: frozenset[str] = frozenset()
         if self.has_functions and not torch.compiler.is_compiling():
             try:
                 per_score = self._program(device)[0].per_score
             except UnsupportedProblemError as error:
-                per_score = error.per_score
+                # Nothing is known of what stands behind the operation that has no trace: a value at a time is what a mod is defined by.
+                mapped = {name for name, mod in mods.items() if mod is not None and probe.maps(name, mod, device)}
+                per_score = error.per_score | mapped
             except (FlashgenError, AttributeError):
                 pass  # it runs as it is, or the checks say what is wrong
         score, mask, block = (
@@ -215,17 +211,22 @@ class Operands:
         )
         return score, mask, block
 
-    def _is_elementwise(self, device: torch.device) -> bool:
-        """Whether the mods have a trace, which knows no other operations, or were refused for something else."""
+    @property
+    def _mods(self) -> dict[str, Mod | None]:
+        block_mod = getattr(self.block_mask, "mask_mod", None)
+        return {"score_mod": self.score_mod, "mask_mod": self.mask_mod, _BLOCK: block_mod}
+
+    def _untraced(self, device: torch.device) -> frozenset[str] | None:
+        """Of mods with an operation that no trace knows those that are known to be right for 0-d arguments alone; None of others."""
         if torch.compiler.is_compiling():
-            return True
+            return None
         try:
             self._program(device)
-        except UnsupportedProblemError:
-            return False
+        except UnsupportedProblemError as error:
+            return error.per_score
         except FlashgenError:
-            return True
-        return True
+            pass
+        return None
 
     def options(self, problem: Problem) -> Options:
         """Everything the torch backend's loops need."""
@@ -266,7 +267,8 @@ class Operands:
                 self._try_mods(torch.device("cpu"))
         traced = self.traced(problem, device)
         if traced.untraced and not empty:  # they will run as they are
-            self._try_mods(device)
+            p = problem
+            self._try_mods(device, _NONE if p.varlen else (p.batch, p.num_heads_q, p.seqlen_q, p.seqlen_k))
         if key is not None and traced.mods is not None and not empty:
             if len(_tried) >= _MOST_TRIED:
                 _tried.clear()

@@ -85,22 +85,57 @@ def _mapping() -> AbstractContextManager[Any]:
     return guard
 
 
-def require_elementwise(name: str, function: Callable[..., Any], device: torch.device) -> None:
+def maps(name: str, function: Callable[..., Any], device: torch.device) -> bool:
+    """Whether `per_score` runs a mod, by operations that know how to run for many values at once: one by one they would take hours."""
+    arguments = _indices(device)
+    if not name.endswith("mask_mod"):
+        arguments = (torch.zeros(_SIZES, device=device), *arguments)
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        with torch.no_grad():
+            per_score(function)(*arguments)
+    except Exception:  # whatever it is: the mod then runs on blocks, and is tried for what that changes
+        return False
+    finally:
+        functorch._set_vmap_fallback_enabled(before)
+    return True
+
+
+# Which scores are computed beside each other in the comparison: never all, and of each index neither always the same end nor the same mean.
+_PARTS = ((slice(0, 1), slice(1, 3), slice(2, 4), slice(2, 5)), (slice(1, 2), slice(0, 1), slice(1, 2), slice(1, 3)))
+
+
+def require_elementwise(
+    name: str, function: Callable[..., Any], device: torch.device, sizes: tuple[int, ...] = (1, 1, 1, 1)
+) -> None:
     """Refuse a mod whose value for one score depends on which others are computed beside it: blocks would change the result.
 
     What has a trace is elementwise, and need not be tried. Values are compared, which synchronises.
+
+    Args:
+        name, function, device: as in `mask_mod`.
+        sizes: batch, heads, queries and keys, below which indices stay: what the mod reads has nothing beyond.
 
     Raises:
         InvalidProblemError: names the mod.
     """
     score = torch.linspace(-1.0, 2.0, 120, device=device).view(_SIZES)
-    arguments = _indices(device) if name.endswith("mask_mod") else (score, *_indices(device))
-    parts = tuple(x[:1, -2:, -2:, -3:] for x in arguments)
-    shape = torch.broadcast_shapes(*(x.shape for x in parts))
-    with torch.no_grad():
-        whole, part = (function(*(x.clone() for x in given)) for given in (arguments, parts))
-    whole, part = whole.expand(_SIZES)[:1, -2:, -2:, -3:].double(), part.expand(shape).double()
-    if not torch.allclose(whole, part, rtol=1e-3, atol=1e-5, equal_nan=True):
+    counted = (torch.arange(x.numel(), device=device).view(x.shape) for x in _indices(device))
+    indices = tuple((x % size).int() for x, size in zip(counted, sizes, strict=True))
+    arguments = indices if name.endswith("mask_mod") else (score, *indices)
+    for part in _PARTS:
+        some = tuple(
+            x[tuple(at if n > 1 else slice(None) for at, n in zip(part, x.shape, strict=True))] for x in arguments
+        )
+        shape = torch.broadcast_shapes(*(x.shape for x in some))
+        with torch.no_grad():
+            whole, alone = (function(*(x.clone() for x in given)) for given in (arguments, some))
+        if torch.allclose(
+            whole.expand(_SIZES)[part].double(), alone.expand(shape).double(), rtol=1e-3, atol=1e-5, equal_nan=True
+        ):
+            continue
         raise InvalidProblemError(
             f"{name} gives a score another value when fewer are computed beside it: it reduces over them (softmax, max, sum, ...) "
             "or draws random numbers. It must be elementwise and give the same each time, since scores are computed "

@@ -58,6 +58,6 @@ def backward(
     Args:
         dout, dlse, q, k, v, out, lse, options, bias_grad, sinks_grad: as in `blocked.backward`.
     """
-    if dout is not None and fused.covers_backward(dout, dlse, q, k, v, options):
+    if dout is not None and fused.covers_backward(dout, dlse, q, k, v, lse, options):
         return fused.backward(dout, q, k, v, out, lse, options)
     return blocked.backward(dout, dlse, q, k, v, out, lse, options, bias_grad=bias_grad, sinks_grad=sinks_grad)

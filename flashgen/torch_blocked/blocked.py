@@ -14,6 +14,8 @@ from flashgen.torch_blocked.options import Block, GradientSums, Options, blocks
 SCORE_BUDGET = 1 << 19
 _BLOCK_Q = 256
 _BLOCK_K = 512
+# Beyond it the rounding of lse, one number for a row's maximum and its sum, changes probabilities by more than 3e-5.
+LARGE_LSE = float(1 << 10)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse: Tensor | None) -> None:
@@ -92,8 +94,13 @@ def backward(
         # A row without keys has only -inf scores, which a finite lse turns into p = 0 instead of NaN.
         lse_i = lse_i.masked_fill(lse_i == -torch.inf, 0.0).unsqueeze(-1)
         dout_i, delta = _delta(dout, dlse, out, batch, rows)
+        divisor = None
+        if large(lse_i):
+            lse_i, divisor = (x.unsqueeze(-1) for x in _normaliser(q_i, k, batch, rows, (start, stop), options))
         if sums.sinks is not None and options.sinks is not None:
             p_sink = (options.sinks.float().view(1, -1, 1) - lse_i.squeeze(-1)).exp()
+            if divisor is not None:
+                p_sink = p_sink / divisor.squeeze(-1)
             sums.sinks -= (p_sink * delta.squeeze(-1)).sum((0, 2))
         dq_i = torch.zeros_like(q_i)
         for keys in blocks(start, stop, _BLOCK_K):
@@ -102,6 +109,8 @@ def backward(
             raw = ((q_i * options.sm_scale) @ k_j.mT).flatten(1, 2)
             scores, visible = block.scores(raw)
             p = (scores - lse_i).exp_()
+            if divisor is not None:
+                p /= divisor
             dv[batch, keys] += _grouped_sum(block.dropped(p), dout_i, heads_kv)
             dp = _times(dout_i, _seen(v[batch, keys], heads_kv, visible, options).mT)
             if visible is not None:
@@ -115,6 +124,31 @@ def backward(
             dk[batch, keys] += _grouped_sum(ds, q_i.flatten(1, 2), heads_kv) * options.sm_scale
         dq[batch, rows] = (dq_i * options.sm_scale).flatten(1, 2).transpose(1, 2).to(q.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), sums
+
+
+def large(lse: Tensor) -> bool:
+    """Whether a row's sum has to be made anew, since its lse is too large to hold it. Off the CPU nothing synchronises: always."""
+    return lse.device.type != "cpu" or bool(((lse.abs() > LARGE_LSE) & lse.isfinite()).any())
+
+
+def _normaliser(
+    q_i: Tensor, k: Tensor, batch: slice, rows: slice, keys: tuple[int, int], options: Options
+) -> tuple[Tensor, Tensor]:
+    """The maximum of each row's scores, 0 where there is none, and the sum of exp(score - maximum), 1 where there is none: (b, h, m) both."""
+    heads_kv, heads_q = k.shape[2], q_i.shape[1] * q_i.shape[2]
+    m_i = q_i.new_full((q_i.shape[0], heads_q, q_i.shape[3]), -torch.inf)
+    l_i = torch.zeros_like(m_i)
+    for block_keys in blocks(*keys, _BLOCK_K):
+        block = Block(options, batch, rows, block_keys, heads_q, q_i.device)
+        k_j = _grouped(k[batch, block_keys], heads_kv).float()
+        scores, _ = block.scores(((q_i * options.sm_scale) @ k_j.mT).flatten(1, 2))
+        m_new = torch.maximum(m_i, scores.amax(-1))
+        m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)
+        l_i = l_i * (m_i - m_safe).exp_() + (scores - m_safe.unsqueeze(-1)).exp_().sum(-1)
+        m_i = m_new
+    if options.sinks is not None:
+        m_i, l_i, _ = _add_sinks(m_i, l_i, m_i.new_zeros((*m_i.shape, 1)), options.sinks)
+    return m_i.masked_fill(m_i == -torch.inf, 0.0), l_i.masked_fill(l_i == 0, 1.0)
 
 
 def _tiles(q: Tensor, k: Tensor, options: Options) -> Iterator[tuple[slice, slice, tuple[int, int]]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashgen.torch_blocked.blocked import large
 from flashgen.torch_blocked.options import GradientSums, Options
 
 
@@ -49,10 +50,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse:
 
 
 def covers_backward(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, options: Options
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, options: Options
 ) -> bool:
-    """Whether `backward` below computes this call."""
-    return dout is not None and dlse is None and q.dtype == torch.float32 and covers(q, k, v, options)
+    """Whether `backward` below computes this call; PyTorch's takes lse as it is, also where that is too large to hold a row's sum."""
+    given = dout is not None and dlse is None and q.dtype == torch.float32
+    return given and covers(q, k, v, options) and not large(lse)
 
 
 def backward(

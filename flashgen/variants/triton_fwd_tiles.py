@@ -96,10 +96,13 @@ BESIDE_SCORES: dict[tuple[bool, int], tuple[tuple[Tile, str], ...]] = {
     (False, 256): (((32, 16, 4, 2), _COMPILED),),
 }
 
-# Go before everything where a mask_mod or a BlockMask may hide keys: with the plain kernel's tile of 128 x 128 the loop of unmasked tiles spills
-# (14 to 32 instructions under Triton 3.6), with this one it does not. Compiled, not timed.
+# Go before everything where a mask_mod or a BlockMask may hide keys: with the plain kernel's tile the loop of unmasked tiles spills (128 x 128 on
+# sm_90: 14 to 32 instructions under Triton 3.6), or has not a register left (head dim 64 in four warps on sm_80 and sm_120: up to 6 spilled, up to 25
+# instructions more than the plain loop), with this one it does not. Compiled, not timed.
 FREE_MASK: dict[Key, tuple[tuple[Tile, str], ...]] = {
     ("sm_90", True, 128): (((128, 64, 8, 3), _SURFACE),),
+    ("sm_80", True, 64): (((128, 64, 8, 3), _FLEX_SPILLS),),
+    ("sm_120", True, 64): (((128, 64, 8, 3), _FLEX_SPILLS),),
 }
 
 # The same where products are mma of one warp (sm_80 and its kind): the tile above spills beside a bias and a mask at once.

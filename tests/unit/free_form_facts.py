@@ -1,6 +1,6 @@
 """The loops of kernels with a mask_mod beside those of the plain kernel in the same tile, read from machine code.
 
-    python tests/unit/free_form_facts.py [h100 a100 ...]
+    python tests/unit/free_form_facts.py [h100 a100 ...]     # without names: one card of each architecture
 
 A line each; exit code 1 where an unmasked tile costs more instructions than the plain kernel's, or a loop spills. Part of `make torture`.
 """
@@ -20,6 +20,7 @@ from flashgen.render import render
 from flashgen.target import Target
 from flashgen.variants import by_name
 
+CARDS = ("a100", "rtx4090", "h100", "b200", "rtx5090")
 SCALARS = 64  # bytes that may be spilled outside of the loops, such as pointers of the results
 IDS = torch.arange(8192, dtype=torch.int32) // 500
 
@@ -64,7 +65,7 @@ def verdict(plain: CompiledFacts, free: CompiledFacts) -> str | None:
 
 def main() -> int:
     bad = 0
-    for name in sys.argv[1:] or ["h100"]:
+    for name in sys.argv[1:] or CARDS:
         target = Target.named(name)
         for variant in ("triton_fwd", "triton_bwd"):
             for head_dim in (64, 128):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+import flashgen
 from flashgen import block_lists
 from flashgen.problem import Problem
 from flashgen.torch_blocked.options import _block_mask_visible
@@ -145,3 +146,21 @@ def test_what_was_made_once_is_made_anew_after_a_write() -> None:
     mask.kv_num_blocks.numpy()[...] = 1  # which PyTorch does not count
     assert block_lists.launch_values(mask, p, tiles)["key_counts"].sum() > 0
     assert after["row_blocks"] is None
+
+
+def test_what_nobody_counted_is_read_anew_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nothing is compared in a usual call."""
+    monkeypatch.setattr(block_lists, "_same", lambda copies, tensors: True)
+    mask, p = drawn(256, 256, (64, 64), seed=3), problem(256, 256)
+    tiles = {"keys": (64, 64)}
+    before = block_lists.launch_values(mask, p, tiles)
+    mask.kv_num_blocks.data.zero_()
+    assert block_lists.launch_values(mask, p, tiles) is before
+    flashgen.reread_block_mask(mask)
+    after = block_lists.launch_values(mask, p, tiles)
+    assert after["key_counts"][..., 0].count_nonzero() == 0 < before["key_counts"][..., 0].count_nonzero()
+    monkeypatch.undo()
+    mask.full_kv_num_blocks.data.zero_()
+    assert block_lists.launch_values(mask, p, tiles)["key_counts"].count_nonzero() == 0
+    with pytest.raises(flashgen.InvalidProblemError, match="BlockMask"):
+        flashgen.reread_block_mask(torch.zeros(3))

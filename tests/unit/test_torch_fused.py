@@ -43,7 +43,7 @@ def test_gradients_against_fp64_and_the_blocked_loops(case: dict[str, Any], stri
     options = Options(sm_scale=0.3, causal=causal)
     out, lse = torch.empty(2, sq, hq, 24), torch.empty(2, hq, sq)
     fused.forward(q, k, v, options, out, lse)
-    assert fused.covers_backward(dout, None, q, k, v, options)
+    assert fused.covers_backward(dout, None, q, k, v, lse, options)
     found = fused.backward(dout, q, k, v, out, lse, options)[:3]
     other = blocked.backward(dout, None, q, k, v, out, lse, options)[:3]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 import flashgen
+from flashgen import checks
 from flashgen.torch_blocked import Options, blocked, fused
 
 INT32 = torch.int32
@@ -289,3 +290,41 @@ def test_half_precision_with_every_option(dtype: torch.dtype) -> None:
     grads = torch.autograd.grad(got[0].sum() + got[1].sum(), leaves)
     assert [x.dtype for x in grads] == [dtype] * 5
     close(grads, torch.autograd.grad(want[0].sum() + want[1].sum(), exact), 4 * eps)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("size", [-1e30, 3e7, torch.finfo(torch.float32).min])
+def test_rows_of_huge_scores_have_gradients(size: float, sinks: bool) -> None:
+    """Their lse, one number, does not hold the sum of their scores: it is made anew. Beside them a row of usual scores."""
+    q, k, v = qkv()
+    bias = torch.zeros(40, 56)
+    bias[3:9] = size
+    leaves = [q, k, v, *([torch.randn(4).requires_grad_()] if sinks else [])]
+    dout = torch.randn(2, 40, 4, 8)
+    out = flashgen.attention(q, k, v, bias=bias, sinks=leaves[3] if sinks else None)
+    assert isinstance(out, Tensor)
+    got = torch.autograd.grad(out, leaves, dout)
+
+    exact = double(leaves)
+    keys, values = (x.repeat_interleave(2, 2) for x in exact[1:3])
+    scores = torch.einsum("bihd,bjhd->bhij", exact[0], keys) / 8**0.5
+    # What is added rounds in fp32; the scores' own gradients pass.
+    scores = scores + ((scores.detach().float() + bias).double() - scores.detach())
+    if sinks:
+        scores = torch.cat([scores, exact[3].view(1, -1, 1, 1).expand(2, -1, 40, 1)], -1)
+    want = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1)[..., :56], values)
+    close(got, torch.autograd.grad(want, exact, dout.double()))
+
+
+def test_a_kernel_does_not_differentiate_them() -> None:
+    lse, dout = torch.zeros(2, 4, 5), torch.zeros(2, 5, 4, 8)
+    lse[1, 2, 3], lse[0, 0, 0] = -1e30, -math.inf
+    checks.row_sums(dout, None, lse, "bshd")  # nothing reaches it
+    dout[1, 3, 2, 7] = 1e-9
+    for gradients, layout in (((dout, None), "bshd"), ((dout.transpose(1, 2), None), "bhsd"), ((None, lse), "bshd")):
+        with pytest.raises(flashgen.UnsupportedProblemError, match=r"as large as 1e\+30.*backend='torch'"):
+            checks.row_sums(*gradients, lse, layout)  # type: ignore[arg-type]
+    with pytest.raises(flashgen.UnsupportedProblemError):
+        checks.row_sums(dout[1], None, lse[1], "bshd")
+    lse[1, 2, 3] = 6e4
+    checks.row_sums(dout, None, lse, "bshd")

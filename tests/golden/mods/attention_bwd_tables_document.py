@@ -498,6 +498,10 @@ def add_dq(
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + tl.arange(0, BLOCK_DV)[None, :]
     # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
     last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
+    if not IS_MASKED:
+        # Each block follows the one before: a step from its address, where a product would cost registers.
+        k_block = k_ptr + tl.full([], start, tl.int64) * stride_kn
+        v_block = v_ptr + tl.full([], start, tl.int64) * stride_vn
     for place in tl.range(start, stop, BLOCK_N):
         start_n = place
         if IS_MASKED:
@@ -505,8 +509,11 @@ def add_dq(
         first = tl.full([], start_n, tl.int64)
         keys = start_n + offs_n
         # -- keys and values: those that no row of this tile sees are not read, whatever they hold --
-        k = load_tile(k_ptr + first * stride_kn + k_offs, keys < kv_end, HEAD_DIM, BLOCK_D, IS_MASKED)
-        v = load_tile(v_ptr + first * stride_vn + v_offs, keys < kv_end, HEAD_DIM_V, BLOCK_DV, IS_MASKED)
+        if IS_MASKED:
+            k_block = k_ptr + first * stride_kn
+            v_block = v_ptr + first * stride_vn
+        k = load_tile(k_block + k_offs, keys < kv_end, HEAD_DIM, BLOCK_D, IS_MASKED)
+        v = load_tile(v_block + v_offs, keys < kv_end, HEAD_DIM_V, BLOCK_DV, IS_MASKED)
         # -- probabilities, fp32 --
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         qk *= sm_scale
@@ -566,6 +573,9 @@ def add_dq(
             k = tl.where(any_sees(p)[:, None], k, 0.0)
         if WRITES_DQ:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if not IS_MASKED:
+            k_block += tl.full([], BLOCK_N, tl.int64) * stride_kn
+            v_block += tl.full([], BLOCK_N, tl.int64) * stride_vn
     return dq
 
 

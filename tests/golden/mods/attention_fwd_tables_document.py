@@ -98,13 +98,19 @@ def attend(
     v_offs = offs_n.to(tl.int64)[:, None] * stride_vn + offs_dv[None, :]
     # What rows see of the range; those beyond the end see nothing: what only they would see is not to be read.
     last_key = tl.where(offs_m < seqlen_q, kv_end - 1, -1)
+    if not IS_MASKED:
+        # Each block follows the one before: a step from its address, where a product would cost registers.
+        k_block = k_ptr + tl.full([], start, tl.int64) * stride_kn
+        v_block = v_ptr + tl.full([], start, tl.int64) * stride_vn
     for place in tl.range(start, stop, BLOCK_N):
         start_n = place
         if IS_MASKED:
             start_n += tl.where(place >= gap_start, gap, 0)
         first = tl.full([], start_n, tl.int64)
         # -- keys: those that no row of this tile sees are not read, whatever they hold --
-        k_ptrs = k_ptr + first * stride_kn + k_offs
+        if IS_MASKED:
+            k_block = k_ptr + first * stride_kn
+        k_ptrs = k_block + k_offs
         if IS_MASKED:
             k = tl.load(k_ptrs, mask=(start_n + offs_n < kv_end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
         elif BLOCK_D != HEAD_DIM:
@@ -139,7 +145,9 @@ def attend(
             qk = tl.where(visible, qk, -float("inf"))
         p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, IS_MASKED=True)
         # -- values: 0 where hidden, since 0 * NaN is NaN --
-        v_ptrs = v_ptr + first * stride_vn + v_offs
+        if IS_MASKED:
+            v_block = v_ptr + first * stride_vn
+        v_ptrs = v_block + v_offs
         if IS_MASKED:
             v = tl.load(v_ptrs, mask=(start_n + offs_n < kv_end)[:, None] & (offs_dv < HEAD_DIM_V)[None, :], other=0.0)
         elif BLOCK_DV != HEAD_DIM_V:
@@ -149,6 +157,9 @@ def attend(
         if IS_MASKED:
             v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        if not IS_MASKED:
+            k_block += tl.full([], BLOCK_N, tl.int64) * stride_kn
+            v_block += tl.full([], BLOCK_N, tl.int64) * stride_vn
     return acc, m_i, l_i
 
 

@@ -122,6 +122,35 @@ def test_what_has_no_trace_means_the_same(name: str) -> None:
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
+BEHIND: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "largest index": (lambda s, b, h, q, k: s * (1 + torch.erfinv(k * 0.0) + 0.1 * (k.amax() - k)), lambda s, b, h, q, k: s),
+    "mean of what rows read": (lambda s, b, h, q, k: s * torch.erfinv(TABLE[b, q] / 9).mean(), lambda s, b, h, q, k: s * torch.erfinv(TABLE[b, q] / 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_reduction_behind_what_has_no_trace_is_of_one_value(name: str) -> None:
+    """A trace ends where an operation is not known: on a block they were of all indices of the block."""
+    mod, want = BEHIND[name]
+    q, k, v = (x.detach() for x in inputs())
+    got = flashgen.attention(q, k, v, score_mod=mod)
+    torch.testing.assert_close(got, flashgen.attention(q, k, v, score_mod=want), atol=1e-5, rtol=1e-5)
+
+
+class Doubled(torch.autograd.Function):
+    """Which vmap cannot map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_what_cannot_be_mapped_is_tried_with_indices_of_the_call() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    with pytest.raises(flashgen.InvalidProblemError, match="reduces over them"):
+        flashgen.attention(q, k, v, score_mod=lambda s, b, h, q, k: s + Doubled.apply(k.amax() - k))
+
+
 def test_what_runs_on_blocks_is_not_mapped() -> None:
     cpu = torch.device("cpu")
     for mod in (
