@@ -1,10 +1,12 @@
 """Compile the default backward of every option and of every two together, with whatever Triton is first on the path: no GPU.
 
-    python tests/compile_options.py [--targets h100] [--head-dims 64 128] [--jobs 1] [NAME ...]
+    python tests/compile_options.py [--targets h100] [--head-dims 128 64] [--alone] [--record FILE.csv] [OPTION+OPTION ...]
 
-Goldens hold a few kernels with options; here each option and each pair of them is compiled in the configuration that dispatch takes where nothing is
-tuned, and a line says how many spill instructions stand in the loops. Exit code 1, with the names, where one spills, is miscompiled or serialised up to
-head dim 128 in 16 bit. What was compiled once is kept by its text, configuration and Triton: a second run takes seconds.
+Goldens hold a few kernels with options; here each option and each pair is compiled in the configuration that dispatch takes where nothing is tuned,
+and a line says how many spill instructions stand in its loop. Exit code 1, with the names, where one option alone spills more than stands in OPEN, or
+any kernel reads a register that nothing wrote or is serialised. What two options spill is told, and kept by --record: at head dim 128 the tile that
+spills nothing is slower (benchmarks/results/h200_backward_option_tiles.csv). What was compiled once is kept, by its text, configuration and Triton, in
+.cache: the first run takes half an hour, the next one seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from compile_goldens import record
 
 from flashgen import dispatch, mods
 from flashgen.config import KernelConfig
@@ -57,6 +60,8 @@ SCORES: dict[str, Callable[..., Any]] = {
 }
 FIELDS = ("window", "softcap", "has_alibi", "has_bias", "has_attn_mask", "dropout", "varlen")
 OPTIONS = (*(name.removeprefix("has_") for name in FIELDS), "documents", "block_mask", *SCORES)
+# (Triton, padded head dim, option) -> spill instructions at most: addresses of a whole kernel that a step reads back.
+OPEN: dict[tuple[str, int, str], int] = {}
 # In pairs one score_mod stands for all: the one that leaves least registers.
 PAIRED = (*(name for name in OPTIONS if name not in SCORES), "by_distance")
 
@@ -92,7 +97,9 @@ def spec_of(names: tuple[str, ...], head_dim: int, dtype: str, causal: bool) -> 
 def groups() -> Iterator[tuple[str, ...]]:
     """Every option, and every two."""
     yield from ((name,) for name in OPTIONS)
-    yield from itertools.combinations(PAIRED, 2)
+    for pair in itertools.combinations(PAIRED, 2):
+        if pair != ("varlen", "block_mask"):  # BlockMasks have no packed sequences
+            yield pair
 
 
 def chosen(variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfig:
@@ -101,60 +108,85 @@ def chosen(variant: Variant, spec: AttentionSpec, target: Target) -> KernelConfi
 
 
 def compile_one(
-    names: tuple[str, ...], head_dim: int, dtype: str, causal: bool, variant_name: str, target_name: str, given: tuple[Any, ...] = ()
+    names: tuple[str, ...],
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    variant_name: str,
+    target_name: str,
+    given: str = "",
 ) -> tuple[str, int, str]:
-    """(configuration, spill instructions in the loops, what else is wrong or "")."""
-    variant, target, spec = by_name(variant_name), Target.named(target_name), spec_of(names, head_dim, dtype, causal)
+    """(configuration and instructions of its loop, spill instructions in it, what else is wrong or "")."""
+    variant, target = by_name(variant_name), Target.named(target_name)
+    spec = spec_of(names, head_dim, dtype, causal)
     config = chosen(variant, spec, target)
     if given:
-        config = variant.config(**dict(zip((knob.name for knob in variant.knobs), given, strict=True)))
+        values: list[Any] = [
+            bool(int(x)) if isinstance(config[knob.name], bool) else int(x)
+            for knob, x in zip(variant.knobs, given.split(","), strict=True)
+        ]
+        config = variant.config(**dict(zip((knob.name for knob in variant.knobs), values, strict=True)))
     try:
         facts = inspect(render(spec, variant), target, config)
     except FlashgenError as error:
-        return config.label, -1, str(error)[:300]
-    wrong = [f"{facts.undefined_registers} registers that nothing wrote"] if facts.undefined_registers else []
-    wrong += ["serialised"] if facts.serialised and variant.backend == "gluon" else []
-    wrong += ["no main loop"] if not facts.loop else []
-    return config.label + f" total={facts.loop.get('total')}", facts.loop_spill_ops, "; ".join(wrong)
+        return config.label, 0, str(error)[:300]
+    wrong = [f"{facts.undefined_registers} instructions read what nothing wrote"] if facts.undefined_registers else []
+    wrong += ["its products are serialised"] if facts.serialised and variant.backend == "gluon" else []
+    wrong += ["no main loop was found"] if not facts.loop else []
+    return f"{config.label}, {facts.loop.get('total', 0)} instructions", facts.loop_spill_ops, "; ".join(wrong)
 
 
 def main() -> int:
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="options, joined by + for two at once; all when left out")
-    parser.add_argument("--targets", nargs="+", default=["h100"])
+    parser.add_argument(
+        "names", nargs="*", help="options, joined by + for several at once; all and all pairs when left out"
+    )
+    parser.add_argument("--targets", nargs="+", default=["h100"], help="GPUs, see `flashgen show targets`")
     parser.add_argument("--variant", default="gluon_bwd_sm90")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
     parser.add_argument("--dtypes", nargs="+", default=["bf16"])
-    parser.add_argument("--causal", nargs="+", type=int, default=[1, 0])
-    parser.add_argument("--config", help="tile")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="without a causal mask, too")
+    parser.add_argument("--alone", action="store_true", help="each option alone, no pairs")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE.csv", help="keep the spills in the loop of each kernel there"
+    )
+    parser.add_argument("--config", default="", help="values of the knobs in their order, instead of the default")
     arguments = parser.parse_args()
-    os.environ["FLASHGEN_CACHE_DIR"] = str(CACHE)
-    given: tuple[Any, ...] = ()
-    if arguments.config:
-        given = tuple(bool(int(x)) if number > 5 else int(x) for number, x in enumerate(arguments.config.split(",")))
-    todo = [tuple(name.split("+")) for name in arguments.names] or list(groups())
+    todo = [tuple(name.split("+")) for name in arguments.names] or [
+        names for names in groups() if len(names) == 1 or not arguments.alone
+    ]
+    causal = (True, False) if arguments.full else (True,)
+    sizes = itertools.product(causal, arguments.head_dims, arguments.dtypes, arguments.targets, todo)
+    jobs = [(names, dim, dtype, is_causal, arguments.variant, target) for is_causal, dim, dtype, target, names in sizes]
     failed, start = [], time.monotonic()
-    jobs = list(itertools.product(todo, arguments.head_dims, arguments.dtypes, map(bool, arguments.causal), [arguments.variant], arguments.targets))
-    jobs.sort(key=lambda job: (-job[3], -job[1]))
+    os.environ["FLASHGEN_CACHE_DIR"] = str(CACHE)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        pool = ProcessPoolExecutor(arguments.jobs)
-        futures = [pool.submit(compile_one, *job, given) for job in jobs]
-        for job, future in zip(jobs, futures, strict=True):
-            names, head_dim, dtype, causal, variant, target = job
-            what = f"{target} {dtype} d{head_dim} {'causal ' if causal else ''}{'+'.join(names)}"
-            try:
-                label, spills, wrong = future.result()
-            except BrokenProcessPool as error:
-                label, spills, wrong = "", -1, str(error)
-            except ValueError as error:
-                label, spills, wrong = "", -1, str(error)
-            print(f"{'ok' if not spills and not wrong else 'SPILLS':6} {spills:4} {what} [{label}] {wrong}", flush=True)
-            failed += [what] if spills or wrong else []
-    print(f"Triton {triton.__version__}: {len(jobs) - len(failed)} of {len(jobs)} in {time.monotonic() - start:.0f} s")
+        for job in jobs:
+            names, head_dim, dtype, is_causal, _, target = job
+            what = f"{target} {dtype} d{head_dim} {'causal ' if is_causal else ''}{'+'.join(names)}"
+            with ProcessPoolExecutor(1) as pool:  # a compiler that dies takes its process with it
+                try:
+                    label, spills, wrong = pool.submit(compile_one, *job, arguments.config).result()
+                except BrokenProcessPool as error:
+                    label, spills, wrong = "", 0, str(error)
+            known = len(names) > 1 or spills <= OPEN.get(
+                (triton.__version__, 64 if head_dim <= 64 else 128, names[0]), 0
+            )
+            if arguments.record and not wrong and not arguments.config:
+                kernel = f"{arguments.variant} {dtype} d{head_dim}{' causal' if is_causal else ''} {'+'.join(names)}"
+                record(arguments.record, (triton.__version__, Target.named(target).arch, kernel, str(spills)))
+            state = "FAILED" if wrong or not known else "known" if spills else "ok"
+            print(f"{state:6} {spills:4} {what} [{label}] {wrong}".rstrip(), flush=True)
+            failed += [f"{what}: {wrong or f'{spills} spill instructions'}"] if state == "FAILED" else []
+    seconds = time.monotonic() - start
+    print(
+        f"Triton {triton.__version__}: {len(jobs) - len(failed)} of {len(jobs)} as they should be, in {seconds:.0f} s"
+    )
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -267,6 +267,19 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
+
+
+@gluon.jit
 def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
     """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
 
@@ -361,7 +374,7 @@ def attend(
     scores = warpgroup_mma_wait(1, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+    rows_m = rows_of(start_m, BLOCK_M, COLUMN)
     scaled = scores * sm_scale
     # -- score_mod --
     q_idx = rows_m[None, :]
