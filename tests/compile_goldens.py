@@ -45,7 +45,7 @@ SAMPLE = {
 }
 # A backward is three kernels. Of those whose spills are told only, one GPU of each kind of tensor core is enough.
 TOLD_BACKWARD = ("a100", "h100", "b200", "mi300x")
-# Recorded: spill instructions that are left, at most, by Triton 3.6 and 3.9 5 and 2, 6 and 27: addresses of a whole kernel that a step reads back. A tile
+# Recorded: spill instructions that are left, at most (under Triton 3.6 5 and 8): addresses of a whole kernel that a step reads back. A tile
 # that spills none is slower (1.16 and 1.47 times, benchmarks/results/h200_backward_option_tiles.csv).
 OPEN = {
     ("sm_90", "gluon_bwd_sm90", "attention_bwd-bf16-d128-causal-bias"): 5,
