@@ -10,9 +10,9 @@ zeros, trace, bounds, dispatch, rendering, the written and imported file, ranges
 on the machine do not stretch. On a GPU a child process makes a call with another
 mask first; then the new mask's first call is timed until the device is done: with empty caches of Triton and flashgen (cold),
 and in a second process with those that the first one filled. Two more follow: one on other queries, as a model's next layer makes, and one on the
-same queries, which waits for a mask's own kernel (`flashgen/stand_ins.py`). --stages says of a cold call what each kernel's Python, lowerings (LLVM: llir and
-ptx; ptxas: cubin) and files took, and when it was done; Triton's own way is taken then, which on a hit reads more. --check exits 1 over 50 ms for trace + analyse + render here; on a
-GPU over 3 s cold or 50 ms cached.
+same queries, which waits for the call's own kernel (`flashgen/stand_ins.py`). With --first-mask the child's call before is a plain causal one, so that no kernel that
+masks share is there. --stages says of a cold call what each kernel's Python and lowerings (LLVM: llir and ptx; ptxas: cubin) took, when it was begun and done; what is done after
+the call is compiled for the next ones. --check exits 1 over 50 ms for trace + analyse + render here; on a GPU over 3 s cold or 50 ms cached.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 
 import flashgen
-from flashgen import block_ranges, mods, render
+from flashgen import block_ranges, mods, render, stand_ins
 from flashgen.spec import Mods
 from flashgen.variants import by_name
 
@@ -137,6 +138,7 @@ KINDS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "document ids": lambda seqlen, device: {
         "mask_mod": document_mask(torch.arange(seqlen, dtype=torch.int32, device=device) // 777)
     },
+    "score of distances": lambda seqlen, device: {"score_mod": lambda s, b, h, i, j: s - 0.01 * (i - j)},
     "causal, softcap, sinks": lambda seqlen, device: {
         "causal": True,
         "softcap": 30.0,
@@ -146,22 +148,46 @@ KINDS: dict[str, Callable[[int, str], dict[str, Any]]] = {
 
 
 def compiled_by() -> list[dict[str, Any]]:
-    """From now on each kernel that Triton compiles: milliseconds of reading its Python, of each lowering, of storing; and when it was done."""
-    from triton import knobs
+    """From now on each kernel that Triton compiles: milliseconds of reading its Python, of each lowering, and when it was done."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     rows: list[dict[str, Any]] = []
+    of_thread = threading.local()
+    read = {kind: kind.make_ir for kind in (ASTSource, GluonASTSource)}
+    add_stages = CUDABackend.add_stages
 
-    def heard(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
-        stages = {"python": times.ir_initialization, **dict(times.lowering_stages), "store": times.store_results}
-        rows.append({"kernel": src.name, "hit": cache_hit, "done": time.perf_counter()})
-        rows[-1] |= {name: round(us / 1e3, 1) for name, us in stages.items()}
+    def reading(self: Any, *arguments: Any, **more: Any) -> Any:
+        names = self.fn.arg_names
+        brief = "BRIEF" in names and self.constants[(names.index("BRIEF"),)]
+        of_thread.row = {"kernel": f"{'brief ' * brief}{self.name}", "begun": time.perf_counter()}
+        rows.append(of_thread.row)
+        made = read[type(self)](self, *arguments, **more)
+        of_thread.row["python"] = round(1e3 * (time.perf_counter() - of_thread.row["begun"]), 1)
+        return made
 
-    knobs.compilation.listener = heard
+    def adding(self: Any, stages: dict[str, Any], *arguments: Any) -> None:
+        add_stages(self, stages, *arguments)
+        for name, lower in list(stages.items()):
+
+            def timed(mod: Any, metadata: Any, name: str = name, lower: Callable[..., Any] = lower) -> Any:
+                start = time.perf_counter()
+                made = lower(mod, metadata)
+                of_thread.row["done"] = time.perf_counter()
+                of_thread.row[name] = round(1e3 * (of_thread.row["done"] - start), 1)
+                return made
+
+            stages[name] = timed
+
+    ASTSource.make_ir = GluonASTSource.make_ir = reading
+    CUDABackend.add_stages = adding
     return rows
 
 
-def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) -> None:
+def child(kind: str, backend: str, training: bool, profile: bool, stages: bool, first_mask: bool) -> None:
     """Calls that a process in use has made, then the first call of a kind, until the device is done; prints milliseconds."""
+    entered = time.perf_counter()
     seqlen, device = 8192, "cuda"
     q = torch.randn(1, seqlen, 32, 128, dtype=torch.bfloat16, device=device, requires_grad=training)
     k = torch.randn(1, seqlen, 8, 128, dtype=torch.bfloat16, device=device, requires_grad=training)
@@ -174,9 +200,13 @@ def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) 
         torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    call(mask_mod=lambda b, h, i, j: i - j < 77)
+    if first_mask:
+        call(causal=True)
+    else:
+        call(mask_mod=lambda b, h, i, j: i - j < 77)
     if not kind:
         return
+    stand_ins.settle()  # what stands in for that call's kernel is no part of the next one's
     options = KINDS[kind](seqlen, device)
     torch.cuda.synchronize()
     compiled = compiled_by() if stages else []
@@ -188,23 +218,25 @@ def child(kind: str, backend: str, training: bool, profile: bool, stages: bool) 
     if watch is not None:
         watch.disable()
         pstats.Stats(watch, stream=sys.stderr).sort_stats("cumtime").print_stats(45)
-    for row in compiled:
-        row["done"] = round(1e3 * (row["done"] - began), 1)
-    compiled = list(compiled)
     other = q.detach().clone().requires_grad_(training)
     torch.cuda.synchronize()
     second = call(other, **options)  # the next layer's; what still compiles goes on
     waited = call(**options)  # on the same queries: it waits for what still compiles
+    for row in compiled:
+        row |= {name: round(1e3 * (row[name] - began), 1) for name in ("begun", "done") if name in row}
     start = time.perf_counter()
     for _ in range(50):  # queued, not waited for
         flashgen.attention(q, k, k, backend=backend, **options)  # type: ignore[arg-type]
     host_us = (time.perf_counter() - start) / 50 * 1e6
     torch.cuda.synchronize()
     row = {"first_ms": first, "second_ms": second, "waited_ms": waited, "host_us": host_us}
+    row["process_s"] = time.perf_counter() - entered
     print(json.dumps(row | ({"compiled": compiled} if stages else {})), flush=True)
 
 
-def on_gpu(backend: str, training: bool, profile: bool, stages: bool, kinds: list[str]) -> list[dict[str, Any]]:
+def on_gpu(
+    backend: str, training: bool, profile: bool, stages: bool, first_mask: bool, kinds: list[str]
+) -> list[dict[str, Any]]:
     """Each kind cold, then from the caches."""
     rows = []
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -215,7 +247,17 @@ def on_gpu(backend: str, training: bool, profile: bool, stages: bool, kinds: lis
             "TRITON_CACHE_DIR": f"{folder}/triton",
             "PYTHONPATH": paths,
         }
-        words = [sys.executable, __file__, "--child", kind, "--backend", backend, *["--training"] * training, *more]
+        words = [
+            sys.executable,
+            __file__,
+            "--child",
+            kind,
+            "--backend",
+            backend,
+            *["--training"] * training,
+            *["--first-mask"] * first_mask,
+            *more,
+        ]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **caches})
         return done.stdout
 
@@ -244,17 +286,18 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--training", action="store_true", help="with gradients")
     parser.add_argument("--profile", action="store_true", help="print where the host's time of a GPU's first call goes")
+    parser.add_argument("--first-mask", action="store_true", help="no other mask was met before, by anybody")
     parser.add_argument(
         "--stages", action="store_true", help="what each kernel of a cold call took to compile, stage by stage"
     )
     parser.add_argument("--child", choices=["", *KINDS], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        child(given.child, given.backend, given.training, given.profile, given.stages)
+        child(given.child, given.backend, given.training, given.profile, given.stages, given.first_mask)
         return 0
     if given.gpu:
         kinds = [kind for kind in KINDS if given.kinds is None or any(word in kind for word in given.kinds.split(","))]
-        rows = on_gpu(given.backend, given.training, given.profile, given.stages, kinds)
+        rows = on_gpu(given.backend, given.training, given.profile, given.stages, given.first_mask, kinds)
         if given.json:
             print(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
         limits = {"cold": LIMIT_COLD_MS, "cached": LIMIT_CACHED_MS}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import side_by_side
+from fa3_library import FlashAttention3
 
 from flashgen.peers import NAMES, Flashgen, choose
 from flashgen.problem import Problem
@@ -54,6 +55,11 @@ def cells(device: str, lengths: Sequence[int] = LENGTHS) -> Iterator[Problem]:
 )
 @click.option("--budget-s", type=click.FloatRange(min=1), default=540.0, show_default=True, help="Wall-clock seconds.")
 @click.option("--peers", default="fa4,sdpa-cudnn,sdpa-flash", show_default=True, help=f"Of {', '.join(NAMES)}, or all.")
+@click.option(
+    "--fa3-library",
+    type=click.Path(path_type=Path, exists=True),
+    help="FlashAttention 3's shared library (fa3_library.py), one more peer.",
+)
 @click.option("--backend", default="auto", show_default=True, help="Of flashgen.")
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option("--head-dim", type=click.Choice(["64", "128", "192", "256"]), help="Cells of this one alone.")
@@ -66,6 +72,7 @@ def main(
     path: Path | None,
     budget_s: float,
     peers: str,
+    fa3_library: Path | None,
     backend: str,
     rounds: int,
     head_dim: str | None,
@@ -92,6 +99,8 @@ def main(
         *(own[:1] if backend == "triton" else own),
         *choose(peers.split(",")),
     ]  # triton's has one order of sums
+    if fa3_library is not None:
+        contestants.append(FlashAttention3(fa3_library))
     if shard is not None:
         side_by_side.prepare(side_by_side.shards(todo)[shard], "attention_bwd", contestants)
         return 0

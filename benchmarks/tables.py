@@ -21,7 +21,13 @@ from typing import Any
 import click
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = {"fa4": "FlashAttention 4", "sdpa-cudnn": "cuDNN", "sdpa-flash": "FlashAttention 2", "fa3-jax": "FlashAttention 3", "flex": "FlexAttention"}  # fmt: skip
+PEERS = {
+    "fa4": "FlashAttention 4",
+    "sdpa-cudnn": "cuDNN",
+    "fa3": "FlashAttention 3",
+    "sdpa-flash": "FlashAttention 2",
+    "flex": "FlexAttention",
+}
 _MARK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, str]
 Cell = dict[str, Row]  # contestant -> its row
@@ -42,6 +48,30 @@ def cells_of(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Cell]:
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), {})[row["contestant"]] = row
     return found
+
+
+def with_peers(cells: dict[tuple[str, ...], Cell], rows: Iterable[Row], *names: str) -> None:
+    """Add what another run timed: its other contestants, whose ratios are to the baseline that took turns with them there."""
+    for key, cell in cells_of(rows, *names).items():
+        for contestant, row in cell.items():
+            if key in cells:
+                cells[key].setdefault(contestant, row)
+
+
+def peers_of(cells: dict[tuple[str, ...], Cell]) -> list[str]:
+    """Those that were timed in any cell, in the order of `PEERS`."""
+    return [name for name in PEERS if any(ratio(cell, name) is not None for cell in cells.values())]
+
+
+def another_run(rows: Sequence[Row]) -> str:
+    """Who was timed in a second run, and where; empty where there was none."""
+    timed = [row for row in rows if row["median_ms"]]
+    if not timed:
+        return ""
+    names = [PEERS[name] for name in PEERS if any(row["contestant"] == name for row in timed)]
+    return (
+        f" {', '.join(names)} are of another run, beside flashgen there: {where(timed)[:1].lower()}{where(timed)[1:]}."
+    )
 
 
 def ratio(cell: Cell, contestant: str) -> float | None:
@@ -67,7 +97,7 @@ def where(rows: Sequence[Row]) -> str:
         raise click.ClickException(f"rows of different machines or versions in one table: {sorted(one)}")
     gpu, driver, torch, triton, protocol = one.pop()
     clocks = [float(row[name]) for row in rows for name in ("sm_mhz_before", "sm_mhz_after") if row[name]]
-    peers = sorted({row["version"] for row in rows if row["contestant"] in ("fa4", "fa3-jax")})
+    peers = sorted({row["version"] for row in rows if row["contestant"] in ("fa4", "fa3") and row["median_ms"]})
     return (
         f"One {gpu} (driver {driver}, {min(clocks):.0f} to {max(clocks):.0f} MHz; torch {torch}, Triton {triton}"
         f"{''.join(', ' + peer for peer in peers)}; protocol `{protocol}`)"
@@ -101,14 +131,15 @@ def summary(cells: dict[tuple[str, ...], Cell], peers: Sequence[str], group: Cal
 
 def forward() -> str:
     """Hopper forward."""
-    rows = read("h200_forward.csv")
-    peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
+    rows, more = read("h200_forward.csv"), read("h200_forward_peers.csv")
     names = ("head_dim", "head_dim_v", "num_heads_q", "num_heads_kv", "causal", "seqlen_q")
     cells = cells_of(rows, *names)
+    with_peers(cells, more, *names)
+    peers = peers_of(cells)
     lengths = sorted({int(key[5]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide: TFLOP/s, and in brackets how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take.",
+        f"{', '.join(PEERS[name] for name in peers)} take.{another_run(more)}",
         "",
         *columns_of(lengths, "forward"),
     ]
@@ -135,14 +166,15 @@ def _figures(cell: Cell | None, peers: Sequence[str], *, own: str = "flashgen") 
 
 def backward() -> str:
     """Hopper backward, and what a fixed order of sums costs."""
-    rows = read("h200_backward.csv")
-    peers = [name for name in PEERS if any(row["contestant"] == name for row in rows)]
+    rows, more = read("h200_backward.csv"), read("h200_backward_peers.csv")
     names = ("head_dim", "head_dim_v", "causal", "seqlen_q")
     cells = cells_of(rows, *names)
+    with_peers(cells, more, *names)
+    peers = peers_of(cells)
     lengths = sorted({int(key[3]) for key in cells})
     lines = [
         f"{where(rows)}, bf16, 16,384 tokens of a model 2048 wide, through autograd: TFLOP/s, how many times longer "
-        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.",
+        f"{', '.join(PEERS[name] for name in peers)} take, and after the semicolon the speed with `deterministic=True` as a part of it.{another_run(more)}",
         "",
         *columns_of(lengths, "backward"),
     ]
@@ -182,37 +214,6 @@ def portable_backward() -> str:
             ]
             lines.append(f"| {dims(pair)}{', causal' if causal == 'True' else ''} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", summary(cells, ["sdpa-flash"], lambda key: dims(key[:2]))])
-
-
-def fa3() -> str:
-    """FlashAttention 3 under JAX, forward and backward."""
-    rows = read("h200_fa3.csv")
-    if not rows:
-        return "Not measured yet."
-    cells = {
-        key: cell
-        for key, cell in cells_of(rows, "op", "head_dim", "causal", "seqlen_q").items()
-        if ratio(cell, "fa3-jax") is not None
-    }
-    lengths = sorted({int(key[3]) for key in cells})
-    timed = [row for row in rows if row["samples"] not in ("", "0")]
-    lines = [
-        f"{where(timed)}, bf16, 16,384 tokens of a model 2048 wide: TFLOP/s, and how many times longer FlashAttention 3 takes.",
-        "",
-        *columns_of(lengths, "loops of calls"),
-    ]
-    for op, d, causal in dict.fromkeys(key[:3] for key in cells):
-        texts = [_figures(cells.get((op, d, causal, str(n))), ["fa3-jax"]) for n in lengths]
-        lines.append(
-            f"| {'forward' if op == 'attention_fwd' else 'backward'}, head dim {d}{', causal' if causal == 'True' else ''} | "
-            + " | ".join(texts)
-            + " |"
-        )
-    for op, word in (("attention_fwd", "Forward"), ("attention_bwd", "Backward")):
-        some = {key: cell for key, cell in cells.items() if key[0] == op}
-        if some:
-            lines += ["", f"{word}: {summary(some, ['fa3-jax'], lambda key: f'head dim {key[1]}')}"]
-    return "\n".join(lines)
 
 
 def freeform() -> str:
@@ -317,7 +318,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "backward": backward,
     "portable-backward": portable_backward,
     "freeform": freeform,
-    "fa3": fa3,
     "training-memory": training_memory,
 }
 

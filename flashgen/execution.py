@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashgen import checks, jit, settings, stand_ins, torch_blocked
+from flashgen import checks, compiling, garbage, settings, stand_ins, torch_blocked
 from flashgen.build import build
 from flashgen.dispatch import Plan, resolve
 from flashgen.errors import BuildError, InvalidProblemError
@@ -111,8 +111,9 @@ def watched() -> Iterator[_Ran]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, operands: Operands, scalars: Scalars) -> tuple[Tensor, Tensor]:
     """Check, resolve and run; lse is empty where nobody wants it."""
-    problem = checked(q, k, v, operands, scalars)
-    plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config))
+    with garbage.put_off():
+        problem = checked(q, k, v, operands, scalars)
+        plan = resolve(problem, backend=scalars.backend, config=decode_config(scalars.config))
     _ran.plan = plan
     out, lse = allocate(q, v, scalars)
     wanted = lse if problem.spec.has_lse else None
@@ -189,6 +190,7 @@ def _run_kernel(
     _launch(plan, operands, *map(_unit_last_stride, (q, k, v)), out, lse)
 
 
+@garbage.put_off()
 def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: Any) -> None:
     """Call the rendered launch function of a plan's operation, in the interpreter where the tensors are on the CPU."""
     problem = plan.problem
@@ -198,38 +200,43 @@ def _launch(plan: Plan, operands: Operands, *arguments: Tensor | None, **extra: 
     if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arguments):
         raise not_built("a torch.func transform of flashgen.attention with mods or block_mask in a kernel")
     device = next(x.device for x in arguments if x is not None)
-    stand_in, made = (None, None) if _ran.compiles_only else stand_ins.chosen(plan, operands, arguments[0])
-    spec = kernel_spec(plan) if stand_in is None else stand_in
-    source = render(spec, variant)
     more = {**variant.launch_options(problem), **extra, **plan.config}
-    values = {**operands.launch_values(problem, plan.config, spec=spec, made=made), **more}
-    if plan.target.backend == "cpu":
-        from flashgen import interpret  # starts a worker process: only where somebody asked for it
+    own = kernel_spec(plan)
+    ways = (stand_ins.Way(own),) if _ran.compiles_only else stand_ins.ways(plan, own, operands, arguments[0])
+    for way in ways:
+        source = render(way.spec, variant)
+        values = {**operands.launch_values(problem, plan.config, spec=way.spec, made=way.made), **more}
+        if plan.target.backend == "cpu":
+            from flashgen import interpret  # starts a worker process: only where somebody asked for it
 
-        interpret.launch_of(source)(source, *arguments, **values)
+            garbage.as_ever()(interpret.launch_of(source))(source, *arguments, **values)
+            return
+        kernel = build(source)
+        if _ran.compiles_only:
+            with compiling.compiling_only():
+                kernel.launch(*arguments, **values)
+            return
+        if _beside:
+            join_beside(plan)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            try:
+                with compiling.refusing(way.refuses):
+                    kernel.launch(*arguments, **values, **(variant.brief(own) if way.brief else {}))
+            except compiling.NotCompiledError:
+                continue
+            except Exception as error:
+                raise explained(error, plan) from error
+            if way.stands_in:
+                _ran.plan = None  # what runs once its own is compiled is another kernel
+                values = {**operands.launch_values(problem, plan.config, spec=own, made=way.made), **more}
+                build_own = lambda: build(render(own, variant)).launch  # noqa: E731
+                stand_ins.compile_own(plan, way, own, build_own, arguments, values, partial(_gradients_sooner, plan))
         return
-    kernel = build(source)
-    if _ran.compiles_only:
-        with jit.compiling_only():
-            kernel.launch(*arguments, **values)
-        return
-    if _beside:
-        join_beside(plan)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        try:
-            kernel.launch(*arguments, **values)
-        except Exception as error:
-            raise explained(error, plan) from error
-        if stand_in is not None:
-            _ran.plan = None  # what runs once its own is compiled is another kernel
-            own = {**operands.launch_values(problem, plan.config, made=made), **more}
-            build_own = lambda: build(render(problem.spec, variant)).launch  # noqa: E731
-            stand_ins.compile_own(plan, build_own, arguments, own, partial(_gradients_sooner, plan))
 
 
 def _gradients_sooner(plan: Plan) -> threading.Thread | None:
     """What compiles a plan's backward; begins it, if the forward had nothing to compile."""
-    jit.begin_beside()
+    compiling.begin_beside()
     return None if plan.backward is None else _beside.get(_kernel(plan.backward))
 
 
@@ -261,6 +268,7 @@ def _kernel(plan: Plan) -> tuple[Any, str]:
     return plan.problem.spec, plan.variant
 
 
+@garbage.as_ever()
 def join_beside(plan: Plan) -> None:
     """Wait for the thread that compiles what would be compiled here, if there is one."""
     thread = _beside.pop(_kernel(plan), None)
@@ -273,10 +281,9 @@ def _backward_beside(
 ) -> AbstractContextManager[None]:
     """Where a forward has to be compiled and gradients will be asked for: compile theirs in another thread meanwhile.
 
-    The backward's own launch runs there up to its kernels, on the call's tensors and with the output in the place of its gradient, so that
-    what is compiled is what will be launched. It takes the memory that the backward takes for its sums. Where a gradient has other
-    strides, or a bias wants one, that kernel is compiled in its turn. On a stream of its own, for the caller's may be captured before
-    the thread is done; and where it is being captured now nothing is started, so that its tensors stay the graph's.
+    The backward's own launch runs there up to its kernels, on the call's tensors and with the output in the place of its gradient, so that what is
+    compiled is what will be launched. It takes the memory that the backward takes for its sums. Where a gradient has other strides, or a bias wants
+    one, that kernel is compiled in its turn. Where the caller's stream is captured nothing is started, so that its tensors stay the graph's.
     """
     after = plan.backward
     if after is None or after.backend == "torch" or plan.target.backend == "cpu":
@@ -284,7 +291,7 @@ def _backward_beside(
     if operands.bias is not None and operands.bias.requires_grad:  # whose sums may be as large as the scores
         return nullcontext()
 
-    def compile_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    def work(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         _ran.compiles_only = True
         sinks_grad = operands.sinks is not None and operands.sinks.requires_grad
         backward(out, None, q, k, v, out, lse, operands, scalars, False, sinks_grad)
@@ -292,11 +299,10 @@ def _backward_beside(
     def start() -> None:
         if capturing(q.device):
             return
-        thread = stand_ins.compile_beside(compile_backward, "flashgen-backward", q, k, v, out, lse)
-        _beside[_kernel(after)] = thread
+        _beside[_kernel(after)] = thread = stand_ins.compile_beside(work, "flashgen-backward", q, k, v, out, lse)
         thread.start()
 
-    return jit.beside(start)
+    return compiling.beside(start)
 
 
 # -- backward --

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,28 +21,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashgen import launches
+from flashgen import compiling, garbage, launches
+from flashgen.lineless import without_lines
 from flashgen.stream_capture import relaxed
 
 _MOST_DESCRIPTORS = 1024  # of one file, remembered
 _lock = threading.RLock()
-
-
-class _Thread(threading.local):
-    """What this thread is about.
-
-    Attributes:
-        beside: work to begin beside its next compilation.
-        compiles_only: whether its launches only compile.
-        lineless: whether without numbers of lines.
-    """
-
-    beside: Callable[[], None] | None = None
-    compiles_only: bool = False
-    lineless: bool = False
-
-
-_thread = _Thread()
 
 
 # -- the lines of each function --
@@ -189,12 +172,17 @@ class _Compile:
             pass  # another Triton, or a torn entry: it compiles
         if found is not None:
             return _loading_apart(found)
+        if compiling.thread.refuses:
+            raise compiling.NotCompiledError
         launcher = _launcher_beside(src)
-        work, _thread.beside = _thread.beside, None
+        work, compiling.thread.beside = compiling.thread.beside, None
         if work is not None:
-            _after_reading(src, work)
+            compiling.after_reading(src, work)
+        read = getattr(src, "make_ir", None)
+        if read is not None:  # half a second of Python, which makes objects by the ten thousand
+            src.make_ir = garbage.put_off()(read)
         try:
-            with _without_lines():
+            with without_lines(), garbage.as_ever():
                 made = self._compile(src, target=target, options=options, **more)
         finally:
             # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
@@ -202,46 +190,6 @@ class _Compile:
             if launcher is not None:
                 launcher.join()
         return _loading_apart(made)
-
-
-class _Lineless:
-    """Triton's knobs, as its compilers read them: this thread may do without the numbers of source lines.
-
-    Machine code is the same without them, a quarter of the binary is left, and LLVM and ptxas have less to carry.
-    """
-
-    def __init__(self, knobs: Any) -> None:
-        self._knobs = knobs
-        self.compilation = _Compilation(knobs.compilation)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._knobs, name)
-
-
-class _Compilation:
-    def __init__(self, knobs: Any) -> None:
-        self._knobs = knobs
-
-    def __getattr__(self, name: str) -> Any:
-        return True if name == "disable_line_info" and _thread.lineless else getattr(self._knobs, name)
-
-
-@contextlib.contextmanager
-def _without_lines() -> Iterator[None]:
-    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO says what is wanted; it is a part of Triton's keys."""
-    if "TRITON_DISABLE_LINE_INFO" in os.environ:
-        yield
-        return
-    with contextlib.suppress(ImportError, AttributeError):
-        from triton.backends.nvidia import compiler
-
-        if not isinstance(compiler.knobs, _Lineless):
-            compiler.knobs = _Lineless(compiler.knobs)
-    _thread.lineless = True
-    try:
-        yield
-    finally:
-        _thread.lineless = False
 
 
 def _loading_apart(kernel: Any) -> Any:
@@ -334,54 +282,12 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
     return thread
 
 
-# -- what is compiled beside it --
-
-
-@contextlib.contextmanager
-def beside(work: Callable[[], None]) -> Iterator[None]:
-    """Call `work` once if a kernel has to be compiled inside, on this thread, as soon as its Python has been read.
-
-    What follows the reading, nine tenths of the time, leaves the interpreter to other threads: `work` is to start one.
-    """
-    _thread.beside = work
-    try:
-        yield
-    finally:
-        _thread.beside = None
-
-
-def begin_beside() -> None:
-    """Begin now what `beside` was given, if nothing was compiled."""
-    work, _thread.beside = _thread.beside, None
-    if work is not None:
-        work()
-
-
-def _after_reading(src: Any, work: Callable[[], None]) -> None:
-    def make_ir(*arguments: Any, **more: Any) -> Any:
-        # A compiled kernel keeps its source, which must not keep the work: the call's tensors, and through the output its autograd graph.
-        # Leaves of a graph that lives on remember the stream of that call, and a captured backward would have to wait for it.
-        del src.make_ir
-        made = src.make_ir(*arguments, **more)
-        work()
-        return made
-
-    src.make_ir = make_ir
-
-
-@contextlib.contextmanager
-def compiling_only() -> Iterator[None]:
-    """Launches of rendered files' kernels, on this thread, compile and run nothing."""
-    _thread.compiles_only = True
-    try:
-        yield
-    finally:
-        _thread.compiles_only = False
-
-
 def _run(function: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> Any:
     """`JITFunction.run`, unless this thread only compiles, or knows what it would find."""
+    if compiling.thread.compiling is not None:
+        compiling.thread.compiling.begin(function, arguments, grid, more)
+        return None
     known = launches.current()
-    if known is None or warmup or _thread.compiles_only:
-        return type(function).run(function, *arguments, grid=grid, warmup=warmup or _thread.compiles_only, **more)
+    if known is None or warmup:
+        return type(function).run(function, *arguments, grid=grid, warmup=warmup, **more)
     return known.run(function, arguments, grid, more)

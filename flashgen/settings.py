@@ -36,6 +36,7 @@ class Settings:
         require_db_digest: FLASHGEN_REQUIRE_DB_DIGEST, the digest (`flashgen db digest`) that the database must have, or None.
         check_values: FLASHGEN_CHECK_VALUES, whether each call looks at what lies on a GPU before anything runs: every index that a mod
             takes of a captured tensor, O(S^2), and the offsets of packed sequences. For debugging: it synchronises.
+        stand_ins: FLASHGEN_STAND_INS, whether other kernels run a first call while its own is compiled.
     """
 
     db: str | None
@@ -46,6 +47,7 @@ class Settings:
     log: str | None
     require_db_digest: str | None
     check_values: bool = False
+    stand_ins: bool = True
 
     @property
     def database_url(self) -> str:
@@ -101,6 +103,7 @@ VARIABLES = (
     "FLASHGEN_LOG",
     "FLASHGEN_REQUIRE_DB_DIGEST",
     "FLASHGEN_CHECK_VALUES",
+    "FLASHGEN_STAND_INS",
 )
 
 
@@ -134,4 +137,5 @@ def read() -> Settings:
         log=log or None,
         require_db_digest=_digest("FLASHGEN_REQUIRE_DB_DIGEST"),
         check_values=_choice("FLASHGEN_CHECK_VALUES", ("0", "1"), "0") == "1",
+        stand_ins=_choice("FLASHGEN_STAND_INS", ("0", "1"), "1") == "1",
     )

@@ -42,6 +42,11 @@ class Boxes:
         q0, q1, k0, k1 = shared((q0, q1, k0, k1))
         return cls(q0, q1, k0, k1, (q0 <= q1) & (k0 <= k1))
 
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """All of it."""
+        return self.q0, self.q1, self.k0, self.k1, self.alive
+
 
 Judge = Callable[[Opaque, Boxes], Array]  # whether a literal may hold somewhere in each box
 
@@ -62,12 +67,15 @@ def narrowed(term: Term, boxes: Boxes, judge: Judge) -> Boxes:
     k0, k1 = np.maximum(boxes.k0, zone["k"][0]), np.minimum(boxes.k1, zone["k"][1])
     left = Boxes(q0, q1, k0, k1, boxes.alive & (q0 <= q1) & (k0 <= k1))
     for _ in range(_PASSES if term.rest else 1):
+        before = left.arrays
         _close(left, term)
         for literal in term.rest:
             if isinstance(literal, On) and literal.axis != "d":
                 _on_axis(left, literal)
             elif isinstance(literal, Order):
                 _in_order(left, literal)
+        if all(map(np.array_equal, before, left.arrays)):
+            break  # so would the next pass leave them
     if term.rest:
         _close(left, term)
     for literal in term.rest:

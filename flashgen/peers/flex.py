@@ -36,13 +36,19 @@ class Flex(Peer):
             return "compiled FlexAttention has no backward on a CPU"
         return "needs a head dim of 16 or more" if min(problem.head_dim, problem.head_dim_v) < 16 else None
 
+    def tile(self, problem: Problem) -> dict[str, Any] | None:
+        """`kernel_options` of a problem that was autotuned before; None autotunes it."""
+        return None
+
     def forward(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         gpu = problem.device.startswith("cuda")
         # Shapes are fixed here, as a user with one model's shapes would have them; what earlier problems left is dropped.
         torch.compiler.reset()
-        compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs" if gpu else None)
+        tile = self.tile(problem) if gpu else None
+        mode = "max-autotune-no-cudagraphs" if gpu and tile is None else None
+        compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
         score_mod, keep = flex_mods(problem)
         mask = None
         if keep is not None:
@@ -52,6 +58,7 @@ class Flex(Peer):
             "block_mask": mask,
             "scale": problem.softmax_scale,
             "enable_gqa": problem.num_heads_q != problem.num_heads_kv,
+            "kernel_options": tile,
         }
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

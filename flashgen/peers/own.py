@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashgen import settings
+from flashgen import settings, stand_ins
 from flashgen.api import attention
 from flashgen.bench.environment import own_version
 from flashgen.coverage import options_of_a_call
@@ -81,10 +81,16 @@ class Flashgen(Peer):
             options["generator"] = generator = given_options.generator(problem)
         seed = None if generator is None else generator.initial_seed()
 
+        settled = False
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            nonlocal settled
             if generator is not None and seed is not None:
                 generator.manual_seed(seed)
             out: Tensor = attention(q, k, v, **options)  # type: ignore[assignment]  # no lse is asked for
+            if not settled:  # what follows is timed: the kernel that stays, not what stands in for it
+                stand_ins.settle()
+                settled = True
             return out
 
         return run

@@ -180,6 +180,10 @@ class Variant:
         """What `launch` takes of a call besides the scale, the offset and the tunables."""
         return {}
 
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        """What `launch` takes besides to run a form that gives the same bits, slower, and compiles quickly; nothing where there is none."""
+        return {}
+
     def unordered(self, problem: Problem) -> tuple[str, ...]:
         """Outputs of `launch` that are summed in no fixed order: their last bits may differ from launch to launch.
 
@@ -216,9 +220,9 @@ class Variant:
         names = {knob.name for knob in self.knobs}
         unknown, missing = sorted(set(given) - names), sorted(names - set(given))
         if unknown or missing:
-            raise InvalidProblemError(
-                f"config for {self.name} has unknown tunables {unknown} and lacks {missing}: it takes exactly {sorted(names)}."
-            )
+            parts = (("has unknown tunables", unknown), ("lacks", missing))
+            wrong = " and ".join(f"{verb} {', '.join(which)}" for verb, which in parts if which)
+            raise InvalidProblemError(f"config for {self.name} {wrong}: it takes exactly {', '.join(sorted(names))}.")
         config = self.config(**dict(given))
         reason = self.illegal(spec, target, config)
         if reason is not None:

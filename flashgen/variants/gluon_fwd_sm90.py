@@ -70,12 +70,14 @@ _H200_OPTIONS = "measured on one H200, bf16, S 8192, beside two other tiles (opt
 _H200_TABLES = (
     "measured on one H200, bf16, S 2048 to 16384: documents of mixed length, 0.82 to 0.97 of the time of BLOCK_N=128"
 )
+_H200_HELD = "measured on one H200, bf16, S 2048 to 16384, two to four kinds of masks beside other tiles (benchmarks/results/h200_freeform_tiles.csv)"
 _COMPILED = "never timed: the tile whose loops do not spill when compiled with Triton 3.6"
 
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
 # registers beside it, a window's edges waste less of a narrow block.
 _NARROW_64: _Knobs = (192, 64, 3, 160, 32, 16, True, True, False)
 _DEEP_64: _Knobs = (192, 64, 6, 160, 32, 16, True, True, False)
+_HELD_64: _Knobs = (192, 128, 3, 160, 32, 16, True, True, True)
 _WIDE_64: _Knobs = (128, 128, 3, 240, 24, 16, True, True, False)
 _NARROW_128: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
 _ROOMY_64: _Knobs = (128, 64, 3, 240, 24, 16, True, True, False)
@@ -89,7 +91,7 @@ _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
         "has_bias": (_NARROW_64, _H200_OPTIONS),
         "has_attn_mask": (_NARROW_64, _H200_OPTIONS),
         "has_score_mod": (_NARROW_64, _H200_OPTIONS),
-        "has_mask_mod": (_PORTFOLIO[64][0][0], _H200_OPTIONS),
+        "has_mask_mod": (_HELD_64, _H200_HELD),
         "has_block_mask": (_NARROW_64, _COMPILED),
         "varlen": (_NARROW_64, _COMPILED),
         "dropout": (_NARROW_64, _COMPILED),
@@ -97,6 +99,7 @@ _WITH_OPTIONS: dict[int, dict[str, tuple[_Knobs, str]]] = {
     128: {
         "has_attn_mask": (_NARROW_128, _H200_OPTIONS),
         "dropout": (_NARROW_128, _COMPILED),
+        "has_mask_mod": (_PORTFOLIO[128][1][0], _H200_HELD),
     },
     256: dict.fromkeys(("has_bias", "has_attn_mask", "has_score_mod", "dropout"), (_NARROW_256, _COMPILED)),
 }
@@ -134,7 +137,7 @@ class GluonForwardSm90(WithMods, Variant):
         Knob(
             name="LAZY_SUM",
             values=(False, True),
-            meaning="row sums are reduced across lanes once, at the end; a plain kernel then holds references",
+            meaning="row sums are reduced across lanes once, at the end; references may be held, too (`holds`)",
         ),
         Knob(name="TAKE_TURNS", values=(False, True), meaning="warpgroups issue their products one after the other"),
     )
@@ -192,6 +195,18 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether a plain kernel compares maxima as integers once no row's is negative. A causal one starts with rows of few keys: it lost."""
         return not (options(spec).any or spec.causal)
 
+    def holds(self, spec: AttentionSpec) -> bool:
+        """Whether LAZY_SUM holds references, too: of kernels with options where it was measured to win, and of those that their blocks are like.
+
+        A cap lost (head dim 64: 1.07 to 1.10 of the time, 128: 1.00 to 1.02), and so did windows in blocks of 64 keys (1.01 to 1.03).
+        """
+        if not options(spec).any:
+            return True
+        narrow = any(getattr(spec, flag) for flag in ("window", "varlen", "has_block_mask", *_HEAVY))
+        width = max(self.block_d(spec), self.block_dv(spec))
+        wide = width == 128 and not (spec.dropout or spec.has_attn_mask)
+        return not spec.softcap and (wide or (width == 64 and not narrow))
+
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
@@ -214,11 +229,11 @@ class GluonForwardSm90(WithMods, Variant):
     def q_stages_text(self, spec: AttentionSpec) -> str:
         """How many tiles of queries lie in shared memory, as `launch` computes it: two where they fit."""
         once, step = 2 * self.block_d(spec) + self.block_dv(spec), self.block_d(spec) + self.block_dv(spec)
-        return f"2 if BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
+        return f"2 if OWN_STAGING and BLOCK_M * {once} + STAGES * BLOCK_N * {step} <= {_TILE_ELEMENTS} else 1"
 
     def q_stages(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """The same of a configuration."""
-        if not options(spec).hides:
+        if not config.OWN_STAGING:  # the output is staged in their memory
             return 1
         widths = self.block_d(spec), self.block_dv(spec)
         tiles = config.BLOCK_M * (2 * widths[0] + widths[1]) + config.STAGES * config.BLOCK_N * sum(widths)
@@ -243,11 +258,15 @@ class GluonForwardSm90(WithMods, Variant):
     def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
         found = options(spec)
         own: dict[str, Tunable | None] = {"BLOCK_D": self.block_d(spec), "BLOCK_DV": self.block_dv(spec)}
-        own |= {"ONE_KIND": True} if spec.has_block_mask else {} if found.any else {"MASKED_LOOP": False}
-        own |= {"Q_STAGES": self.q_stages(spec, config)} if found.hides else {}
+        own |= {"ONE_KIND": True} if spec.has_block_mask else {}
+        own |= {"BRIEF": False} if found.any else {"MASKED_LOOP": False}
+        own |= {"Q_STAGES": self.q_stages(spec, config)}
         own |= {"LATE": True} if found.late else {}
         own |= {"mask_lists_ptr": None} if found.tabled else {}
         return {**own, "PACK": 1, "EVEN_K": True}
+
+    def brief(self, spec: AttentionSpec) -> dict[str, Tunable]:
+        return {"BRIEF": True} if options(spec).any else {}
 
     def illegal(
         self, spec: AttentionSpec, target: Target, config: KernelConfig, facts: ResourceFacts | None = None

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import backward_mutants as backward
 import gluon_option_mutants as hopper
+import jinja2
 import option_mutants as options
 from problems import BR, FAR, TL, Row, far_tensors, row
 
@@ -243,6 +244,25 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
+class _Compiled(jinja2.BytecodeCache):
+    """Templates compiled to Python, by their text: all but the broken one are those of the mutant before, in another folder."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Any] = {}
+
+    def get_cache_key(self, name: str, filename: str | None = None) -> str:
+        return name
+
+    def load_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        bucket.code = self._found.get((bucket.key, bucket.checksum))
+
+    def dump_bytecode(self, bucket: jinja2.bccache.Bucket) -> None:
+        self._found[bucket.key, bucket.checksum] = bucket.code
+
+
+_COMPILED = _Compiled()
+
+
 @contextlib.contextmanager
 def templates_of(folder: Path) -> Iterator[None]:
     """Render from another folder of templates."""
@@ -253,6 +273,7 @@ def templates_of(folder: Path) -> Iterator[None]:
 
     with mock.patch.object(render, "templates_dir", lambda: folder):
         forget()
+        render._environment().bytecode_cache = _COMPILED
         try:
             yield
         finally:

@@ -306,6 +306,21 @@ def test_the_hopper_script_needs_a_gpu_to_measure(hopper: Any, monkeypatch: pyte
         hopper.main([], standalone_mode=False)
 
 
+def test_flexattention_has_one_tile_a_kernel(hopper: Any, tmp_path: Path) -> None:
+    flex = hopper.contestants("auto", "sdpa-flash,flex", tmp_path, None)[-1]
+    first, *others = (p for p in hopper.cells("cuda") if p.head_dim == 64 and p.causal)
+    assert flex.tile(first) is None and flex.detail(first, "attention_fwd") == "max-autotune-no-cudagraphs"
+    flex._file(first).write_text('{"fwd_BLOCK_M": 128, "fwd_num_warps": 8}')
+    assert all(flex.tile(p) == {"fwd_BLOCK_M": 128, "fwd_num_warps": 8} for p in (first, *others))
+    assert flex.detail(others[0], "attention_fwd") == "BLOCK_M 128, num_warps 8"
+    files = {flex._file(p) for p in hopper.cells("cuda")}
+    assert len(files) == 8 and files == {
+        flex._file(shard[0]) for shard in hopper.side_by_side.shards([*hopper.cells("cuda")])
+    }
+    names = [peer.name for peer in hopper.contestants("auto", "sdpa-flash", None, tmp_path)]
+    assert names == ["flashgen", "sdpa-flash", "fa3"]
+
+
 # -- benchmarks/hopper_backward.py --
 
 

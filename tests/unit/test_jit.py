@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from flashgen import jit
+from flashgen import compiling, jit
 from flashgen.build import load_module
 
 GOLDENS = sorted((Path(__file__).resolve().parents[1] / "golden").rglob("attention_*.py"))
@@ -264,7 +264,7 @@ def test_triton_3_6_builds_a_launcher_while_the_kernel_compiles(
 
 def test_a_thread_that_only_compiles_launches_nothing_and_others_do(path: Path, driver: Driver) -> None:
     module = load_module(path)
-    with jit.compiling_only():
+    with compiling.compiling_only():
         module.launch(X)
         assert not driver.launched
         other = threading.Thread(target=module.launch, args=(X,))
@@ -297,7 +297,7 @@ def test_work_begins_once_a_kernel_was_read_and_only_where_one_is_compiled(path:
         mock.patch.object(CUDABackend, "make_ttir", staticmethod(lowering)),
     ):
         for _ in range(2):
-            with jit.beside(lambda: begun.append("work")):
+            with compiling.beside(lambda: begun.append("work")):
                 compiled(path)
         path.write_text(TEXT.replace("twice(21)", "twice(22)"))
         compiled(path)
@@ -352,7 +352,7 @@ def test_a_source_that_is_not_read_keeps_no_work(fails: bool, monkeypatch: pytes
     monkeypatch.setattr(jit, "_launcher_beside", lambda src: None)
     src, call = SimpleNamespace(), Call()
     watch = weakref.ref(call)
-    with jit.beside(lambda call=call: None), contextlib.suppress(RuntimeError):  # type: ignore[misc]
+    with compiling.beside(lambda call=call: None), contextlib.suppress(RuntimeError):  # type: ignore[misc]
         jit._Compile(compile)(src)
     del call
     assert watch() is None and not hasattr(src, "make_ir")

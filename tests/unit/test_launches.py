@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from flashgen import jit, launches
+from flashgen import compiling, launches
 from flashgen.build import load_module
 from flashgen.launches import Kernels, launched
 
@@ -147,6 +147,6 @@ def test_other_threads_and_who_only_compiles_are_not_in_it(made: Any) -> None:
     for _ in range(2):
         launched(kernels, launch)
     assert len(looked_up) == 6 and len(ran) == 8
-    with jit.compiling_only():
+    with compiling.compiling_only():
         launched(kernels, module.launch, X, n=1, SIZE=16)
     assert len(ran) == 8

@@ -14,6 +14,7 @@ from test_compile_beside import Compiler, compiling
 
 import flashgen
 from flashgen import block_ranges, execution, shared_masks, stand_ins, warm
+from flashgen.variants.gluon_fwd_sm90 import GluonForwardSm90
 
 
 class Kernels(Compiler):
@@ -49,6 +50,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Kernels
     monkeypatch.setattr("test_compile_beside.SECONDS", 0.0)
     monkeypatch.setattr(GluonASTSource, "make_ir", lambda *_: None)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: mock.Mock(multi_processor_count=132))
+    monkeypatch.setattr(GluonForwardSm90, "brief", lambda self, spec: {})  # see test_brief_calls.py
     made = compiling(monkeypatch, tmp_path)
     assert isinstance(made, Kernels)
     made.patience = 0.0
@@ -194,7 +196,7 @@ def test_a_score_and_many_tiles_have_their_own_at_once(kernels: Kernels) -> None
 
 def test_an_own_kernel_that_does_not_compile_says_so_in_the_next_call(kernels: Kernels) -> None:
     ids = documents(100)
-    with mock.patch("flashgen.jit.compiling_only", side_effect=MemoryError("no room")):
+    with mock.patch("flashgen.compiling.compiling_only", side_effect=MemoryError("no room")):
         attend(ids)
         finish()
     attend(ids)

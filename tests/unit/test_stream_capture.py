@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashgen import Target, block_ranges, dispatch, execution, jit, mods, stream_capture
+from flashgen import Target, block_ranges, compiling, dispatch, execution, jit, mods, stream_capture
 from flashgen.mask_words import Tables
 from flashgen.mods import programs
 from flashgen.operands import Operands
@@ -202,7 +202,7 @@ def test_no_backward_is_compiled_beside_a_capture(driver: Driver, monkeypatch: p
     scalars, operands = Scalars(training=True), Operands()
     plan = dispatch.resolve(execution.checked(q, k, k, operands, scalars))
     assert plan.backward is not None and plan.backward.backend != "torch"
-    monkeypatch.setattr(jit, "beside", lambda work: work)
+    monkeypatch.setattr(compiling, "beside", lambda work: work)
     start: Any = execution._backward_beside(plan, q, k, k, q, q, operands, scalars)
     monkeypatch.setattr(execution, "capturing", lambda device: True)
     start()

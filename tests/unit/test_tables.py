@@ -53,6 +53,32 @@ def test_a_table_follows_its_file(tables: Any, tmp_path: Path, monkeypatch: pyte
         tables.where(rows)
 
 
+def test_another_run_adds_its_peers(tables: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ROOT / "benchmarks/results/h200_forward.csv"
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / source.name).write_text(source.read_text())
+    before = tables.forward()
+    one = [row for row in rows if row["seqlen_q"] == "4096" and row["head_dim"] == "256" and row["causal"] == "True"]
+    more = [row | {"tflops": "1"} for row in one if row["contestant"] == "flashgen"]  # the table keeps the first run's
+    more += [more[0] | {"contestant": "fa3", "ratio_median": "0.9", "version": "lib 1"}]
+    more += [more[0] | {"contestant": "flex", "ratio_median": "", "median_ms": "", "status": "failed"}]
+    with (tmp_path / "h200_forward_peers.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(more)
+    after = tables.forward()
+    assert (
+        "FlashAttention 4, cuDNN, FlashAttention 3 take. FlashAttention 3 are of another run" in after
+        and "lib 1" in after
+    )
+    assert after.count(", 0.90)") == 1 and after.count(", -)") == 39 and "worst 0.900; 1 below 0.95" in after
+    tflops = [row["tflops"] for row in one if row["contestant"] == "flashgen"]
+    assert f"| {float(tflops[0]):.0f} (" in next(line for line in after.splitlines() if ", 0.90)" in line)
+    assert "FlexAttention" not in after and "another run" not in before
+
+
 def test_an_unknown_mark_is_an_error(tables: Any) -> None:
     with pytest.raises(click.ClickException, match="'star' is not made here"):
         tables.filled("<!-- table: star -->\n<!-- end of table -->")

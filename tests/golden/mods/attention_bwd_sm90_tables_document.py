@@ -567,7 +567,6 @@ def consume(
     # -- mask: the first row that sees each key; none sees a key that does not exist --
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
     first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
-    num_steps = group * (end - begin)
     mbarrier.wait(kv_full, 0)
     # -- a key that nobody sees may hold NaN, and its value, and 0 * NaN is NaN; a row that sees one has it in its lse or delta --
     K_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [gl.num_warps(), 1], [1, 0])

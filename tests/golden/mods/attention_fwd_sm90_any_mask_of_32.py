@@ -12,9 +12,11 @@ Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/o; BLOCK_D, BLOCK_DV: the s
 Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: keys of a step; STAGES: key blocks in flight;
                CONSUMER_REGS, PRODUCER_REGS: registers of a thread; SECTION: heads whose tiles are worked on at a time, so
                that their keys stay in L2; OWN_STAGING: the output leaves through memory of its own, not through that of q;
-               LAZY_SUM: row sums stay one per lane until the end; TAKE_TURNS: warpgroups issue their products one after the
+               LAZY_SUM: row sums stay one per lane until the end, and what exponentials are relative to, a row's
+               reference, is held rather than its running maximum; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
@@ -239,6 +241,7 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
@@ -256,8 +259,9 @@ def produce(
     turn = 0  # tiles loaded so far
     while ticket < num_tiles:
         off_b, off_h, off_hkv, m_block = tile_of(ticket, num_heads_q, group, num_m_blocks, num_packs, section, PACK)
+        part = m_block % PARTS
         m_block = by_length(
-            m_block,
+            m_block // PARTS,
             off_b,
             off_h,
             mask_ranges_ptr,
@@ -268,6 +272,7 @@ def produce(
             stride_lists_h,
             stride_lists_m,
         )
+        m_block = m_block * PARTS + part
         start_m = m_block * (NUM_WG * ROWS)
         # -- what the consumers are told of the tile --
         mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -279,7 +284,7 @@ def produce(
             listing, n_masked, n_blocks, words_at = listed_tile(
                 off_b,
                 off_h,
-                m_block,
+                m_block // PARTS,
                 seqlen_k,
                 mask_lists_ptr,
                 stride_lists_b,
@@ -289,31 +294,29 @@ def produce(
             )
             put(ticket_box, 6, n_masked)
             put(ticket_box, 7, n_blocks)
-            put(ticket_box, 8, words_at)
+            put(ticket_box, 8, gl.where(words_at < 0, words_at, words_at + part))
             put(ticket_box, 9, listed_block(listing, 0, words_at))
             n_end = gl.cdiv(seqlen_k, BLOCK_N)
         else:
             n_first = m_block * 0 + (1 << 30)
             n_end = m_block * 0
+            # Looked up for all warpgroups before any is told: loads wait for stores.
+            found = ()
             for w in gl.static_range(NUM_WG):
-                first, full_first, full_end, end = key_range(
-                    start_m + w * ROWS,
-                    ROWS,
-                    seqlen_q,
-                    seqlen_k,
-                    mask_ranges_ptr,
-                    stride_ranges_b,
-                    stride_ranges_h,
-                    off_b,
-                    off_h,
-                    BLOCK_N,
+                found = found + (
+                    key_range(
+                        start_m + w * ROWS,
+                        ROWS,
+                        seqlen_q,
+                        seqlen_k,
+                        mask_ranges_ptr,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        off_b,
+                        off_h,
+                        BLOCK_N,
+                    ),
                 )
-                n_first = gl.minimum(n_first, first)
-                n_end = gl.maximum(n_end, end)
-                put(ticket_box, 16 + w * 8, first)
-                put(ticket_box, 17 + w * 8, end)
-                put(ticket_box, 18 + w * 8, full_first)
-                put(ticket_box, 19 + w * 8, full_end)
                 if mask_ranges_ptr is not None:
                     ranges = ranges_of_rows(
                         start_m + w * ROWS,
@@ -324,8 +327,21 @@ def produce(
                         off_b,
                         off_h,
                     )
+                    line = (gl.load(ranges), gl.load(ranges + 1), gl.load(ranges + 2), gl.load(ranges + 4))
+                    found = found + (line,)
+                else:
+                    found = found + ((),)
+            for w in gl.static_range(NUM_WG):
+                first, full_first, full_end, end = found[2 * w]
+                n_first = gl.minimum(n_first, first)
+                n_end = gl.maximum(n_end, end)
+                put(ticket_box, 16 + w * 8, first)
+                put(ticket_box, 17 + w * 8, end)
+                put(ticket_box, 18 + w * 8, full_first)
+                put(ticket_box, 19 + w * 8, full_end)
+                if mask_ranges_ptr is not None:
                     for x in gl.static_range(4):
-                        put(ticket_box, 20 + w * 8 + x, gl.load(ranges + ((0, 1, 2, 4))[x]))
+                        put(ticket_box, 20 + w * 8 + x, found[2 * w + 1][x])
             # At least one, so that a tile without keys needs no branch.
             n_first = gl.where(n_end == 0, 0, n_first)
             n_end = gl.maximum(n_end, 1)
@@ -342,6 +358,12 @@ def produce(
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             if mask_lists_ptr is not None:
                 start_n = listed_block(listing, j, words_at) * BLOCK_N
             else:
@@ -355,11 +377,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         turn += 1
     # -- there are no more --
     mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -555,6 +572,93 @@ def mask_scores(
     return qk
 
 
+# Two rows of a lane: $0, $1 their references, $4, $5 the largest scores, $8 the scale, $10, $11 the sums so far. Scores may exceed a reference
+# by the logarithm of a quarter of a sum, by 8 at most; when one of the warp's exceeds more, every reference becomes its row's running maximum, and $2, $3
+# correct what was accumulated.
+_ABOVE = "mul.f32 t, ${2}, 0f3E800000; lg2.approx.ftz.f32 t, t; max.f32 t, t, 0f00000000; min.f32 t, t, 0f41000000; neg.f32 u, ${0}; fma.rn.f32 u, ${1}, $8, u; "
+_MOVED = (
+    "mul.f32 t, ${2}, $8; shfl.sync.bfly.b32 u, t, 1, 0x1f, 0xffffffff; max.f32 t, t, u; shfl.sync.bfly.b32 u, t, 2, 0x1f, 0xffffffff; "
+    "max.f32 t, t, u; max.f32 t, t, ${0}; sub.f32 u, ${0}, t; ex2.approx.ftz.f32 ${1}, u; mov.f32 ${0}, t; "
+)
+HOLD_ASM = gl.constexpr(
+    "{ .reg .pred above; .reg .f32 t, u; "
+    + _ABOVE.format(0, 4, 10)
+    + "setp.gt.f32 above, u, t; "
+    + _ABOVE.format(1, 5, 11)
+    + "setp.gt.or.f32 above, u, t, above; vote.sync.any.pred above, above, 0xffffffff; "
+    "mov.f32 $2, 0f3F800000; mov.f32 $3, 0f3F800000; @!above bra HELD; "
+    + _MOVED.format(0, 2, 4)
+    + _MOVED.format(1, 3, 5)
+    + "HELD: }"
+)
+RESCALED = gl.constexpr(64)  # registers of a lane's part of the output
+RESCALE_ASM = gl.constexpr(
+    "{ .reg .pred moved; setp.neu.f32 moved, $128, 0f3F800000; setp.neu.or.f32 moved, $130, 0f3F800000, moved; "
+    "vote.sync.any.pred moved, moved, 0xffffffff; @!moved bra SAME; "
+    + " ".join(f"mul.f32 ${i}, ${i}, ${i + 128};" for i in range(64))
+    + " SAME: }"
+)
+RESCALE_REGISTERS = gl.constexpr(",".join(["=f"] * 64 + [str(i) for i in range(64)] + ["f"] * 64))
+
+
+@gluon.jit
+def by_lanes(x, COLUMNS: gl.constexpr):
+    """A tile by what a lane holds of it: four lanes share a row, eight columns apart."""
+    return x.reshape([WG_ROWS, COLUMNS // 8, 4, 2])
+
+
+@gluon.jit
+def lane_max(qk, BLOCK_N: gl.constexpr, QUICK: gl.constexpr):
+    """The maximum of what one lane holds of a row, in two chains of comparisons."""
+    if QUICK:
+        # Integers order numbers from 0 on as they are and put all others below: three are compared at a time.
+        found = by_lanes(qk.to(gl.int32, bitcast=True), BLOCK_N)
+        found = gl.max(gl.max(found, 1), 2).to(gl.float32, bitcast=True)
+    else:
+        found = gl.max(gl.max(by_lanes(qk, BLOCK_N), 1), 2)
+    return found
+
+
+@gluon.jit
+def hold(found, m_i, l_i, qk_scale):
+    """The rows' references and the correction of what was accumulated: both as they were, and 1, while all of a warp's are held."""
+    return gl.inline_asm_elementwise(
+        HOLD_ASM,
+        "=&f,=&f,=&f,=&f,f,f,0,1,f,f,f,f",
+        [found, m_i, qk_scale, l_i],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def rescale(acc, alpha, BLOCK_DV: gl.constexpr):
+    """Corrects what was accumulated; a warp whose corrections are all 1 jumps over it."""
+    lanes = by_lanes(acc, BLOCK_DV)
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
+    found = gl.inline_asm_elementwise(
+        RESCALE_ASM,
+        RESCALE_REGISTERS,
+        [lanes, alpha[:, :, None][:, None, :, :]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=RESCALED,
+    )
+    return gl.convert_layout(found.reshape([WG_ROWS, BLOCK_DV]), acc.type.layout)
+
+
+@gluon.jit
+def held_softmax(qk, m_i, qk_scale, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """Probabilities of a block relative to the rows' references, as the first operand of the next product, and their sums by lane."""
+    lanes = by_lanes(qk, BLOCK_N)
+    m_lanes = gl.convert_layout(m_i, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
+    p = gl.exp2(lanes * qk_scale - m_lanes[:, :, None][:, None, :, :])
+    sums = gl.sum(gl.sum(p, 1), 2)
+    p = p.to(DTYPE).reshape([WG_ROWS, BLOCK_N])
+    return gl.convert_layout(p, P_LAYOUT), sums
+
+
 @gluon.jit
 def online_softmax(
     qk,
@@ -645,8 +749,17 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    k_stage = (step + 1) % STAGES
-    v_stage = step % STAGES
+    if STAGES == 2:
+        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
+        v_stage = step & 1
+        v_phase = (step >> 1) & 1
+        k_stage = 1 - v_stage
+        k_phase = v_phase ^ v_stage
+    else:
+        v_stage = step % STAGES
+        v_phase = (step // STAGES) & 1
+        k_stage = (step + 1) % STAGES
+        k_phase = ((step + 1) // STAGES) & 1
     # -- what mask_mod lets through --
     if IS_MASKED:
         bits = mask_bits(
@@ -676,13 +789,13 @@ def attend(
         )
 
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
+    mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
@@ -700,10 +813,20 @@ def attend(
             QK_LAYOUT,
         )
 
-    p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, LAZY_SUM)
-    acc = warpgroup_mma_wait(0, deps=(product,))
-    mbarrier.arrive(v_empty.index(v_stage), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    if LAZY_SUM:
+        # -- references are held --
+        m_i, alpha = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
+        acc = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        acc = rescale(acc, alpha, BLOCK_DV)
+        p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype)
+        l_i = l_i * alpha + sums_p
+    else:
+        # -- references follow the maximum --
+        p, alpha, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, LAZY_SUM)
+        acc = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return p, acc, m_i, l_i
 
 
@@ -956,6 +1079,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -1003,7 +1127,7 @@ def consume(
             listing, _, _, _ = listed_tile(
                 off_b,
                 off_h,
-                m_block,
+                m_block // PARTS,
                 seqlen_k,
                 mask_lists_ptr,
                 stride_lists_b,
@@ -1034,11 +1158,12 @@ def consume(
             end = gl.where(end == 0, n_end, end)
             first = gl.minimum(first, end - 1)
         rows_m = start_m + row % ROWS
-        m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         if LAZY_SUM:
-            l_i = lane_sums(gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT), BLOCK_N)
+            l_i = lane_max(gl.zeros([WG_ROWS, BLOCK_N], gl.float32, QK_LAYOUT), BLOCK_N, False)
+            m_i = gl.full([WG_ROWS, 4], LEAST, gl.float32, l_i.type.layout)
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
+            m_i = gl.full([WG_ROWS], LEAST, gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
         place = turn % Q_STAGES * NUM_WG + WG
         q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
@@ -1105,16 +1230,16 @@ def consume(
             QK_LAYOUT,
         )
 
-        p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        if mask_lists_ptr is not None:
-            # -- further blocks of the list: those to be masked, then those that every row sees; the second pass finds none --
-            if mask_words_ptr is not None:
-                n_masked = gl.where(words_at < 0, 0, n_masked)
-            else:
-                n_masked = gl.where(words_at < 0, n_listed, n_masked)
-            for part in range(2):
-                for index in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
-                    slot = words_at + index * NUM_WG + WG
+        if LAZY_SUM:
+            m_i, _ = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
+            p, l_i = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
+        else:
+            p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
+        if NUM_WG == 1:
+            # -- further blocks --
+            if mask_lists_ptr is not None:
+                for index in range(1, n_listed):
+                    slot = gl.where((words_at >= 0) & (index < n_masked), words_at + index * PARTS, -1)
                     p, acc, m_i, l_i = attend(
                         q,
                         k_tiles,
@@ -1162,63 +1287,8 @@ def consume(
                         IS_MASKED=True,
                     )
                     step += 1
-                p = repacked(p)
-                for index in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
-                    p, acc, m_i, l_i = attend(
-                        q,
-                        k_tiles,
-                        v_tiles,
-                        k_bars,
-                        v_bars,
-                        step,
-                        p,
-                        acc,
-                        m_i,
-                        l_i,
-                        qk_scale,
-                        rows_m,
-                        listed_block(listing, index, words_at) * BLOCK_N,
-                        seqlen_k,
-                        off_b,
-                        off_h,
-                        tile_slots_ptr,
-                        tile_slots_stride0,
-                        tile_slots_stride1,
-                        tile_slots_stride2,
-                        tile_slots_stride3,
-                        tile_slots_size2,
-                        tile_slots_size3,
-                        tile_words_ptr,
-                        tile_words_stride0,
-                        tile_words_stride1,
-                        tile_words_stride2,
-                        tile_words_size0,
-                        tile_words_size1,
-                        tile_words_size2,
-                        mask_words_ptr,
-                        slot,
-                        BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV,
-                        STAGES,
-                        QK_LAYOUT,
-                        O_LAYOUT,
-                        P_LAYOUT,
-                        WG,
-                        NUM_WG,
-                        LAZY_SUM,
-                        TAKE_TURNS,
-                        IS_MASKED=False,
-                    )
-                    step += 1
-                p = repacked(p)
-        else:
-            # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
-            full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
-            full_first = gl.maximum(gl.minimum(full_first, full_end), first)
-            for part in range(2):
-                stop = gl.where(part == 0, full_end, first)
-                for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+            else:
+                for n in range(end - 2, first - 1, -1):
                     slot = slot_of(n, bits_low, bits_high, bits_from, bits_to)
                     p, acc, m_i, l_i = attend(
                         q,
@@ -1267,61 +1337,226 @@ def consume(
                         IS_MASKED=True,
                     )
                     step += 1
-                p = repacked(p)
-                for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
-                    p, acc, m_i, l_i = attend(
-                        q,
-                        k_tiles,
-                        v_tiles,
-                        k_bars,
-                        v_bars,
-                        step,
-                        p,
-                        acc,
-                        m_i,
-                        l_i,
-                        qk_scale,
-                        rows_m,
-                        n * BLOCK_N,
-                        seqlen_k,
-                        off_b,
-                        off_h,
-                        tile_slots_ptr,
-                        tile_slots_stride0,
-                        tile_slots_stride1,
-                        tile_slots_stride2,
-                        tile_slots_stride3,
-                        tile_slots_size2,
-                        tile_slots_size3,
-                        tile_words_ptr,
-                        tile_words_stride0,
-                        tile_words_stride1,
-                        tile_words_stride2,
-                        tile_words_size0,
-                        tile_words_size1,
-                        tile_words_size2,
-                        mask_words_ptr,
-                        slot,
-                        BLOCK_N,
-                        BLOCK_D,
-                        BLOCK_DV,
-                        STAGES,
-                        QK_LAYOUT,
-                        O_LAYOUT,
-                        P_LAYOUT,
-                        WG,
-                        NUM_WG,
-                        LAZY_SUM,
-                        TAKE_TURNS,
-                        IS_MASKED=False,
-                    )
-                    step += 1
-                p = repacked(p)
+        else:
+            if mask_lists_ptr is not None:
+                # -- further blocks of the list: those to be masked, then those that every row sees; the second pass finds none --
+                if mask_words_ptr is not None:
+                    n_masked = gl.where(words_at < 0, 0, n_masked)
+                else:
+                    n_masked = gl.where(words_at < 0, n_listed, n_masked)
+                for part in range(2):
+                    for index in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):
+                        slot = words_at + index * (NUM_WG * PARTS) + WG
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            listed_block(listing, index, words_at) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=True,
+                        )
+                        step += 1
+                    p = repacked(p)
+                    for index in range(gl.where(part == 0, gl.maximum(n_masked, 1), n_listed), n_listed):
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            listed_block(listing, index, words_at) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=False,
+                        )
+                        step += 1
+                    p = repacked(p)
+            else:
+                # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+                full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+                full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+                for part in range(2):
+                    stop = gl.where(part == 0, full_end, first)
+                    for n in range(gl.where(part == 0, end - 1, full_first) - 1, stop - 1, -1):
+                        slot = slot_of(n, bits_low, bits_high, bits_from, bits_to)
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            n * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=True,
+                        )
+                        step += 1
+                    p = repacked(p)
+                    for left in range(gl.where(part == 0, full_end - full_first, 0)):
+                        p, acc, m_i, l_i = attend(
+                            q,
+                            k_tiles,
+                            v_tiles,
+                            k_bars,
+                            v_bars,
+                            step,
+                            p,
+                            acc,
+                            m_i,
+                            l_i,
+                            qk_scale,
+                            rows_m,
+                            (full_end - 1 - left) * BLOCK_N,
+                            seqlen_k,
+                            off_b,
+                            off_h,
+                            tile_slots_ptr,
+                            tile_slots_stride0,
+                            tile_slots_stride1,
+                            tile_slots_stride2,
+                            tile_slots_stride3,
+                            tile_slots_size2,
+                            tile_slots_size3,
+                            tile_words_ptr,
+                            tile_words_stride0,
+                            tile_words_stride1,
+                            tile_words_stride2,
+                            tile_words_size0,
+                            tile_words_size1,
+                            tile_words_size2,
+                            mask_words_ptr,
+                            slot,
+                            BLOCK_N,
+                            BLOCK_D,
+                            BLOCK_DV,
+                            STAGES,
+                            QK_LAYOUT,
+                            O_LAYOUT,
+                            P_LAYOUT,
+                            WG,
+                            NUM_WG,
+                            LAZY_SUM,
+                            TAKE_TURNS,
+                            IS_MASKED=False,
+                        )
+                        step += 1
+                    p = repacked(p)
+
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         step += 1
+        if LAZY_SUM:
+            m_i = gl.convert_layout(gl.max(m_i, 1), ROW_LAYOUT)
         if LAZY_SUM:
             l_i = gl.convert_layout(gl.sum(l_i, 1), ROW_LAYOUT)
         # -- epilogue: a row that saw no key gives 0 --
@@ -1478,8 +1713,11 @@ def attention_fwd(
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    BRIEF: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
@@ -1511,7 +1749,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -1569,6 +1807,119 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        mask_ranges_ptr,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        mask_lists_ptr,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        k_ptr,
+                        v_ptr,
+                        tile_slots_ptr,
+                        tile_words_ptr,
+                        mask_ranges_ptr,
+                        mask_words_ptr,
+                        mask_lists_ptr,
+                        tile_slots_size0,
+                        tile_slots_size1,
+                        tile_slots_size2,
+                        tile_slots_size3,
+                        tile_words_size0,
+                        tile_words_size1,
+                        tile_words_size2,
+                        tile_slots_stride0,
+                        tile_slots_stride1,
+                        tile_slots_stride2,
+                        tile_slots_stride3,
+                        tile_words_stride0,
+                        tile_words_stride1,
+                        tile_words_stride2,
+                        stride_ranges_b,
+                        stride_ranges_h,
+                        stride_lists_b,
+                        stride_lists_h,
+                        stride_lists_m,
+                        stride_kb,
+                        stride_kn,
+                        stride_kh,
+                        stride_vb,
+                        stride_vn,
+                        stride_vh,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1636,6 +1987,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1678,6 +2030,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1746,6 +2099,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1813,6 +2167,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1880,6 +2235,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1922,6 +2278,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1960,6 +2317,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -1989,6 +2347,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -1998,13 +2358,14 @@ def launch(
         128,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 384 + STAGES * BLOCK_N * 256 <= 114688 else 1,
+        BRIEF,
     )
     # -- arguments of the options --
     added = (

@@ -14,7 +14,8 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                that their keys stay in L2; OWN_STAGING: the output leaves through memory of its own, not through that of q;
                LAZY_SUM: row sums stay one per lane until the end; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Options        Each warpgroup walks over the blocks of keys that its rows see; a loop of its own leaves out the mask where they see all.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
@@ -129,9 +130,11 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -178,12 +181,19 @@ def produce(
         mbarrier.arrive(ticket_full, count=1)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             start_n = (n_end - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -194,11 +204,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         turn += 1
     # -- there are no more --
     mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -432,16 +437,25 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    k_stage = (step + 1) % STAGES
-    v_stage = step % STAGES
+    if STAGES == 2:
+        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
+        v_stage = step & 1
+        v_phase = (step >> 1) & 1
+        k_stage = 1 - v_stage
+        k_phase = v_phase ^ v_stage
+    else:
+        v_stage = step % STAGES
+        v_phase = (step // STAGES) & 1
+        k_stage = (step + 1) % STAGES
+        k_phase = ((step + 1) // STAGES) & 1
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
+    mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
@@ -503,6 +517,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -512,6 +527,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -529,7 +545,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     step = 0  # key blocks consumed so far
@@ -564,7 +579,9 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- blocks that other warpgroups see: released unread --
         for _ in range(n_end - end):
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
@@ -607,11 +624,9 @@ def consume(
         )
 
         p, _, m_i, l_i = online_softmax(qk, m_i, l_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, LAZY_SUM)
-        # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
-        full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
-        full_first = gl.maximum(gl.minimum(full_first, full_end), first)
-        for part in range(2):
-            for n in range(gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1):
+        if NUM_WG == 1:
+            # -- further blocks --
+            for n in range(end - 2, first - 1, -1):
                 p, acc, m_i, l_i = attend(
                     q,
                     k_tiles,
@@ -645,44 +660,86 @@ def consume(
                     IS_MASKED=True,
                 )
                 step += 1
-            p = repacked(p)
-            for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
-                p, acc, m_i, l_i = attend(
-                    q,
-                    k_tiles,
-                    v_tiles,
-                    k_bars,
-                    v_bars,
-                    step,
-                    p,
-                    acc,
-                    m_i,
-                    l_i,
-                    qk_scale,
-                    rows_m,
-                    n * BLOCK_N,
-                    seqlen_k,
-                    sm_scale,
-                    softcap,
-                    causal_offset,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    QK_LAYOUT,
-                    O_LAYOUT,
-                    P_LAYOUT,
-                    WG,
-                    NUM_WG,
-                    LAZY_SUM,
-                    TAKE_TURNS,
-                    LATE,
-                    IS_MASKED=False,
-                )
-                step += 1
-            p = repacked(p)
+        else:
+            # -- further blocks: those that some rows see only, then those that every row sees; and once more what is left below --
+            full_end = gl.maximum(gl.minimum(full_end, end - 1), first)
+            full_first = gl.maximum(gl.minimum(full_first, full_end), first)
+            for part in range(2):
+                for n in range(
+                    gl.where(part == 0, end - 1, full_first) - 1, gl.where(part == 0, full_end, first) - 1, -1
+                ):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        n * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        softcap,
+                        causal_offset,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        LATE,
+                        IS_MASKED=True,
+                    )
+                    step += 1
+                p = repacked(p)
+                for left in range(gl.where(part == 0, full_end - full_first, 0)):
+                    p, acc, m_i, l_i = attend(
+                        q,
+                        k_tiles,
+                        v_tiles,
+                        k_bars,
+                        v_bars,
+                        step,
+                        p,
+                        acc,
+                        m_i,
+                        l_i,
+                        qk_scale,
+                        rows_m,
+                        (full_end - 1 - left) * BLOCK_N,
+                        seqlen_k,
+                        sm_scale,
+                        softcap,
+                        causal_offset,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        QK_LAYOUT,
+                        O_LAYOUT,
+                        P_LAYOUT,
+                        WG,
+                        NUM_WG,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        LATE,
+                        IS_MASKED=False,
+                    )
+                    step += 1
+                p = repacked(p)
+
         if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -773,13 +830,17 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     LATE: gl.constexpr,
+    BRIEF: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -788,15 +849,15 @@ def attention_fwd(
         o_tiles = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [40, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -807,7 +868,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -837,6 +898,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -846,6 +908,86 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
+                        LATE,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        causal_offset,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        lse_ptr,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        causal_offset,
+                        sm_scale,
+                        softcap,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -876,6 +1018,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -885,6 +1028,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -912,9 +1056,11 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -951,6 +1097,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -960,6 +1107,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -990,6 +1138,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -999,6 +1148,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1029,6 +1179,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1038,6 +1189,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         LATE,
                     ),
                 ),
@@ -1065,9 +1217,11 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1098,6 +1252,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -1130,6 +1285,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -1139,13 +1296,15 @@ def launch(
         64,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if OWN_STAGING and BLOCK_M * 192 + STAGES * BLOCK_N * 128 <= 114688 else 1,
         is_late,
+        BRIEF,
     )
     # -- arguments of the options --
     added = (

@@ -14,7 +14,8 @@ Tunables       BLOCK_M: query rows of a thread block, 64 a warpgroup; BLOCK_N: k
                that their keys stay in L2; OWN_STAGING: the output leaves through memory of its own, not through that of q;
                LAZY_SUM: row sums stay one per lane until the end; TAKE_TURNS: warpgroups issue their products one after the
                other, so that one multiplies while another exponentiates.
-Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged.
+Per call       PACK: query heads of one group that share a tile when queries are few; EVEN_K: no block of keys is ragged;
+               BRIEF: one warpgroup and one loop do all of it, row for row the same: slower, and compiled in a third of the time.
 Guarantees     16-byte aligned rows: base addresses and strides (the last one is 1) are multiples of 8 elements.
 Letters        b batch, h query head, m query row, n key row, d head dim; w warpgroup; sizes and strides by letter.
                m_i running maximum (scaled) and l_i running sum of a row; lse is stored in natural log.
@@ -125,6 +126,7 @@ def produce(
     num_packs,
     section,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
@@ -179,6 +181,12 @@ def produce(
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             start_n = (n_end - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -189,11 +197,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         turn += 1
     # -- there are no more --
     mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
@@ -379,8 +382,17 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    k_stage = (step + 1) % STAGES
-    v_stage = step % STAGES
+    if STAGES == 2:
+        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
+        v_stage = step & 1
+        v_phase = (step >> 1) & 1
+        k_stage = 1 - v_stage
+        k_phase = v_phase ^ v_stage
+    else:
+        v_stage = step % STAGES
+        v_phase = (step // STAGES) & 1
+        k_stage = (step + 1) % STAGES
+        k_phase = ((step + 1) // STAGES) & 1
     # -- what the caller's matrices say of it: asked for before it is needed --
     attn_mask = operand(
         attn_mask_head,
@@ -396,13 +408,13 @@ def attend(
     )
 
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
+    mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
@@ -603,6 +615,7 @@ def consume(
     section,
     WG: gl.constexpr,
     NUM_WG: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -870,8 +883,11 @@ def attention_fwd(
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    BRIEF: gl.constexpr,
 ):
-    NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
+    NUM_WG: gl.constexpr = 1 if BRIEF else BLOCK_M // WG_ROWS
+    # Tables are made for BLOCK_M rows, of which a tile is one of so many parts.
+    PARTS: gl.constexpr = BLOCK_M // WG_ROWS // NUM_WG
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
@@ -903,7 +919,7 @@ def attention_fwd(
     mbarrier.init(ticket_full, count=1)
     mbarrier.init(ticket_empty, count=NUM_WG)
     # The list of partitions must be written out: one arm for each number of warpgroups.
-    if NUM_WG == 2:
+    if NUM_WG == 1:
         gl.warp_specialize(
             [
                 (
@@ -943,6 +959,94 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        STAGES,
+                        OWN_STAGING,
+                        LAZY_SUM,
+                        TAKE_TURNS,
+                        PACK,
+                        EVEN_K,
+                        Q_STAGES,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        counter_ptr,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        NUM_WG,
+                        PARTS,
+                        BLOCK_N,
+                        STAGES,
+                        PACK,
+                        Q_STAGES,
+                    ),
+                ),
+            ],
+            [1],
+            [PRODUCER_REGS],
+        )
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o_desc,
+                        lse_ptr,
+                        q_tiles,
+                        k_tiles,
+                        v_tiles,
+                        o_tiles,
+                        (q_full, q_empty),
+                        (k_full, k_empty),
+                        (v_full, v_empty),
+                        ticket_box,
+                        (ticket_full, ticket_empty),
+                        qk_scale,
+                        k_ptr,
+                        v_ptr,
+                        attn_mask_ptr,
+                        stride_attn_mask_b,
+                        stride_attn_mask_h,
+                        stride_attn_mask_m,
+                        stride_attn_mask_n,
+                        stride_kb,
+                        stride_kn,
+                        stride_kh,
+                        stride_vb,
+                        stride_vn,
+                        stride_vh,
+                        num_heads_q,
+                        group,
+                        seqlen_q,
+                        seqlen_k,
+                        num_m_blocks,
+                        num_packs,
+                        section,
+                        0,
+                        NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -992,6 +1096,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1027,6 +1132,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1077,6 +1183,7 @@ def attention_fwd(
                         section,
                         0,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1126,6 +1233,7 @@ def attention_fwd(
                         section,
                         1,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1175,6 +1283,7 @@ def attention_fwd(
                         section,
                         2,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         BLOCK_D,
                         BLOCK_DV,
@@ -1210,6 +1319,7 @@ def attention_fwd(
                         num_packs,
                         section,
                         NUM_WG,
+                        PARTS,
                         BLOCK_N,
                         STAGES,
                         PACK,
@@ -1244,6 +1354,7 @@ def launch(
     OWN_STAGING,
     LAZY_SUM,
     TAKE_TURNS,
+    BRIEF=False,
 ):
     """Launch on the current device's current stream.
 
@@ -1274,6 +1385,8 @@ def launch(
     rows = 64 // pack
     num_m_blocks = -(-seqlen_q // (num_wg * rows))
     num_packs = batch * num_heads_q // pack
+    if BRIEF:  # tiles of one warpgroup's rows
+        num_m_blocks *= num_wg
     grid = (min(num_m_blocks * num_packs, num_multiprocessors(q.device)), 1, 1)
     # -- compile-time arguments, in the kernel's order --
     constants = (
@@ -1283,13 +1396,14 @@ def launch(
         128,
         STAGES,
         CONSUMER_REGS,
-        PRODUCER_REGS,
+        256 if BRIEF else PRODUCER_REGS,  # two warpgroups, who share all registers equally
         OWN_STAGING,
         LAZY_SUM,
-        TAKE_TURNS,
+        TAKE_TURNS and not BRIEF,
         pack,
         seqlen_k % BLOCK_N == 0,
-        2 if BLOCK_M * 256 + STAGES * BLOCK_N * 192 <= 114688 else 1,
+        2 if OWN_STAGING and BLOCK_M * 256 + STAGES * BLOCK_N * 192 <= 114688 else 1,
+        BRIEF,
     )
     # -- arguments of the options --
     added = (

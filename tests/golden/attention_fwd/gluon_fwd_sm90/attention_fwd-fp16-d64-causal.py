@@ -112,6 +112,7 @@ def produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     PACK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     """Loads every tile's queries, then its keys and values from the last visible block to the first."""
     ROWS: gl.constexpr = WG_ROWS // PACK
@@ -128,9 +129,10 @@ def produce(
         start_m = m_block * (NUM_WG * ROWS)
         # -- query --
         for w in gl.static_range(NUM_WG):
-            mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(w), q_tiles.index(w))
+            place = turn % Q_STAGES * NUM_WG + w
+            mbarrier.wait(q_empty.index(place), ((turn // Q_STAGES) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), q_desc.block_type.nbytes)
+            tma_load(q_desc, [off_b, off_h, start_m + w * ROWS, 0], q_full.index(place), q_tiles.index(place))
         n_blocks = key_blocks(
             start_m,
             NUM_WG * ROWS,
@@ -142,6 +144,12 @@ def produce(
         for j in range(n_blocks):
             stage = step % STAGES
             phase = (step // STAGES) & 1
+            if j == n_blocks - 1:
+                # -- the next ticket, while the last block waits for memory; whoever draws the last one leaves the counter at 0 --
+                drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+                if drawn == num_tiles - 1:
+                    gl.store(counter_ptr, 0)
+                ticket = drawn + gl.num_programs(0)
             start_n = (n_blocks - 1 - j) * BLOCK_N
             # -- keys: zeros beyond the last one --
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -152,11 +160,6 @@ def produce(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma_load(v_desc, [off_b, off_hkv, start_n, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        # -- the next ticket; whoever draws the last one leaves the counter at 0 for the next launch --
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == num_tiles - 1:
-            gl.store(counter_ptr, 0)
-        ticket = drawn + gl.num_programs(0)
         mbarrier.wait(ticket_empty, (turn & 1) ^ 1)
         ticket_box.store(gl.full([1], ticket, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         mbarrier.arrive(ticket_full, count=1)
@@ -475,6 +478,7 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     MASKED_LOOP: gl.constexpr,
 ):
     """Warpgroup WG: 64 rows of every tile, PACK heads times 64 / PACK queries."""
@@ -496,7 +500,6 @@ def consume(
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
     ticket_full, ticket_empty = ticket_bars
-    q = q_tiles.index(WG).reshape([WG_ROWS, BLOCK_D])
     row = gl.arange(0, WG_ROWS, ROW_LAYOUT)
     num_tiles = num_m_blocks * num_packs
     ticket = gl.program_id(0)
@@ -536,7 +539,9 @@ def consume(
         else:
             l_i = gl.zeros([WG_ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([WG_ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WG), turn & 1)
+        place = turn % Q_STAGES * NUM_WG + WG
+        q = q_tiles.index(place).reshape([WG_ROWS, BLOCK_D])
+        mbarrier.wait(q_full.index(place), (turn // Q_STAGES) & 1)
         # -- blocks that other warpgroups see: released unread --
         for _ in range(n_blocks - n_seen):
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
@@ -648,7 +653,7 @@ def consume(
             )
             step += 1
         if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(WG), count=1)
+            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -727,13 +732,14 @@ def attention_fwd(
     TAKE_TURNS: gl.constexpr,
     PACK: gl.constexpr,
     EVEN_K: gl.constexpr,
+    Q_STAGES: gl.constexpr,
     MASKED_LOOP: gl.constexpr,
 ):
     NUM_WG: gl.constexpr = BLOCK_M // WG_ROWS
     ROWS: gl.constexpr = WG_ROWS // PACK
     DTYPE: gl.constexpr = q_desc.dtype
     # -- shared memory: a query tile a warpgroup, STAGES key and value blocks for all --
-    q_tiles = gl.allocate_shared_memory(DTYPE, [NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_STAGES * NUM_WG, 1, PACK, ROWS, BLOCK_D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     if OWN_STAGING:
@@ -750,15 +756,15 @@ def attention_fwd(
         ones = q_tiles
     ticket_box = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # -- barriers: full is completed by what fills a buffer, empty by all who read it --
-    q_full = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * NUM_WG, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ticket_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(NUM_WG):
+    for w in gl.static_range(Q_STAGES * NUM_WG):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
     for stage in gl.static_range(STAGES):
@@ -806,6 +812,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -843,6 +850,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -873,6 +881,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -916,6 +925,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -953,6 +963,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -990,6 +1001,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -1020,6 +1032,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1063,6 +1076,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -1100,6 +1114,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -1137,6 +1152,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -1174,6 +1190,7 @@ def attention_fwd(
                         TAKE_TURNS,
                         PACK,
                         EVEN_K,
+                        Q_STAGES,
                         MASKED_LOOP,
                     ),
                 ),
@@ -1204,6 +1221,7 @@ def attention_fwd(
                         BLOCK_N,
                         STAGES,
                         PACK,
+                        Q_STAGES,
                     ),
                 ),
             ],
@@ -1277,6 +1295,7 @@ def launch(
         TAKE_TURNS,
         pack,
         seqlen_k % BLOCK_N == 0,
+        2 if OWN_STAGING and BLOCK_M * 192 + STAGES * BLOCK_N * 128 <= 114688 else 1,
         causal_offset % rows != 0 or BLOCK_N % rows != 0,
     )
     # A known kernel is launched without Triton's look-up, which takes longer than small problems do. It specialises on
