@@ -20,7 +20,7 @@ export PYTHON TORCH_INSTALL TORCH_INDEX
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint fix golden gpu wheel-test compile-goldens compile-calls compile-free-form proof fuzz torture clean
+.PHONY: help quickstart test check lint fix golden gpu wheel-test compile-goldens compile-calls compile-free-form compile-options proof fuzz torture clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile
@@ -66,13 +66,16 @@ compile-calls: $(STAMP) ## compile what calls with every kind of operand ask for
 compile-free-form: $(STAMP) ## blocks without a mask in the Hopper backward of free-form masks beside the plain kernel's, with both
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/compile_free_form.py || exit 1; done
 
+compile-options: $(STAMP) ## the Hopper backward's default of every option and every two: spills in its loop, with both
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/compile_options.py || exit 1; done
+
 proof: $(STAMP) ## the default Hopper kernels by the oldest and the newest Triton: no spill, no serialised product
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m flashgen show proof || exit 1; done
 
 fuzz: $(STAMP) ## random calls over every option; SEEDS=first:count or FUZZ_SECONDS=600
 	$(PY) tests/fuzz/fuzz.py $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS),--seeds $(SEEDS))
 
-torture: fuzz compile-goldens compile-calls compile-free-form ## what is too long for CI: many random problems, every broken template and backend
+torture: fuzz compile-goldens compile-calls compile-free-form compile-options ## what is too long for CI: many random problems, every broken template and backend
 	$(PY) tests/mutation/mutate.py
 	$(PY) tests/mutation/backends.py
 	$(PY) tests/simulate/study.py

@@ -44,6 +44,7 @@ _IDEAS = "measured on one H200, interleaved, bf16, S 2048 to 16384 (benchmarks/r
 _H200_MASKS = (
     "timed on one H200, interleaved, bf16, S 8192, eight kinds of masks and scores, beside 64 rows or two buffers of dq"
 )
+_OPTIONS = "timed on one H200, interleaved, bf16, S 4096, causal, beside other tiles (benchmarks/results/h200_backward_option_tiles.csv)"
 _FITS = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
 
 # (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
@@ -94,17 +95,23 @@ _PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
 _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (((64, 128, 2, 1, 2, 24, False, False, True), _H200_MASKS),),
 }
-# Go before those where the step has least registers left: at head dim 128 beside a tile of operands or of dropout's bits, or a cap and slopes
-# (the addresses of a second buffer of ds are made in the step), at 64 beside three options or more (half the keys leave 255 registers a thread).
-_COMPILED = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
+# Go before those where the step has least registers left: at head dim 128 beside a bias or dropout's bits (the addresses of a second buffer of ds are
+# made in the step), at 64 beside three options or more (half the keys leave 255 registers a thread).
 _CROWDED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
-    64: (((64, 64, 2, 2, 1, 24, False, False, True), _COMPILED),),
-    128: (((64, 128, 2, 2, 1, 24, False, False, True), _COMPILED),),
+    64: (((64, 64, 2, 2, 1, 24, False, False, True), _FITS),),
+    128: (((64, 128, 2, 2, 1, 24, False, False, True), _OPTIONS),),
 }
 # Go first where a mask_mod compares what it computes of rows and keys, at head dim 64.
 _MASKED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (((128, 128, 2, 1, 1, 24, False, False, True), _H200_MASKS),),
 }
+# Go first at head dim 128 beside gradients of captured tensors by row, which take a pointer, a value and a condition of each pair: 128 keys a step spill
+# some 110 to 500 instructions in the loop and take 1.12 times as long (one H200, S 4096), 64 spill none. Other options are faster with 128 keys, spills or not
+# (benchmarks/results/h200_backward_option_tiles.csv).
+_HALVED: tuple[tuple[_Knobs, str], ...] = (
+    ((64, 64, 2, 1, 3, 24, False, True, False), _FITS),
+    ((64, 64, 2, 1, 3, 24, False, True, True), _OPTIONS),
+)
 # Beyond head dim 128 one tile fits, and p and ds leave no choice of order.
 _WIDE_ONLY: dict[str, Tunable] = {"BLOCK_M": 64, "BLOCK_N": 64, "DS_STAGES": 1, "SCORES_AHEAD": False, "DV_FIRST": True}
 
@@ -168,8 +175,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         return max(64, padded_head_dim(spec.head_dim_v))
 
     def is_wide(self, spec: AttentionSpec) -> bool:
-        """Whether accumulators of a block of 128 keys do not fit into registers: p and ds then pass through shared memory."""
-        return max(self.block_d(spec), self.block_dv(spec)) > _NARROW
+        """Whether a block of 128 keys leaves a step too few registers: it then has 64, and p and ds pass through shared memory."""
+        width = max(self.block_d(spec), self.block_dv(spec))
+        return width > _NARROW or (width == _NARROW and self.sums_by_row(spec))
 
     def panels(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products over a wide tile: powers of two, as blocks must be."""
@@ -261,14 +269,14 @@ class GluonBackwardSm90(BackwardText, Variant):
         )
 
     def _illegal_where_wide(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
-        """Beyond head dim 128 the kernel has one tile, and knobs of the other one stand at one value."""
+        """Where p and ds pass through shared memory the kernel has one tile, and knobs of the other one stand at one value."""
         if not self.is_wide(spec):
             return None
         for name, only in _WIDE_ONLY.items():
             if config[name] != only:
-                return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}"
+                return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}, or gradients by row take its registers"
         if config.DQ_STAGES < 2:
-            return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where a head dim is above {_NARROW}: TMA reads two at a time"
+            return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where tiles have 64 keys: TMA reads two at a time"
         return None
 
     def _illegal_registers(self, spec: AttentionSpec, target: Target, config: KernelConfig) -> str | None:
@@ -323,7 +331,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         if not beside and (width, spec.causal) in _PLAIN:
             first = _PLAIN[width, spec.causal]
             rows = (first, *(row for row in rows if row[0] != first[0]))
-        if self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
+        if width <= _NARROW and self.is_wide(spec):
+            rows = _HALVED
+        elif self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
             rows = (*(_CROWDED.get(width, ()) if self.crowds(spec, width) else ()), *rows)
         elif spec.has_mask_mod:
@@ -335,7 +345,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         """Whether options leave a step of a usual tile too few registers."""
         if width <= 64:
             return sum((spec.has_bias, spec.has_attn_mask, spec.dropout, spec.softcap, spec.has_score_mod)) >= 3
-        return spec.has_bias or spec.dropout or (spec.softcap and spec.has_alibi)
+        return spec.has_bias or (spec.dropout and not spec.has_alibi)
 
     def _of(self, values: _Knobs) -> KernelConfig:
         return self.config(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))

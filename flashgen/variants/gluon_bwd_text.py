@@ -157,6 +157,12 @@ class BackwardText:
         ]
         return {f"sum_of_{name}_ptr": f"d{captured(name)}" for name in names}
 
+    def sums_by_row(self, spec: AttentionSpec) -> bool:
+        """Whether what score_mod captured gets gradients that depend on the query: of each pair, or of each row."""
+        if not self.sums(spec) or spec.mods is None:
+            return False
+        return any("q_idx" not in one.summed_over for one in spec.mods.program.derivative.contributions)
+
     def summed(self, spec: AttentionSpec) -> tuple[str, ...]:
         """What `launch` calls the gradients that are sums over tiles: the bias's, and those of captured tensors."""
         return (*(["dbias"] if spec.has_bias else []), *self.sums(spec).values())

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from flashgen import Problem, Target, dispatch, mods
+from flashgen.facts import inspect
+from flashgen.render import render
 from flashgen.spec import AttentionSpec, Mods, Op, flag_names
 from flashgen.variants import by_name
 
@@ -89,3 +91,40 @@ def test_defaults_and_portfolios_are_legal_whatever_the_options(name: str, targe
             )
             judged += 1
     assert judged > 150
+
+
+def with_table(by_row: bool, head_dim: int) -> AttentionSpec:
+    """The backward of a score_mod whose table, by distance or by key, gets a gradient."""
+    table = torch.zeros(4, 200, requires_grad=True)
+
+    def by_distance(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + table[h, i - j + 100]
+
+    def by_key(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + table[h, j]
+
+    program, _ = mods.program(by_distance if by_row else by_key, {}, torch.device("cpu"))
+    return AttentionSpec(
+        op="attention_bwd", dtype="bf16", head_dim=head_dim, head_dim_v=head_dim, causal=True, has_score_mod=True,
+        mods=Mods(digest=program.digest, program=program),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("by_row", "head_dim", "keys"), [(True, 128, 64), (True, 80, 64), (False, 128, 128), (True, 64, 128)]
+)
+def test_gradients_by_row_leave_room_for_half_the_keys(by_row: bool, head_dim: int, keys: int) -> None:
+    variant = by_name("gluon_bwd_sm90")
+    assert keys == variant.default(with_table(by_row, head_dim), Target.named("h100")).BLOCK_N
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["dropout", "by distance"])
+def test_a_crowded_step_does_not_spill(option: str) -> None:
+    """Two of the worst options alone; each alone, and every two, in `compile_options.py`, part of `make torture`."""
+    variant, target = by_name("gluon_bwd_sm90"), Target.named("h100")
+    dropout = AttentionSpec(op="attention_bwd", dtype="bf16", head_dim=128, head_dim_v=128, causal=True, dropout=True)
+    spec = dropout if option == "dropout" else with_table(True, 128)
+    facts = inspect(render(spec, variant), target, variant.default(spec, target))
+    assert facts.loop_macs > 0
+    assert (facts.loop_spill_ops, facts.serialised, facts.undefined_registers) == (0, False, 0)

@@ -8,8 +8,8 @@ With p the probabilities, dp = dout v^T and delta = rowsum(dout * out) - dlse:
     ds = p * (dp - delta)    dv = p^T dout    dk = scale * ds^T q    dq = scale * ds k
 
 Who does what  A thread block owns a block of keys and walks once over the rows of all query heads that share it. One
-               consumer partition keeps dk and dv in registers; scores and dp are keys x rows, so that p and ds are register
-               operands of dv and dk as they stand. dq of a block of rows is staged in shared memory, and a writer warp adds it
+               consumer partition keeps dk and dv in registers; scores and dp are keys x rows, and p and ds pass through shared
+               memory: its two warpgroups split the columns of every product. dq of a block of rows is staged in shared memory, and a writer warp adds it
                to memory by TMA while dk is multiplied. One producer warp loads rows by TMA. Kernels before and after:
                attention_bwd_preprocess (delta, lse in base 2, sums zeroed), attention_bwd_postprocess (dq scaled and cast).
 Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/out; BLOCK_D, BLOCK_DV: the same, padded to a power of two by TMA's zeros.
@@ -137,7 +137,7 @@ def produce(
     """Loads the keys and values, then query rows, their gradients, lse and delta, step by step."""
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc = descs
     q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles = tiles
-    kv_full, q_full, do_full, rows_empty = bars
+    kv_full, q_full, do_full, rows_empty, do_empty = bars
     # -- keys and values: zeros beyond the last one --
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [off_b, off_hkv, start_n, 0], kv_full, k_tile)
@@ -156,9 +156,11 @@ def produce(
         mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
         tma_load(lse_desc, [off_bh, start_m], q_full.index(stage), lse_tiles.index(stage))
         tma_load(q_desc, [off_b, off_h, start_m, 0], q_full.index(stage), q_tiles.index(stage))
-        mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-        tma_load(delta_desc, [off_bh, start_m], do_full.index(stage), delta_tiles.index(stage))
-        tma_load(do_desc, [off_b, off_h, start_m, 0], do_full.index(stage), do_tiles.index(stage))
+        # Gradients are read earlier in a step than queries, and let go earlier: one buffer is enough.
+        mbarrier.wait(do_empty.index(0), (step & 1) ^ 1)
+        mbarrier.expect(do_full.index(0), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+        tma_load(delta_desc, [off_bh, start_m], do_full.index(0), delta_tiles.index(0))
+        tma_load(do_desc, [off_b, off_h, start_m, 0], do_full.index(0), do_tiles.index(0))
 
 
 # -- the writer: one warp --
@@ -220,14 +222,13 @@ def write_dq(
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
     dq_empty, rows_empty = bars
-    CONSUMERS: gl.constexpr = BLOCK_N // 16  # warps
+    CONSUMERS: gl.constexpr = 8  # warps
     bh_before = (off_b * num_heads_kv + off_hkv) * group
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, full, end, row_blocks_ptr)
         off_bh = bh_before + member
-        dq_stage = step % DQ_STAGES
+        dq_stage = (2 * step + 0) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
-        mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
             turn = turn_ptr + off_bh * num_m_blocks + m_block
@@ -235,13 +236,23 @@ def write_dq(
             before = gl.load(visits_ptr + m_block)
             while gl.atomic_add(turn, 0, sem="acquire") != before:
                 pass
-        tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
-        store_wait(0)
-        mbarrier.arrive(dq_empty.index(dq_stage), count=1)
+        tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        # TMA reads two buffers at a time: the one before this is free.
+        store_wait(1)
+        if step > 0:
+            mbarrier.arrive(dq_empty.index(((2 * step + 0) - 1) % DQ_STAGES), count=1)
+        dq_stage = (2 * step + 1) % DQ_STAGES
+        take_over(dq_stage, CONSUMERS)
+        mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
+        tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 1) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        # TMA reads two buffers at a time: the one before this is free.
+        store_wait(1)
+        mbarrier.arrive(dq_empty.index(((2 * step + 1) - 1) % DQ_STAGES), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
+    store_wait(0)
 
 
 # -- the consumers: one partition of warps, 16 keys each --
@@ -253,6 +264,19 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
     # A warp's 16 rows: which half, which of 8; its columns: eights, lane of four, pair.
     dq = dq.reshape([BLOCK_M // 16, 2, 8, WARP_COLS, BLOCK_D // (8 * WARP_COLS), 4, 2])
     return dq.permute((4, 3, 0, 2, 5, 1, 6)).reshape([BLOCK_M * BLOCK_D // 256, 256])
+
+
+@gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
 
 
 @gluon.jit
@@ -288,22 +312,11 @@ def largest_bits(value):
 
 
 @gluon.jit
-def start_scores(k, q_tiles, q_full, step, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, nothing):
-    """Starts the product of keys and the queries of a step; `use_acc` says that the accumulator starts from nothing."""
-    stage = step % STAGES
-    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
-    q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
-    return warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def attend(
     step,
-    num_steps,
     start_m,
-    scores,
-    dk,
-    dv,
+    dk_1,
+    dv_1,
     nothing,
     no_dq,
     first_m,
@@ -337,37 +350,31 @@ def attend(
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
-    WARP_COLS: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
-    DV_FIRST: gl.constexpr,
     ONE_KIND: gl.constexpr,
     SUMS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
-    """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
-    q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles = tiles
-    q_full, do_full, dq_empty = bars
+    """One block of rows: adds to dk and dv, and stages dq, panel by panel."""
+    q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles = tiles
+    q_full, do_full, do_empty, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
-    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    PANEL: gl.constexpr = no_dq.type.shape[1]
     stage = step % STAGES
-    k = k_tile.reshape([BLOCK_N, BLOCK_D])
-    q = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D])
-    do = do_tiles.index(stage).reshape([BLOCK_M, BLOCK_DV])
+    q, k = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D]), k_tile.reshape([BLOCK_N, BLOCK_D])
+    do, v = do_tiles.index(0).reshape([BLOCK_M, BLOCK_DV]), v_tile.reshape([BLOCK_N, BLOCK_DV])
+    q_1, k_1 = q.slice(0, 128, dim=1), k.slice(0, 128, dim=1)
+    do_1, v_1 = do.slice(0, 128, dim=1), v.slice(0, 128, dim=1)
     # -- scores of this block, and dp --
-    if not SCORES_AHEAD:
-        scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
-    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
-    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
-    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if not SCORES_AHEAD:
-        scores = warpgroup_mma_wait(1, deps=(scores_product,))
+    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+    scores_product = warpgroup_mma(k_1, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(0), step & 1)
+    dp_product = warpgroup_mma(v_1, do_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+    rows_m = rows_of(start_m, BLOCK_M, COLUMN)
     scaled = scores * sm_scale
     # -- score_mod --
     q_idx = rows_m[None, :]
@@ -399,14 +406,15 @@ def attend(
         allowed = (block_documents_q == block_documents_k) & (kv_idx <= q_idx)
         visible &= (kind == 2) | ((kind == 1) & allowed)
         p = gl.where(visible, p, 0.0)
-    p_operand = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-    # -- ds: in registers for dk, in shared memory for dq --
-    if DV_FIRST:
-        dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=(dp_product,))
-    else:
-        dp = warpgroup_mma_wait(0, deps=(dp_product,))
-    delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
+    # The other warpgroup may still be reading what was here and in ds_tile.
+    partition_barrier()
+    p_tile.store(p.to(DTYPE))
+    # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
+    fence_async_shared()
+    dv_1 = warpgroup_mma(p_tile, do_1, dv_1, is_async=True)
+    # -- ds --
+    dp = warpgroup_mma_wait(1, deps=(dp_product,))
+    delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
     ds = p * (dp - delta[None, :])
     # -- ds is that of the modified score: times the derivative of score_mod --
     d_table_index1 = floor_mod(q_idx - kv_idx, 5)
@@ -425,39 +433,31 @@ def attend(
     if IS_MASKED:
         # A derivative may be anything where nothing is seen.
         ds = gl.where(p != 0.0, ds, 0.0)
-    ds = ds.to(DTYPE)
-    ds_tile = ds_tiles.index(step % DS_STAGES)
-    # The other warpgroup may still be reading what was here.
-    partition_barrier()
-    ds_tile.store(ds)
-    if not DV_FIRST:
-        dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
-    ds_operand = gl.convert_layout(ds, DS_LAYOUT)
-    # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
+    ds_tile.store(ds.to(DTYPE))
     fence_async_shared()
-    # -- dq, then dk: dq is staged while dk is multiplied --
-    dq_product = warpgroup_mma(ds_tile.permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
-    dv = warpgroup_mma_wait(1, deps=(dv_product,))
-    dk_product = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    # -- dq and dk: a panel of dq is staged, and added, while the next ones are multiplied --
+    ds = ds_tile.permute((1, 0))
+    dq_product = warpgroup_mma(ds, k.slice(0, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
+    dv_1 = warpgroup_mma_wait(1, deps=(dv_1,))
+    mbarrier.arrive(do_empty.index(0), count=1)
+    dk_1 = warpgroup_mma(ds_tile, q_1, dk_1, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_product,))
-    dq_stage = step % DQ_STAGES
-    mbarrier.wait(dq_empty.index(dq_stage), ((step // DQ_STAGES) & 1) ^ 1)
-    dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * BLOCK_D // 256, 256])
-    dq_tile.store(in_register_order(dq, BLOCK_M, BLOCK_D, WARP_COLS))
-    if SCORES_AHEAD:
-        # The last step multiplies its own again, for nobody. A product must not cross the loop's edge: ptxas would
-        # serialise all of them (C7514).
-        following = gl.minimum(step + 1, num_steps - 1)
-        scores_product = start_scores(k, q_tiles, q_full, following, BLOCK_M, BLOCK_D, STAGES, nothing)
-        dk = warpgroup_mma_wait(1, deps=(dk_product,))
-    else:
-        dk = warpgroup_mma_wait(0, deps=(dk_product,))
-    # The fence stands behind the wait: ptxas 12.8 crashes where it stands before.
+    dq_product = warpgroup_mma(ds, k.slice(PANEL, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
+    stage_dq(dq, 2 * step, dq_tiles, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    dk_1, dq = warpgroup_mma_wait(0, deps=(dk_1, dq_product))
+    stage_dq(dq, 2 * step + 1, dq_tiles, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    return dk_1, dv_1
+
+
+@gluon.jit
+def stage_dq(dq, number, dq_tiles, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.constexpr, DQ_STAGES: gl.constexpr):
+    """Hands a panel of dq to the writer; the last one of a step says that its rows have been read, too."""
+    dq_stage = number % DQ_STAGES
+    mbarrier.wait(dq_empty.index(dq_stage), ((number // DQ_STAGES) & 1) ^ 1)
+    dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * PANEL // 256, 256])
+    dq_tile.store(in_register_order(dq, BLOCK_M, PANEL, 2))
     fence_async_shared()
-    hand_over(dq_stage, BLOCK_N // 16)
-    if SCORES_AHEAD:
-        scores = warpgroup_mma_wait(0, deps=(scores_product,))
-    return scores, dk, dv
+    hand_over(dq_stage, 8)
 
 
 @gluon.jit
@@ -500,39 +500,30 @@ def consume(
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
-    DV_FIRST: gl.constexpr,
+    PANEL: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
     ONE_KIND: gl.constexpr,
     SUMS: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
-    q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
-    kv_full, q_full, do_full, dq_empty = bars
+    q_tiles, k_tile, v_tile, _, _, _, _, _, _ = tiles
+    kv_full, q_full, do_full, do_empty, dq_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
-    WARPS: gl.constexpr = BLOCK_N // 16
-    # Warps along the rows of dq; the others take other columns.
-    DQ_ROWS: gl.constexpr = WARPS if WARPS < BLOCK_M // 16 else BLOCK_M // 16
-    DQ_COLS: gl.constexpr = WARPS // DQ_ROWS
     SCORES_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
-    )
-    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_D, 16]
-    )
-    DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_DV, 16]
+        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, BLOCK_M // 2, 16]
     )
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[DQ_ROWS, DQ_COLS], instr_shape=[16, BLOCK_D // DQ_COLS, 16]
+        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, PANEL // 2, 16]
+    )
+    LAYOUT_128: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128 // 2, 16]
     )
     nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES_LAYOUT)
-    no_dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, DQ_LAYOUT)
-    dk = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, DK_LAYOUT)
-    dv = gl.zeros([BLOCK_N, BLOCK_DV], gl.float32, DV_LAYOUT)
+    no_dq = gl.zeros([BLOCK_M, PANEL], gl.float32, DQ_LAYOUT)
+    dk_1 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
+    dv_1 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
     # -- mask: the first row that sees each key; none sees a key that does not exist --
     offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
     first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
@@ -550,11 +541,6 @@ def consume(
     fence_async_shared()
     # Met here once: the compiler would put a barrier of its own into the loops, before the first product that reads what was stored.
     partition_barrier()
-    scores = nothing
-    if SCORES_AHEAD:
-        k = k_tile.reshape([BLOCK_N, BLOCK_D])
-        product = start_scores(k, q_tiles, q_full, 0, BLOCK_M, BLOCK_D, STAGES, nothing)
-        scores = warpgroup_mma_wait(0, deps=(product,))
     masked_steps = 0
     if MASKED:
         # -- blocks that the diagonal or the last key crosses --
@@ -563,13 +549,11 @@ def consume(
             member, m_block = block_of(step, group, full, end, row_blocks_ptr)
             start_m = m_block * BLOCK_M
             off_h = off_hkv * group + member
-            scores, dk, dv = attend(
+            dk_1, dv_1 = attend(
                 step,
-                num_steps,
                 start_m,
-                scores,
-                dk,
-                dv,
+                dk_1,
+                dv_1,
                 nothing,
                 no_dq,
                 first_m,
@@ -597,17 +581,13 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 tiles,
-                (q_full, do_full, dq_empty),
+                (q_full, do_full, do_empty, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
                 STAGES,
-                DS_STAGES,
                 DQ_STAGES,
-                DQ_COLS,
-                SCORES_AHEAD,
-                DV_FIRST,
                 ONE_KIND,
                 SUMS,
                 IS_MASKED=True,
@@ -618,13 +598,11 @@ def consume(
             member, m_block = block_of(step, group, full, end, row_blocks_ptr)
             start_m = m_block * BLOCK_M
             off_h = off_hkv * group + member
-            scores, dk, dv = attend(
+            dk_1, dv_1 = attend(
                 step,
-                num_steps,
                 start_m,
-                scores,
-                dk,
-                dv,
+                dk_1,
+                dv_1,
                 nothing,
                 no_dq,
                 first_m,
@@ -652,17 +630,13 @@ def consume(
                 documents_stride0,
                 documents_size0,
                 tiles,
-                (q_full, do_full, dq_empty),
+                (q_full, do_full, do_empty, dq_empty),
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
                 STAGES,
-                DS_STAGES,
                 DQ_STAGES,
-                DQ_COLS,
-                SCORES_AHEAD,
-                DV_FIRST,
                 ONE_KIND,
                 SUMS,
                 IS_MASKED=False,
@@ -671,8 +645,8 @@ def consume(
     # Each warpgroup has waited for its own products: the other may still be reading.
     partition_barrier()
     k, v = k_tile.reshape([BLOCK_N, BLOCK_D]), v_tile.reshape([BLOCK_N, BLOCK_DV])
-    v.store(dv.to(DTYPE))
-    k.store((dk * sm_scale).to(DTYPE))
+    v.slice(0, 128, dim=1).store(dv_1.to(DTYPE))
+    k.slice(0, 128, dim=1).store((dk_1 * sm_scale).to(DTYPE))
     fence_async_shared()
     tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
     tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
@@ -746,11 +720,8 @@ def attention_bwd(
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr,
-    DS_STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
-    DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
     ONE_KIND: gl.constexpr,
@@ -776,25 +747,28 @@ def attention_bwd(
     begin, full, end = row_blocks(row_counts_ptr, PEELED)
     # -- shared memory --
     q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
-    do_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
+    do_tiles = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
     k_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], DTYPE)
-    PANEL: gl.constexpr = BLOCK_D
-    ds_tiles = gl.allocate_shared_memory(DTYPE, [DS_STAGES, BLOCK_N, BLOCK_M], DS_LAYOUT)
+    PANEL: gl.constexpr = 64
+    p_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
+    ds_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 1, BLOCK_M * PANEL // 256, 256], dq_desc.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
-    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M], delta_desc.layout)
     # -- barriers: full is completed by what fills a buffer, empty by who has read it --
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    do_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     rows_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(do_full.index(0), count=1)
+    mbarrier.init(do_empty.index(0), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(do_full.index(stage), count=1)
         mbarrier.init(rows_empty.index(stage), count=1)
     for stage in gl.static_range(DQ_STAGES):
         mbarrier.init(dq_empty.index(stage), count=1)
@@ -805,8 +779,8 @@ def attention_bwd(
                 (
                     dk_desc,
                     dv_desc,
-                    (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, ds_tiles, dq_tiles),
-                    (kv_full, q_full, do_full, dq_empty),
+                    (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles),
+                    (kv_full, q_full, do_full, do_empty, dq_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -841,10 +815,8 @@ def attention_bwd(
                     BLOCK_D,
                     BLOCK_DV,
                     STAGES,
-                    DS_STAGES,
                     DQ_STAGES,
-                    SCORES_AHEAD,
-                    DV_FIRST,
+                    PANEL,
                     PEELED,
                     MASKED,
                     ONE_KIND,
@@ -856,7 +828,7 @@ def attention_bwd(
                 (
                     (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc),
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles),
-                    (kv_full, q_full, do_full, rows_empty),
+                    (kv_full, q_full, do_full, rows_empty, do_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -961,8 +933,9 @@ def attention_bwd_preprocess(
     tl.store(delta_ptr + row, delta)
 
     # -- sums, rows that do not exist included: TMA adds to whole blocks --
-    dq_sum_ptrs = dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
-    tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
+    for panel in tl.static_range(2):
+        dq_sum_ptrs = dq_sum_ptr + (2 * block + panel) * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL)
+        tl.store(dq_sum_ptrs, tl.zeros([BLOCK_M * PANEL], tl.float32))
     if turn_ptr is not None:
         tl.store(turn_ptr + block, 0)
 
@@ -991,14 +964,15 @@ def attention_bwd_postprocess(
     block = tl.program_id(0).to(tl.int64)
     rows = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m = rows.to(tl.int64)[:, None]
-    dq = tl.load(dq_sum_ptr + block * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL))
-    # -- back from the order of `in_register_order` --
-    dq = dq.reshape([PANEL // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
-    dq = dq.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, PANEL]) * sm_scale
-    offs_d = tl.arange(0, PANEL)
-    mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    for panel in tl.static_range(2):
+        dq = tl.load(dq_sum_ptr + (2 * block + panel) * (BLOCK_M * PANEL) + tl.arange(0, BLOCK_M * PANEL))
+        # -- back from the order of `in_register_order` --
+        dq = dq.reshape([PANEL // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
+        dq = dq.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, PANEL]) * sm_scale
+        offs_d = panel * PANEL + tl.arange(0, PANEL)
+        mask = (rows < seqlen_q)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        dq_ptrs = dq_ptr + off_b * stride_dqb + off_h * stride_dqh + m * stride_dqm + offs_d[None, :]
+        tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 # -- the launch --
@@ -1084,7 +1058,7 @@ def launch(
         seqlen_q,
         seqlen_q,
         HEAD_DIM_V=128,
-        PANEL=128,
+        PANEL=64,
         BLOCK_DV=128,
         BLOCK_M=BLOCK_M,
         num_warps=8,
@@ -1109,7 +1083,7 @@ def launch(
             describe(k, seqlen_k, BLOCK_N, 128),
             describe(v, seqlen_k, BLOCK_N, 128),
             describe(dout, seqlen_q, BLOCK_M, 128),
-            TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 128 // 256, 256], unswizzled(3)),
+            TensorDescriptor.from_tensor(dq_sum, [1, BLOCK_M * 64 // 256, 256], unswizzled(3)),
             describe(dk, seqlen_k, BLOCK_N, 128),
             describe(dv, seqlen_k, BLOCK_N, 128),
             TensorDescriptor.from_tensor(lse2, [1, BLOCK_M], unswizzled(2)),
@@ -1154,17 +1128,14 @@ def launch(
             128,
             128,
             STAGES,
-            DS_STAGES,
             DQ_STAGES,
             PRODUCER_REGS,
-            SCORES_AHEAD,
-            DV_FIRST,
             PEELED,
             True,
             block_size_q % BLOCK_M == 0 and block_size_k % BLOCK_N == 0,
             mode,
             deterministic,
-            num_warps=BLOCK_N // 16,
+            num_warps=8,
             enable_fp_fusion=True,
         )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
@@ -1175,9 +1146,9 @@ def launch(
         num_heads_q,
         seqlen_q,
         HEAD_DIM=128,
-        PANEL=128,
+        PANEL=64,
         BLOCK_M=BLOCK_M,
-        WARP_COLS=max(1, BLOCK_N // BLOCK_M),
+        WARP_COLS=2,
         num_warps=8,
         enable_fp_fusion=True,
     )

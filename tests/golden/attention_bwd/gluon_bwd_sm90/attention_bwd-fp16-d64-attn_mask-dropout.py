@@ -426,7 +426,10 @@ def attend(
         rows_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1)
         visible = first_m[:, None] <= rows_m[None, :]
         p = gl.where(visible, p, 0.0)
-    p_operand = gl.convert_layout(gl.where(kept, p * dropout_scale, 0.0).to(DTYPE), P_LAYOUT)
+    # Until dp is there the sign of a probability says whether it is dropped: bits of their own take registers.
+    signed_p = gl.where(kept, p, -p)
+    p_operand = gl.convert_layout(gl.where(signed_p < 0.0, 0.0, signed_p * dropout_scale).to(DTYPE), P_LAYOUT)
+    p = gl.abs(signed_p)
     # -- ds: in registers for dk, in shared memory for dq --
     if DV_FIRST:
         dv_product = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -434,7 +437,7 @@ def attend(
     else:
         dp = warpgroup_mma_wait(0, deps=(dp_product,))
     delta = delta_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    dp = gl.where(kept, dp * dropout_scale, 0.0)
+    dp = gl.where(signed_p < 0.0, 0.0, dp * dropout_scale)
     ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_tile = ds_tiles.index(step % DS_STAGES)
     # The other warpgroup may still be reading what was here.
