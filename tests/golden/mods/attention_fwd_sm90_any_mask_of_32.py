@@ -303,7 +303,7 @@ def produce(
             # Looked up for all warpgroups before any is told: loads wait for stores.
             found = ()
             for w in gl.static_range(NUM_WG):
-                found = found + (
+                found += (
                     key_range(
                         start_m + w * ROWS,
                         ROWS,
@@ -328,9 +328,9 @@ def produce(
                         off_h,
                     )
                     line = (gl.load(ranges), gl.load(ranges + 1), gl.load(ranges + 2), gl.load(ranges + 4))
-                    found = found + (line,)
+                    found += (line,)
                 else:
-                    found = found + ((),)
+                    found += ((),)
             for w in gl.static_range(NUM_WG):
                 first, full_first, full_end, end = found[2 * w]
                 n_first = gl.minimum(n_first, first)
