@@ -360,7 +360,7 @@ def block_mask(mask: Any, scores: tuple[int, int, int, int], device: Any) -> Non
 
 
 # From here on the rounding of lse changes a row's probabilities by more than rounding them to bf16 does.
-_LARGEST_LSE = float(1 << 16)
+_LARGEST_LSE = float(1 << 17)
 
 
 def row_sums(dout: Tensor | None, dlse: Tensor | None, lse: Tensor, layout: str) -> None:

@@ -326,5 +326,5 @@ def test_a_kernel_does_not_differentiate_them() -> None:
             checks.row_sums(*gradients, lse, layout)  # type: ignore[arg-type]
     with pytest.raises(flashgen.UnsupportedProblemError):
         checks.row_sums(dout[1], None, lse[1], "bshd")
-    lse[1, 2, 3] = 6e4
+    lse[1, 2, 3] = 1e5
     checks.row_sums(dout, None, lse, "bshd")
