@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flashgen import garbage
+
 
 class _Thread(threading.local):
     """What this thread is about.
@@ -100,6 +102,7 @@ class _Compiling:
         device = driver.active.get_current_device()
 
         def compile() -> None:
+            garbage.leave_alone()
             try:
                 if driver.active.get_current_device() != device:
                     driver.active.set_current_device(device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -15,10 +16,39 @@ _inside = 0  # blocks that put it off, of all threads
 _was_on = False
 
 
+class _Thread(threading.local):
+    """Whether this thread works beside calls, for seconds: the collector is none of its business."""
+
+    beside: bool = False
+
+
+_thread = _Thread()
+
+
+def leave_alone() -> None:
+    """From now on nothing here changes anything on this thread."""
+    _thread.beside = True
+
+
+def _after_fork() -> None:
+    """In a child, whose parent's other threads may have been inside: none of them is here to end it."""
+    global _lock, _inside
+    _lock = threading.Lock()
+    if _inside > 0 and _was_on:
+        gc.enable()
+    _inside = 0
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
     """Nothing is collected inside, by any thread; what is garbage by then is collected afterwards. For milliseconds alone."""
     global _inside, _was_on
+    if _thread.beside:
+        yield
+        return
     with _lock:
         if _inside == 0:
             _was_on = gc.isenabled()
@@ -36,6 +66,9 @@ def put_off() -> Iterator[None]:
 @contextlib.contextmanager
 def as_ever() -> Iterator[None]:
     """Inside of `put_off`, what takes longer: it is collected again."""
+    if _thread.beside:
+        yield
+        return
     with _lock:
         resumed = _inside > 0 and _was_on and not gc.isenabled()
         if resumed:

@@ -178,9 +178,6 @@ class _Compile:
         work, compiling.thread.beside = compiling.thread.beside, None
         if work is not None:
             compiling.after_reading(src, work)
-        read = getattr(src, "make_ir", None)
-        if read is not None:  # half a second of Python, which makes objects by the ten thousand
-            src.make_ir = garbage.put_off()(read)
         try:
             with without_lines(), garbage.as_ever():
                 made = self._compile(src, target=target, options=options, **more)
@@ -188,7 +185,8 @@ class _Compile:
             # Where Triton found the binary after all nothing was read: its kernel keeps `src`, which must not keep the work.
             vars(src).pop("make_ir", None)
             if launcher is not None:
-                launcher.join()
+                with garbage.as_ever():
+                    launcher.join()
         return _loading_apart(made)
 
 

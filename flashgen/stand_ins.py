@@ -88,6 +88,7 @@ def compile_beside(work: Callable[..., None], name: str, *tensors: Tensor | None
         stream = torch.cuda.stream(own)
 
     def compile(stream: AbstractContextManager[None], *given: Tensor | None) -> None:
+        garbage.leave_alone()
         try:
             with torch.no_grad(), relaxed(), stream:
                 work(*given)
@@ -113,7 +114,10 @@ def ways(plan: Plan, spec: AttentionSpec, operands: Operands, q: Tensor | None) 
         q: its queries.
     """
     own = Way(spec)
-    share, be_brief = shared_masks.may_stand_in(plan), _may_be_brief(plan, spec)
+    # Not where the caller named the kernel, nor where bits are to repeat: compilers promise none.
+    asked = plan.config_source == "explicit" or bool(plan.problem.deterministic)
+    share = not asked and shared_masks.may_stand_in(plan)
+    be_brief = not asked and _may_be_brief(plan, spec)
     if q is None or not (share or be_brief) or not settings.read().stand_ins:
         yield own
         return
@@ -143,9 +147,8 @@ def ways(plan: Plan, spec: AttentionSpec, operands: Operands, q: Tensor | None) 
 
 
 def _may_be_brief(plan: Plan, spec: AttentionSpec) -> bool:
-    """Whether the brief form may stand in. Not where the caller named the kernel, nor where bits are to repeat: compilers promise none."""
-    asked = plan.config_source == "explicit" or plan.problem.deterministic
-    return not asked and plan.target.backend != "cpu" and bool(by_name(plan.variant).brief(spec))
+    """Whether a plan's kernel has a brief form."""
+    return plan.target.backend != "cpu" and bool(by_name(plan.variant).brief(spec))
 
 
 def compile_own(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +49,48 @@ def test_the_last_of_several_threads_puts_it_back() -> None:
     leave.set()
     thread.join()
     assert gc.isenabled()
+
+
+def test_what_works_beside_changes_nothing() -> None:
+    """A thread that compiles for seconds neither keeps the collector off nor turns it off again at its end."""
+    gc.enable()
+    seen: list[bool] = []
+
+    def other() -> None:
+        garbage.leave_alone()
+        with garbage.put_off():
+            seen.append(gc.isenabled())
+        with garbage.as_ever():
+            seen.append(gc.isenabled())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [True, True]
+    assert gc.isenabled()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_inside_collects() -> None:
+    gc.enable()
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with garbage.put_off():
+            entered.set()
+            leave.wait(30.0)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(30.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if gc.isenabled() and garbage._inside == 0 else 1)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_outside_nothing_is_changed() -> None:
