@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,6 @@ from flashgen.peers.judge import Judge, _Part
 from flashgen.problem import Problem
 from flashgen.reference.plain import full_fp32
 
-os.environ.setdefault("FLASHGEN_STAND_INS", "0")  # each call's own kernel is timed
 WINDOW, PREFIX, CAP, REACH = 1024, 512, 30.0, 6
 TILE = 128  # of the tiles that are counted as touched; also FlexAttention's BLOCK_SIZE
 _BLOCK_PAIRS = 1 << 25  # scores held at once

@@ -442,10 +442,10 @@ def attend(
         k_stage = 1 - v_stage
         k_phase = v_phase ^ v_stage
     else:
-        v_stage = step % STAGES
-        v_phase = (step // STAGES) & 1
         k_stage = (step + 1) % STAGES
+        v_stage = step % STAGES
         k_phase = ((step + 1) // STAGES) & 1
+        v_phase = (step // STAGES) & 1
     # -- scores of this block --
     mbarrier.wait(k_full.index(k_stage), k_phase)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
