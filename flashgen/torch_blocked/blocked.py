@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flashgen.checks import without_values
 from flashgen.torch_blocked.options import Block, GradientSums, Options, blocks
 
 # Scores of one step. A step holds some ten arrays of that many elements: they have to be small beside q, k, v and out of 32k
@@ -128,6 +129,8 @@ def backward(
 
 def large(lse: Tensor) -> bool:
     """Whether a row's sum has to be made anew, since its lse is too large to hold it. Off the CPU nothing synchronises: always."""
+    if without_values(lse):
+        return False
     return lse.device.type != "cpu" or bool(((lse.abs() > LARGE_LSE) & lse.isfinite()).any())
 
 

@@ -511,25 +511,16 @@ def attend(
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
     v_full, v_empty = v_bars
-    if STAGES == 2:
-        # Bits: a step is never negative, and of two stages the next block's follows from this one's. Fewer instructions than signed remainders.
-        v_stage = step & 1
-        v_phase = (step >> 1) & 1
-        k_stage = 1 - v_stage
-        k_phase = v_phase ^ v_stage
-    else:
-        k_stage = (step + 1) % STAGES
-        v_stage = step % STAGES
-        k_phase = ((step + 1) // STAGES) & 1
-        v_phase = (step // STAGES) & 1
+    k_stage = (step + 1) % STAGES
+    v_stage = step % STAGES
     # -- scores of this block --
-    mbarrier.wait(k_full.index(k_stage), k_phase)
+    mbarrier.wait(k_full.index(k_stage), ((step + 1) // STAGES) & 1)
     k = k_tiles.index(k_stage).reshape([BLOCK_N, BLOCK_D])
     if TAKE_TURNS:
         take_turn(step, WG)
     scores = start_scores(q, k, BLOCK_N, QK_LAYOUT)
     # -- accumulate: the block before --
-    mbarrier.wait(v_full.index(v_stage), v_phase)
+    mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
