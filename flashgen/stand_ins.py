@@ -114,10 +114,10 @@ def ways(plan: Plan, spec: AttentionSpec, operands: Operands, q: Tensor | None) 
         q: its queries.
     """
     own = Way(spec)
-    # Not where the caller named the kernel, nor where bits are to repeat: compilers promise none.
-    asked = plan.config_source == "explicit" or bool(plan.problem.deterministic)
-    share = not asked and shared_masks.may_stand_in(plan)
-    be_brief = not asked and _may_be_brief(plan, spec)
+    # Not where bits are to repeat, which compilers promise of no two kernels; nor a brief form where the caller named the kernel.
+    repeats = bool(plan.problem.deterministic)
+    share = not repeats and shared_masks.may_stand_in(plan)
+    be_brief = not repeats and plan.config_source != "explicit" and _may_be_brief(plan, spec)
     if q is None or not (share or be_brief) or not settings.read().stand_ins:
         yield own
         return
