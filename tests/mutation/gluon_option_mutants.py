@@ -94,7 +94,8 @@ CASES: dict[str, Case] = {
     "gradients, packed window": Case(**{**_PACKED, "grad": True, "causal": False, "window": (40, 9), "sinks": True, "top_left": True, "tile": (64, 64)}),
 }  # fmt: skip
 
-FULL = "gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):"
+FULL_END = ' - 1, full_first - 1, -1):\n{{ attend_with_options("n * BLOCK_N", "False") | indent(16'
+FULL = f"gl.where(part == 0, full_end, full_first){FULL_END}"
 MASKED = "gl.where(part == 0, full_end, first) - 1, -1\n"
 FIRST = "rows_m + (causal_offset - window_left - 1 - start_n)"
 LAST = "last_n = gl.minimum(rows_m + (causal_offset + window_right), seqlen_k - 1)"
@@ -117,7 +118,7 @@ MUTANTS: tuple[tuple[str, str, str, str, str], ...] = (
     ("mask_mod's last block forgotten", "end = gl.minimum(end, gl.load(ranges + 3))", "end = gl.minimum(end, gl.load(ranges + 3) - 1)", RANGE, "mask_mod"),
     ("blocks that mask_mod hides in part taken for whole ones", "full_first = gl.maximum(full_first, gl.load(ranges + 1))\n        full_end = gl.minimum(full_end, gl.load(ranges + 2))", "full_first = gl.maximum(full_first, gl.load(ranges))\n        full_end = gl.minimum(full_end, gl.load(ranges + 3))", RANGE, "mask_mod of columns"),
     ("the first masked block before the whole ones left out", MASKED, "gl.where(part == 0, full_end, first), -1\n", WALK, "window"),
-    ("whole blocks walked twice", FULL, "full_end - 1, full_first - 1, -1):", WALK, "window"),
+    ("whole blocks walked twice", FULL, f"full_end{FULL_END}", WALK, "window"),
     ("a listed block left out", "for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked, n_listed)):", "for place in range(gl.where(part == 0, 1, n_listed), gl.where(part == 0, n_masked - 1, n_listed)):", WALK, "block_mask"),
     ("the first listed block met twice", "for place in range(gl.where(part == 0, 1, n_listed),", "for place in range(gl.where(part == 0, 0, n_listed),", WALK, "block_mask"),
     ("kinds of the first rows", "block_row = gl.minimum(start_m, seqlen_q - 1) // block_size_q", "block_row = gl.minimum(start_m, 0)", SCORES, "block_mask of large blocks"),

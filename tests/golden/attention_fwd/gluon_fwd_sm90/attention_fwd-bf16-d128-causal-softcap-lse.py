@@ -771,7 +771,7 @@ def consume(
                     )
                     step += 1
                 p = repacked(p)
-                for left in range(gl.where(part == 0, full_end - full_first, 0)):
+                for n in range(gl.where(part == 0, full_end, full_first) - 1, full_first - 1, -1):
                     p, acc, m_i, l_i = attend(
                         q,
                         k_tiles,
@@ -785,7 +785,7 @@ def consume(
                         l_i,
                         qk_scale,
                         rows_m,
-                        (full_end - 1 - left) * BLOCK_N,
+                        n * BLOCK_N,
                         seqlen_k,
                         sm_scale,
                         softcap,
