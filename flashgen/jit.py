@@ -275,9 +275,8 @@ def _launcher_beside(src: Any) -> threading.Thread | None:
             directories = {"library_dirs": driver.library_dirs(), "include_dirs": driver.include_dirs}
             compile_module(src=text, name="__triton_launcher", libraries=driver.libraries, **directories)
 
-    thread = threading.Thread(
-        target=build, name="flashgen-launcher", daemon=False
-    )  # the end of the process waits for it
+    # At the end of the process it is waited for.
+    thread = threading.Thread(target=build, name="flashgen-launcher", daemon=False)
     thread.start()
     return thread
 
