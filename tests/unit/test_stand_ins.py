@@ -106,6 +106,12 @@ def test_a_second_mask_that_reads_tensors_compiles_nothing_before_it_runs(kernel
     assert kernels.launched == ["shared"] * 2 and kernels.compiled == [("shared", True)]
 
 
+def test_nothing_stands_in_where_bits_are_to_repeat(kernels: Kernels) -> None:
+    ids, (q, k) = documents(100), drawn()
+    flashgen.attention(q, k, k, mask_mod=lambda b, h, i, j: ids[i] == ids[j], deterministic=True, backend="gluon")
+    assert kernels.launched == ["own"] and kernels.compiled == [("own", True)]
+
+
 def test_a_write_that_nobody_counts_is_met_with_tables_of_its_own(kernels: Kernels) -> None:
     ids, other = documents(100), documents(37)
     given: list[torch.Tensor] = []
