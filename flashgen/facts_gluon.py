@@ -27,6 +27,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     variant = by_name(config.variant)
     boxes, values = variant.boxes(spec, config), {**config, **variant.constants(spec, config)}
     fp32_boxes = variant.fp32_boxes(spec, config)
+    units = unit_strides(spec)
     element = {"fp16": gl.float16, "bf16": gl.bfloat16}[spec.dtype]
     elements = {**_OWN_ELEMENTS, **features.elements(spec)}
     signature: dict[str, str] = {}
@@ -51,7 +52,7 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
         elif name.endswith("_scale") or name in features.FLOATS:
             signature[name] = "fp32"
         elif "stride" in name and not parameter.do_not_specialize:
-            if name in features.UNIT_STRIDES:
+            if name in units:
                 signature[name] = "constexpr"
                 constants[(index,)] = 1
             else:
@@ -62,3 +63,10 @@ def ast_source(kernel: Any, spec: AttentionSpec, config: KernelConfig, *, consta
     if constants_have_attributes:
         attributes |= {path: [] for path in constants}
     return GluonASTSource(kernel, signature, constants, dict(sorted(attributes.items())))
+
+
+def unit_strides(spec: AttentionSpec) -> tuple[str, ...]:
+    """Strides that are 1 in a contiguous operand, and so constants of a call's kernel."""
+    rows = () if spec.mods is None else spec.mods.program.captures
+    last = (f"{row.name}_stride{len(row.shape) - 1}" for row in rows)
+    return (*features.UNIT_STRIDES, *last)

@@ -160,7 +160,7 @@ def signature_of(
         elif parameter.do_not_specialize:
             signature[name] = "i32"
         else:
-            form = specialised(given.get(name, 1 if name in _unit_strides(spec) else 16))
+            form = specialised(given.get(name, 1 if name in facts_gluon.unit_strides(spec) else 16))
             signature[name] = form.removesuffix(DIVISIBLE)
             if form == "constexpr":
                 constants[(index,)] = 1
@@ -169,13 +169,6 @@ def signature_of(
     if constants_have_attributes(kernel):
         attributes |= {path: [] for path in constants}
     return signature, constants, dict(sorted(attributes.items()))
-
-
-def _unit_strides(spec: AttentionSpec) -> tuple[str, ...]:
-    """Strides that are 1 in a contiguous operand."""
-    rows = () if spec.mods is None else spec.mods.program.captures
-    last = (f"{row.name}_stride{len(row.shape) - 1}" for row in rows)
-    return (*features.UNIT_STRIDES, *last)
 
 
 def constants_have_attributes(kernel: Any) -> bool:

@@ -95,6 +95,10 @@ _PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
 _BESIDE_SCORES: dict[int, tuple[tuple[_Knobs, str], ...]] = {
     64: (((64, 128, 2, 1, 2, 24, False, False, True), _H200_MASKS),),
 }
+# Go first at head dim 64 beside a bias alone: 2.17 instead of 2.21 ms, and nothing spilled.
+_BIASED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
+    64: (((64, 128, 2, 2, 1, 24, False, False, True), _OPTIONS),),
+}
 # Go before those where the step has least registers left: at head dim 128 beside a bias or dropout's bits (the addresses of a second buffer of ds are
 # made in the step), at 64 beside three options or more (half the keys leave 255 registers a thread).
 _CROWDED: dict[int, tuple[tuple[_Knobs, str], ...]] = {
@@ -335,6 +339,7 @@ class GluonBackwardSm90(BackwardText, Variant):
             rows = _HALVED
         elif self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)
+            rows = (*(_BIASED.get(width, ()) if spec.has_bias and self.changes(spec) == 1 else ()), *rows)
             rows = (*(_CROWDED.get(width, ()) if self.crowds(spec, width) else ()), *rows)
         elif spec.has_mask_mod:
             rows = (*_MASKED.get(width, ()), *rows)
@@ -344,8 +349,13 @@ class GluonBackwardSm90(BackwardText, Variant):
     def crowds(spec: AttentionSpec, width: int) -> bool:
         """Whether options leave a step of a usual tile too few registers."""
         if width <= 64:
-            return sum((spec.has_bias, spec.has_attn_mask, spec.dropout, spec.softcap, spec.has_score_mod)) >= 3
+            return GluonBackwardSm90.changes(spec) >= 3
         return spec.has_bias or (spec.dropout and not spec.has_alibi)
+
+    @staticmethod
+    def changes(spec: AttentionSpec) -> int:
+        """How many options change what a score becomes."""
+        return sum((spec.has_bias, spec.has_attn_mask, spec.dropout, spec.softcap, spec.has_score_mod))
 
     def _of(self, values: _Knobs) -> KernelConfig:
         return self.config(**dict(zip((knob.name for knob in self.knobs), values, strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashgen.errors import RenderError
@@ -12,6 +12,29 @@ from flashgen.variants.features import Signature, captured, signature
 from flashgen.variants.gluon_bwd_mask import MaskParts, mask_parts
 
 _OF_ROWS = ("mask_ranges", "ranges_", "key_")  # tables for who owns rows and walks over keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """One contribution to a captured tensor's gradient, as text of a tile of keys x rows.
+
+    Attributes:
+        number: of its gradient among those that are summed.
+        value: of each pair.
+        is_grad: whether that is the gradient of the score alone, which is 0 where nothing is seen.
+        pointers: where it goes.
+        part: `part`, the value of each pair, summed over what the element does not depend on.
+        inside: whether it goes anywhere where all rows and keys exist.
+        existing: whether it does where some may not; None where the element depends on neither.
+    """
+
+    number: int
+    value: str
+    is_grad: bool
+    pointers: str
+    part: str
+    inside: str
+    existing: str | None
 
 
 class BackwardText:
@@ -163,6 +186,13 @@ class BackwardText:
             return False
         return any("q_idx" not in one.summed_over for one in spec.mods.program.derivative.contributions)
 
+    def sums_by_key(self, spec: AttentionSpec) -> bool:
+        """Whether some of those depend on the key and not on the query."""
+        if not self.sums(spec) or spec.mods is None:
+            return False
+        every = (one.summed_over for one in spec.mods.program.derivative.contributions)
+        return any("q_idx" in over and "kv_idx" not in over for over in every)
+
     def summed(self, spec: AttentionSpec) -> tuple[str, ...]:
         """What `launch` calls the gradients that are sums over tiles: the bias's, and those of captured tensors."""
         return (*(["dbias"] if spec.has_bias else []), *self.sums(spec).values())
@@ -178,15 +208,12 @@ class BackwardText:
             max(1, len(spec.mods.program.derivative.contributions)) if spec.mods is not None and self.sums(spec) else 1
         )
 
-    def added(self, spec: AttentionSpec, derivative: Any) -> tuple[tuple[int, str, str, str, str], ...]:
-        """What a step adds to those gradients.
-
-        Each is the gradient's number among `summed`, the value of each pair, of keys x rows; the pointers, what of `part` goes there, and where.
-        """
+    def added(self, spec: AttentionSpec, derivative: Any) -> tuple[Added, ...]:
+        """What a step adds to those gradients."""
         names = [spec.mods.program.captures[one.capture].name for one in derivative.gradients]  # type: ignore[union-attr]
         numbers = [self.summed(spec).index(f"d{captured(name)}") for name in names]
         return tuple(
-            (number, *_added(one, name)) for number, one, name in zip(numbers, derivative.gradients, names, strict=True)
+            _added(number, one, name) for number, one, name in zip(numbers, derivative.gradients, names, strict=True)
         )
 
     def mod_helpers(self, spec: AttentionSpec) -> tuple[str, ...]:
@@ -206,24 +233,40 @@ class BackwardText:
         return spec.mods.program, names, mods.GLUON
 
 
-def _added(one: Any, name: str) -> tuple[str, str, str, str]:
+def _added(number: int, one: Any, name: str) -> Added:
     """A contribution to a captured tensor's gradient, summed over what its element does not depend on."""
     rows, keys = "q_idx" in one.depends, "kv_idx" in one.depends
     # A sum is spread over the tile again, and one row or column of it adds: of a tensor of N x 1 Triton 3.6 adds what each register
     # of a thread holds, the replicas of the one column among them (seen on an H200: 16 times too much).
     part, first = {
         (True, True): ("part", ""),
-        (True, False): ("gl.sum(part, 0)[None, :] + 0.0 * part", "(offs_n == start_n)[:, None]"),
-        (False, True): ("gl.sum(part, 1)[:, None] + 0.0 * part", "(rows_m == start_m)[None, :]"),
+        (True, False): (
+            "gl.sum(part, 0)[None, :] + 0.0 * part",
+            "(gl.arange(0, BLOCK_N, offs_n.type.layout) == 0)[:, None]",
+        ),
+        (False, True): ("gl.sum(part, 1)[:, None] + 0.0 * part", "(gl.arange(0, BLOCK_M, COLUMN) == 0)[None, :]"),
         (False, False): ("gl.sum(gl.sum(part, 1), 0)", ""),
     }[rows, keys]
-    places = "0"
-    for dim, place in enumerate(one.places):
+    # The last place is added to the pointer as it is, in 32 bits where it has 32: an instruction less of each pair.
+    leading = ""
+    for dim, place in enumerate(one.places[:-1]):
         wide = place if place.isdigit() else f"{place}.to(gl.int64)"
-        places = wide if not dim else f"({places}) * {name}_size{dim} + {wide}"
-    conditions = [f"({one.inside})"] if one.inside and one.inside != "True" else []
-    conditions += [first] if first else []
-    conditions += ["(rows_m < seqlen_q)[None, :]"] if rows else []
-    conditions += ["(offs_n < seqlen_k)[:, None]"] if keys else []
-    places = f"{places} + offs_n[:, None] * 0 + rows_m[None, :] * 0" if first else places
-    return f"({one.value}).to(gl.float32)", f"sum_of_{name}_ptr + {places}", part, " & ".join(conditions) or "None"
+        leading = f"({leading} + {wide}) * {name}_size{dim + 1}" if leading else f"{wide} * {name}_size{dim + 1}"
+    pointers = f"(sum_of_{name}_ptr + {leading})" if leading else f"sum_of_{name}_ptr"
+    pointers = " + ".join((pointers, *one.places[-1:]))
+    pointers = f"{pointers} + offs_n[:, None] * 0 + rows_m[None, :] * 0" if first else pointers
+    inside = one.inside if one.inside != "True" else ""
+    edges = ["(rows_m < seqlen_q)[None, :]"] if rows else []
+    edges += ["(offs_n < seqlen_k)[:, None]"] if keys else []
+    firsts = [first] if first else []
+    return Added(
+        number=number, value=f"({one.value}).to(gl.float32)", is_grad=one.value == "ds", pointers=pointers, part=part,
+        inside=_all(inside, firsts), existing=_all(inside, [*firsts, *edges]) if edges else None,
+    )  # fmt: skip
+
+
+def _all(inside: str, others: list[str]) -> str:
+    """That all conditions hold, "None" where there are none."""
+    if not others:
+        return inside or "None"
+    return " & ".join(([f"({inside})"] if inside else []) + others)

@@ -280,6 +280,13 @@ def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
+def once_more(number, length):
+    """The same number, given one that is not negative: of this ptxas, too, knows nothing, which sees through a mere move."""
+    nought = gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [length], dtype=gl.int32, is_pure=False, pack=1)
+    return number + nought
+
+
+@gluon.jit
 def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
     """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
 
@@ -417,6 +424,9 @@ def attend(
     delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
     ds = p * (dp - delta[None, :])
     # -- ds is that of the modified score: times the derivative of score_mod --
+    # Rows anew: indices and conditions of the scores are made again, which is cheaper than to keep them.
+    rows_m = rows_of(once_more(start_m, seqlen_q), BLOCK_M, COLUMN)
+    q_idx = rows_m[None, :]
     d_table_index1 = floor_mod(q_idx - kv_idx, 5)
     d_table_inside = d_table_index1 < table_size1
     d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
@@ -426,7 +436,7 @@ def attend(
     # -- what a captured tensor gets --
     part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
     part = gl.where(p != 0.0, part, 0.0)
-    sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
+    sum_ptrs = (sum_of_table_ptr + h.to(gl.int64) * table_size1) + d_table_index1_2
     gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
     add_gradient(sum_ptrs, largest_ptr + 0, part, gets_some, term_bits, SUMS)
     ds = ds * d_value

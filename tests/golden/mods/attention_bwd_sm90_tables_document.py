@@ -340,6 +340,26 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
+def afresh(number):
+    """The same number, of which the compiler knows nothing: what is made of it is made in each step, not kept in registers from step to step."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def rows_of(start_m, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """The rows of a step. What registers of a thread differ in is added last: it then stands in the instructions, not in a register each."""
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(start_m) + (places & 6)) + (places & -7)
+
+
+@gluon.jit
+def once_more(number, length):
+    """The same number, given one that is not negative: of this ptxas, too, knows nothing, which sees through a mere move."""
+    nought = gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [length], dtype=gl.int32, is_pure=False, pack=1)
+    return number + nought
+
+
+@gluon.jit
 def add_gradient(sum_ptrs, largest_ptr, value, inside, term_bits, MODE: gl.constexpr):
     """Add contributions to a gradient; `inside` says which of them go anywhere, None that all do.
 
@@ -429,7 +449,7 @@ def attend(
     scores = warpgroup_mma_wait(1, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
+    rows_m = rows_of(start_m, BLOCK_M, COLUMN)
     scaled = scores * sm_scale
     # -- score_mod --
     q_idx = rows_m[None, :]
@@ -464,6 +484,9 @@ def attend(
     delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
     ds = p * (dp - delta[None, :])
     # -- ds is that of the modified score: times the derivative of score_mod --
+    # Rows anew: indices and conditions of the scores are made again, which is cheaper than to keep them.
+    rows_m = rows_of(once_more(start_m, seqlen_q), BLOCK_M, COLUMN)
+    q_idx = rows_m[None, :]
     d_table_index1 = floor_mod(q_idx - kv_idx, 5)
     d_table_inside = d_table_index1 < table_size1
     d_table_ptrs = table_ptr + h.to(gl.int64) * table_stride0 + d_table_index1.to(gl.int64) * table_stride1
@@ -473,8 +496,11 @@ def attend(
     # -- what a captured tensor gets --
     part = (ds * scaled * (d_value * (1.0 - d_value))).to(gl.float32)
     part = gl.where(p != 0.0, part, 0.0)
-    sum_ptrs = sum_of_table_ptr + (h.to(gl.int64)) * table_size1 + d_table_index1_2.to(gl.int64)
-    gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+    sum_ptrs = (sum_of_table_ptr + h.to(gl.int64) * table_size1) + d_table_index1_2
+    # Of blocks without a mask all rows and keys exist.
+    gets_some = d_table_index1_2 < table_size1
+    if IS_MASKED:
+        gets_some = (d_table_index1_2 < table_size1) & (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
     add_gradient(sum_ptrs, largest_ptr + 0, part, gets_some, term_bits, SUMS)
     ds = ds * d_value
     if IS_MASKED:

@@ -99,6 +99,8 @@ def row_blocks(
     full_end = end
     # Keys that no row sees are zeros, but the exponential of their scores may overflow.
     full = gl.where((start_n < first_key) | (start_n + BLOCK_N > end_key), end, full)
+    # What is read for rows that do not exist is found under conditions, which blocks without a mask do not pay for.
+    full_end = gl.minimum(full_end, seqlen_q // BLOCK_M)
     if not PEELED:
         full = end
     # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
@@ -381,12 +383,19 @@ def attend(
     if not SCORES_AHEAD:
         scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
     # -- meanwhile what each score takes --
-    read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    # Of blocks without a mask all rows exist: a product finds a lane's first one, and multiples of the stride the others.
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    if IS_MASKED:
+        read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    else:
+        read_m = (afresh(start_m) + (places & 6)).to(gl.uint32).to(gl.int64)
     near_n, far_n = offs_n & -9, offs_n & 8
     if IS_MASKED:
         near_n, far_n = gl.minimum(offs_n, seqlen_k - 1), 0 * offs_n
     bias_ptrs = (bias_ptr + near_n.to(gl.int64) * stride_bias_n)[:, None]
     bias_ptrs += (read_m * stride_bias_m)[None, :]
+    if not IS_MASKED:
+        bias_ptrs += ((places & -7).to(gl.int64) * stride_bias_m)[None, :]
     bias_ptrs += (far_n.to(gl.int64) * stride_bias_n)[:, None]
     bias = gl.load(bias_ptrs)
     if not SCORES_AHEAD:
@@ -420,9 +429,9 @@ def attend(
         if BIAS_ROWS and BIAS_KEYS:
             # It is contiguous.
             dbias_ptrs = (dbias_ptr + offs_n)[:, None] + (rows_m.to(gl.uint32).to(gl.int64) * stride_dbias_m)[None, :]
-            exists = (rows_m < seqlen_q)[None, :] & (offs_n >= 0)[:, None]
+            exists = None
             if IS_MASKED:
-                exists &= (offs_n < seqlen_k)[:, None]
+                exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
             add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m

@@ -306,6 +306,13 @@ def distances(first, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.co
 
 
 @gluon.jit
+def heights(first, BLOCK_M: gl.constexpr, COLUMN: gl.constexpr):
+    """Rows less the first key, given that of the first row: one sum in fp32 of each row, exact as integers are."""
+    rows = gl.arange(0, BLOCK_M, COLUMN)
+    return (afresh(first) + (rows & 6)).to(gl.float32) + (rows & -7).to(gl.float32)
+
+
+@gluon.jit
 def hide(p, x1, x2, x3):
     """Probabilities, 0 where a comparison fails; said in PTX, since a tile of conditions is packed into bits or selected one by one."""
     return gl.inline_asm_elementwise(
@@ -363,6 +370,7 @@ def attend(
     WARP_COLS: gl.constexpr,
     SCORES_AHEAD: gl.constexpr,
     DV_FIRST: gl.constexpr,
+    ONE_SIDED: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """One block of rows: adds to dk and dv, stages dq, and returns the scores of the next block with SCORES_AHEAD."""
@@ -388,13 +396,22 @@ def attend(
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     rows_m = rows_of(start_m, BLOCK_M, COLUMN)
     squashed = squash(scores * (sm_scale / softcap * 2.8853900817779268))
-    capped = softcap * squashed
-    s = capped
-    s -= slope * gl.abs(distances(start_m + alibi_shift - start_n, BLOCK_M, BLOCK_N, SCORES))
-    mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
-    v = v_tile.reshape([BLOCK_N, BLOCK_DV])
-    dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    p = gl.exp2(s * qk_scale - lse[None, :])
+    # Below the diagonal a distance has one sign: a number of each row and one of each key.
+    if ONE_SIDED:
+        apart = heights(start_m + alibi_shift - start_n, BLOCK_M, COLUMN)
+        lift = (slope * qk_scale) * (offs_n - start_n).to(gl.float32)
+        mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+        v = v_tile.reshape([BLOCK_N, BLOCK_DV])
+        dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        raised = squashed * (softcap * qk_scale) + lift[:, None]
+        p = gl.exp2(raised - (lse + (slope * qk_scale) * apart)[None, :])
+    else:
+        apart = distances(start_m + alibi_shift - start_n, BLOCK_M, BLOCK_N, SCORES)
+        mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
+        v = v_tile.reshape([BLOCK_N, BLOCK_DV])
+        dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s = softcap * squashed - slope * gl.abs(apart)
+        p = gl.exp2(s * qk_scale - lse[None, :])
     if IS_MASKED:
         # -- mask --
         p = hide(p, rows_m[None, :], first_m[:, None], end_m[:, None])
@@ -423,7 +440,7 @@ def attend(
     dv = warpgroup_mma_wait(1, deps=(dv_product,))
     dk_product = warpgroup_mma(ds_operand, q, dk, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_product,))
-    dq_stage = step % DQ_STAGES
+    dq_stage = afresh(step) % DQ_STAGES
     mbarrier.wait(dq_empty.index(dq_stage), ((step // DQ_STAGES) & 1) ^ 1)
     dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * BLOCK_D // 256, 256])
     dq_tile.store(in_register_order(dq, BLOCK_M, BLOCK_D, WARP_COLS))
@@ -481,6 +498,7 @@ def consume(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    ONE_SIDED: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _ = tiles
@@ -562,6 +580,7 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                ONE_SIDED,
                 IS_MASKED=True,
             )
         # -- blocks whose rows see every key --
@@ -597,6 +616,7 @@ def consume(
                 DQ_COLS,
                 SCORES_AHEAD,
                 DV_FIRST,
+                ONE_SIDED,
                 IS_MASKED=False,
             )
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
@@ -667,6 +687,7 @@ def attention_bwd(
     DV_FIRST: gl.constexpr,
     PEELED: gl.constexpr,
     MASKED: gl.constexpr,
+    ONE_SIDED: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -759,6 +780,7 @@ def attention_bwd(
                     DV_FIRST,
                     PEELED,
                     MASKED,
+                    ONE_SIDED,
                 ),
             ),
             (
@@ -1061,6 +1083,7 @@ def launch(
         DV_FIRST,
         PEELED,
         True,
+        seqlen_k - seqlen_q >= causal_offset,
         deterministic,
         num_warps=BLOCK_N // 16,
         enable_fp_fusion=True,

@@ -187,6 +187,8 @@ def row_blocks(
     full = gl.where((start_n < first_key) | (start_n + BLOCK_N > end_key), end, full)
     # Of keys that nobody sees zeros are stored, without a step.
     end = gl.maximum(gl.where((start_n < end_key) & (first_key < end_key), end, begin), begin)
+    # What is read for rows that do not exist is found under conditions, which blocks without a mask do not pay for.
+    full_end = gl.minimum(full_end, seqlen_q // BLOCK_M)
     if not PEELED:
         full = end
     # One block at least has a mask: Triton 3.6's ptxas (12.8) computes what the second loop reads where the first one starts,
@@ -501,16 +503,25 @@ def attend(
         scores_product = start_scores(k, q_tiles, q_full, step, BLOCK_M, BLOCK_D, STAGES, nothing)
     # -- meanwhile what each score takes --
     kept = keep(philox_ptr, off_bh, afresh(start_n), afresh(start_m), dropout_threshold, BLOCK_N, BLOCK_M, SCORES)
-    read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    # Of blocks without a mask all rows exist: a product finds a lane's first one, and multiples of the stride the others.
+    places = gl.arange(0, BLOCK_M, COLUMN)
+    if IS_MASKED:
+        read_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1).to(gl.uint32).to(gl.int64)
+    else:
+        read_m = (afresh(start_m) + (places & 6)).to(gl.uint32).to(gl.int64)
     near_n, far_n = offs_n & -9, offs_n & 8
     if IS_MASKED:
         near_n, far_n = gl.minimum(offs_n, seqlen_k - 1), 0 * offs_n
     bias_ptrs = (bias_ptr + near_n.to(gl.int64) * stride_bias_n)[:, None]
     bias_ptrs += (read_m * stride_bias_m)[None, :]
+    if not IS_MASKED:
+        bias_ptrs += ((places & -7).to(gl.int64) * stride_bias_m)[None, :]
     bias_ptrs += (far_n.to(gl.int64) * stride_bias_n)[:, None]
     bias = gl.load(bias_ptrs)
     attn_mask_ptrs = (attn_mask_ptr + near_n.to(gl.int64) * stride_attn_mask_n)[:, None]
     attn_mask_ptrs += (read_m * stride_attn_mask_m)[None, :]
+    if not IS_MASKED:
+        attn_mask_ptrs += ((places & -7).to(gl.int64) * stride_attn_mask_m)[None, :]
     attn_mask_ptrs += (far_n.to(gl.int64) * stride_attn_mask_n)[:, None]
     attn_mask = gl.load(attn_mask_ptrs)
     if not SCORES_AHEAD:
@@ -552,9 +563,9 @@ def attend(
         if BIAS_ROWS and BIAS_KEYS:
             # It is contiguous.
             dbias_ptrs = (dbias_ptr + offs_n)[:, None] + (rows_m.to(gl.uint32).to(gl.int64) * stride_dbias_m)[None, :]
-            exists = (rows_m < seqlen_q)[None, :] & (offs_n >= 0)[:, None]
+            exists = None
             if IS_MASKED:
-                exists &= (offs_n < seqlen_k)[:, None]
+                exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
             add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m
@@ -581,7 +592,7 @@ def attend(
     dv = warpgroup_mma_wait(1, deps=(dv_product,))
     dk_product = warpgroup_mma(ds_operand, q, dk, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq_product,))
-    dq_stage = step % DQ_STAGES
+    dq_stage = afresh(step) % DQ_STAGES
     mbarrier.wait(dq_empty.index(dq_stage), ((step // DQ_STAGES) & 1) ^ 1)
     dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * BLOCK_D // 256, 256])
     dq_tile.store(in_register_order(dq, BLOCK_M, BLOCK_D, WARP_COLS))
