@@ -60,24 +60,19 @@ SCORES: dict[str, Callable[..., Any]] = {
 }
 FIELDS = ("window", "softcap", "has_alibi", "has_bias", "has_attn_mask", "dropout", "varlen")
 OPTIONS = (*(name.removeprefix("has_") for name in FIELDS), "documents", "block_mask", *SCORES)
-# (Triton, padded head dim, option) -> spill instructions at most: addresses of a whole kernel that a step reads back.
+# (Triton, padded head dim, option) -> spill instructions at most: addresses of a whole kernel that a step reads back. Beside `by_head`, whose masked loop is
+# counted, they are 12 and 9 in the other one; with a stride that no contiguous table has, of which calls make a constant, it had been 25 and 51.
 OPEN: dict[tuple[str, int, str], int] = {
-    ("3.6.0", 64, "by_distance"): 24,
-    ("3.6.0", 64, "by_pair"): 19,
     ("3.6.0", 64, "varlen"): 1,
     ("3.6.0", 128, "bias"): 5,
-    ("3.6.0", 128, "by_head"): 25,
-    ("3.9.0", 64, "alibi"): 5,
+    ("3.6.0", 128, "by_head"): 34,
+    ("3.9.0", 64, "alibi"): 1,
     ("3.9.0", 64, "block_mask"): 3,
-    ("3.9.0", 64, "by_distance"): 27,
-    ("3.9.0", 64, "by_key_and_row"): 18,
-    ("3.9.0", 64, "by_pair"): 19,
+    ("3.9.0", 64, "by_key_and_row"): 11,
     ("3.9.0", 64, "varlen"): 3,
     ("3.9.0", 64, "window"): 1,
-    ("3.9.0", 128, "bias"): 2,
     ("3.9.0", 128, "block_mask"): 3,
-    ("3.9.0", 128, "by_head"): 51,
-    ("3.9.0", 128, "by_key"): 15,
+    ("3.9.0", 128, "by_head"): 54,
     ("3.9.0", 128, "capped"): 22,
     ("3.9.0", 128, "documents"): 8,
     ("3.9.0", 128, "softcap"): 1,
