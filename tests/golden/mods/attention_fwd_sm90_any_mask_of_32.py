@@ -425,10 +425,9 @@ def mask_bits(
 
 
 @gluon.jit
-def mask_scores(qk, rows_m, start_n, seqlen_k, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+def mask_scores(qk, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Scores with -inf where a row does not see a key."""
-    seen = bits
-    qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
+    qk = hide(qk, bits, BLOCK_N, QK_LAYOUT)
     return qk
 
 
@@ -582,7 +581,7 @@ def attend(
     qk = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(k_stage), count=1)
     if IS_MASKED:
-        qk = mask_scores(qk, rows_m, start_n, seqlen_k, bits, BLOCK_N, QK_LAYOUT)
+        qk = mask_scores(qk, bits, BLOCK_N, QK_LAYOUT)
     if LAZY_SUM:
         # -- references are held --
         m_i, alpha = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
@@ -613,8 +612,7 @@ def fresh_scores(
     q, staging, k_ptr, stride_kn, rows_s, start_n, end, seqlen_q, seqlen_k, off_b, off_h, tile_slots_ptr,
     tile_slots_stride0, tile_slots_stride1, tile_slots_stride2, tile_slots_stride3, tile_slots_size2, tile_slots_size3,
     tile_words_ptr, tile_words_stride0, tile_words_stride1, tile_words_stride2, tile_words_size0, tile_words_size1,
-    tile_words_size2, mask_words_ptr, slot, BLOCK_D: gl.constexpr, KEYS: gl.constexpr, QK_LAYOUT: gl.constexpr,
-    COPY_LAYOUT: gl.constexpr,
+    tile_words_size2, BLOCK_D: gl.constexpr, KEYS: gl.constexpr, QK_LAYOUT: gl.constexpr, COPY_LAYOUT: gl.constexpr,
 ):
     """Scores of a warpgroup's rows and the keys [start_n, start_n + KEYS), those before `end`, changed and masked; keys go through the staging memory."""
     keys = start_n + gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
@@ -631,9 +629,6 @@ def fresh_scores(
     qk = warpgroup_mma_wait(0, deps=(scores,))
     qk = mask_scores(
         qk,
-        rows_s,
-        start_n,
-        seqlen_k,
         evaluated_bits(
             rows_s, start_n, seqlen_k, off_b, off_h, tile_slots_ptr, tile_slots_stride0, tile_slots_stride1,
             tile_slots_stride2, tile_slots_stride3, tile_slots_size2, tile_slots_size3, tile_words_ptr,
@@ -651,8 +646,8 @@ def recompute(
     q, staging, k_ptr, v_ptr, stride_kn, stride_vn, m_i, qk_scale, rows_m, first, end, seqlen_q, seqlen_k, off_b, off_h,
     tile_slots_ptr, tile_slots_stride0, tile_slots_stride1, tile_slots_stride2, tile_slots_stride3, tile_slots_size2,
     tile_slots_size3, tile_words_ptr, tile_words_stride0, tile_words_stride1, tile_words_stride2, tile_words_size0,
-    tile_words_size1, tile_words_size2, mask_words_ptr, slot, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    O_LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+    tile_words_size1, tile_words_size2, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, O_LAYOUT: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
@@ -675,8 +670,7 @@ def recompute(
             q, staging, k_ptr, stride_kn, rows_s, start_n, end, seqlen_q, seqlen_k, off_b, off_h, tile_slots_ptr,
             tile_slots_stride0, tile_slots_stride1, tile_slots_stride2, tile_slots_stride3, tile_slots_size2,
             tile_slots_size3, tile_words_ptr, tile_words_stride0, tile_words_stride1, tile_words_stride2,
-            tile_words_size0, tile_words_size1, tile_words_size2, mask_words_ptr, slot, BLOCK_D, KEYS, QK_LAYOUT,
-            COPY_LAYOUT,
+            tile_words_size0, tile_words_size1, tile_words_size2, BLOCK_D, KEYS, QK_LAYOUT, COPY_LAYOUT,
         )
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
@@ -810,7 +804,7 @@ def consume(
             pass_turn(step, (WG + 1) % NUM_WG)
         qk = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
-        qk = mask_scores(qk, rows_m, first_n, seqlen_k, bits, BLOCK_N, QK_LAYOUT)
+        qk = mask_scores(qk, bits, BLOCK_N, QK_LAYOUT)
         if LAZY_SUM:
             m_i, _ = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
             p, l_i = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
@@ -940,8 +934,8 @@ def consume(
                 stride_vn, m_i, qk_scale, rows_m, first * BLOCK_N, gl.minimum(end * BLOCK_N, seqlen_k), seqlen_q,
                 seqlen_k, off_b, off_h, tile_slots_ptr, tile_slots_stride0, tile_slots_stride1, tile_slots_stride2,
                 tile_slots_stride3, tile_slots_size2, tile_slots_size3, tile_words_ptr, tile_words_stride0,
-                tile_words_stride1, tile_words_stride2, tile_words_size0, tile_words_size1, tile_words_size2,
-                mask_words_ptr, slot, BLOCK_D, BLOCK_DV, O_LAYOUT, DTYPE,
+                tile_words_stride1, tile_words_stride2, tile_words_size0, tile_words_size1, tile_words_size2, BLOCK_D,
+                BLOCK_DV, O_LAYOUT, DTYPE,
             )
         # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
         mbarrier.arrive(q_empty.index(turn % Q_STAGES * NUM_WG + WG), count=1)

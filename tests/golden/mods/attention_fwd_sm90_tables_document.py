@@ -445,10 +445,9 @@ def mask_bits(
 
 
 @gluon.jit
-def mask_scores(qk, rows_m, start_n, seqlen_k, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
+def mask_scores(qk, bits, BLOCK_N: gl.constexpr, QK_LAYOUT: gl.constexpr):
     """Scores with -inf where a row does not see a key."""
-    seen = bits
-    qk = hide(qk, seen, BLOCK_N, QK_LAYOUT)
+    qk = hide(qk, bits, BLOCK_N, QK_LAYOUT)
     return qk
 
 
@@ -602,7 +601,7 @@ def attend(
         QK_LAYOUT,
     )
     if IS_MASKED:
-        qk = mask_scores(qk, rows_m, start_n, seqlen_k, bits, BLOCK_N, QK_LAYOUT)
+        qk = mask_scores(qk, bits, BLOCK_N, QK_LAYOUT)
     if LAZY_SUM:
         # -- references are held --
         m_i, alpha = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
@@ -631,8 +630,8 @@ def is_spoiled(acc, rows_m, seqlen_q, O_LAYOUT: gl.constexpr):
 @gluon.jit
 def fresh_scores(
     q, staging, k_ptr, stride_kn, rows_s, start_n, end, seqlen_q, seqlen_k, sm_scale, off_h, table_ptr, table_stride0,
-    table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, mask_words_ptr, slot,
-    BLOCK_D: gl.constexpr, KEYS: gl.constexpr, QK_LAYOUT: gl.constexpr, COPY_LAYOUT: gl.constexpr,
+    table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, BLOCK_D: gl.constexpr,
+    KEYS: gl.constexpr, QK_LAYOUT: gl.constexpr, COPY_LAYOUT: gl.constexpr,
 ):
     """Scores of a warpgroup's rows and the keys [start_n, start_n + KEYS), those before `end`, changed and masked; keys go through the staging memory."""
     keys = start_n + gl.arange(0, KEYS, gl.SliceLayout(1, COPY_LAYOUT))
@@ -653,9 +652,6 @@ def fresh_scores(
     )
     qk = mask_scores(
         qk,
-        rows_s,
-        start_n,
-        seqlen_k,
         evaluated_bits(rows_s, start_n, seqlen_k, documents_ptr, documents_stride0, documents_size0, KEYS, QK_LAYOUT),
         KEYS,
         QK_LAYOUT,
@@ -666,8 +662,8 @@ def fresh_scores(
 @gluon.jit
 def statistics(
     q, staging, k_ptr, stride_kn, qk_scale, rows_m, first, end, seqlen_q, seqlen_k, sm_scale, off_h, table_ptr,
-    table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, mask_words_ptr, slot,
-    BLOCK_D: gl.constexpr, O_LAYOUT: gl.constexpr, ROW_LAYOUT: gl.constexpr,
+    table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, BLOCK_D: gl.constexpr,
+    O_LAYOUT: gl.constexpr, ROW_LAYOUT: gl.constexpr,
 ):
     """Maximum and sum of each row over keys [first, end), where the mask's tensors hold something else than the words were made of."""
     KEYS: gl.constexpr = 64
@@ -683,8 +679,8 @@ def statistics(
     for start_n in range(first, end, KEYS):
         qk = fresh_scores(
             q, staging, k_ptr, stride_kn, rows_s, start_n, end, seqlen_q, seqlen_k, sm_scale, off_h, table_ptr,
-            table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0,
-            mask_words_ptr, slot, BLOCK_D, KEYS, QK_LAYOUT, COPY_LAYOUT,
+            table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, BLOCK_D, KEYS,
+            QK_LAYOUT, COPY_LAYOUT,
         )
         m_new = gl.maximum(m_i, gl.max(qk, 1) * qk_scale)
         l_i = l_i * gl.exp2(m_i - m_new) + gl.sum(gl.exp2(qk * qk_scale - m_new[:, None]), 1)
@@ -697,7 +693,7 @@ def statistics(
 def recompute(
     q, staging, k_ptr, v_ptr, stride_kn, stride_vn, m_i, qk_scale, rows_m, first, end, seqlen_q, seqlen_k, sm_scale,
     off_h, table_ptr, table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0,
-    mask_words_ptr, slot, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, O_LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, O_LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):
     """Unscaled output of a warpgroup's rows once more, from keys [first, end): values that no row sees count as 0.
 
@@ -718,8 +714,8 @@ def recompute(
     for start_n in range(first, end, KEYS):
         qk = fresh_scores(
             q, staging, k_ptr, stride_kn, rows_s, start_n, end, seqlen_q, seqlen_k, sm_scale, off_h, table_ptr,
-            table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0,
-            mask_words_ptr, slot, BLOCK_D, KEYS, QK_LAYOUT, COPY_LAYOUT,
+            table_stride0, table_stride1, table_size1, documents_ptr, documents_stride0, documents_size0, BLOCK_D, KEYS,
+            QK_LAYOUT, COPY_LAYOUT,
         )
         p = gl.exp2(qk * qk_scale - m_s[:, None])
         # What only rows beyond the end would see is not to be read.
@@ -859,7 +855,7 @@ def consume(
             qk, rows_m, first_n, seqlen_k, sm_scale, off_h, table_ptr, table_stride0, table_stride1, table_size1,
             BLOCK_N, QK_LAYOUT,
         )
-        qk = mask_scores(qk, rows_m, first_n, seqlen_k, bits, BLOCK_N, QK_LAYOUT)
+        qk = mask_scores(qk, bits, BLOCK_N, QK_LAYOUT)
         if LAZY_SUM:
             m_i, _ = hold(lane_max(qk, BLOCK_N, False), m_i, l_i, qk_scale)
             p, l_i = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
@@ -954,7 +950,7 @@ def consume(
                     k_ptr + off_b.to(gl.int64) * stride_kb + (off_h // group).to(gl.int64) * stride_kh, stride_kn,
                     qk_scale, rows_m, first * BLOCK_N, gl.minimum(end * BLOCK_N, seqlen_k), seqlen_q, seqlen_k,
                     sm_scale, off_h, table_ptr, table_stride0, table_stride1, table_size1, documents_ptr,
-                    documents_stride0, documents_size0, mask_words_ptr, slot, BLOCK_D, O_LAYOUT, ROW_LAYOUT,
+                    documents_stride0, documents_size0, BLOCK_D, O_LAYOUT, ROW_LAYOUT,
                 )
                 if LAZY_SUM:
                     lanes = gl.arange(0, 4, gl.SliceLayout(0, l_i.type.layout))[None, :]
@@ -1003,7 +999,7 @@ def consume(
                 v_ptr + off_b.to(gl.int64) * stride_vb + (off_h // group).to(gl.int64) * stride_vh, stride_kn,
                 stride_vn, m_i, qk_scale, rows_m, first * BLOCK_N, gl.minimum(end * BLOCK_N, seqlen_k), seqlen_q,
                 seqlen_k, sm_scale, off_h, table_ptr, table_stride0, table_stride1, table_size1, documents_ptr,
-                documents_stride0, documents_size0, mask_words_ptr, slot, BLOCK_D, BLOCK_DV, O_LAYOUT, DTYPE,
+                documents_stride0, documents_size0, BLOCK_D, BLOCK_DV, O_LAYOUT, DTYPE,
             )
         # Not before: read anew into registers, ptxas (12.8) gives them to p in the loop, and all but the first keys meet p instead.
         mbarrier.arrive(q_empty.index(turn % Q_STAGES * NUM_WG + WG), count=1)
