@@ -77,6 +77,7 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
         for element in ordered:
             if element in shadow.sync:
                 part.knows.world.join(shadow.sync[element])
+    scheduler, changed = context.launch().scheduler, elements.size != 1
     if elements.size:
         adds = name == "atomic_add" and dtype.is_float
         access = note(name, block=index.ndim > 0, atomic=True, adds=adds)
@@ -86,8 +87,14 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
             for element in ordered:
                 shadow.sync.setdefault(element, VectorClock()).join(published)
         for element, value in zip(elements.tolist(), np.atleast_1d(given).ravel(), strict=True):
-            now = decode(buffer.flat[element : element + 1], dtype)
-            buffer.flat[element : element + 1] = encode(rounded(op(now, value[None]), dtype), dtype)
+            raw = buffer.flat[element : element + 1]
+            new = encode(rounded(op(decode(raw, dtype), value[None]), dtype), dtype)
+            changed |= bool(new[0] != raw[0])
+            raw[:] = new
+    if changed:
+        scheduler.changed()
+    else:
+        scheduler.polled((buffer.key, int(elements[0])))
     if index.ndim == 0:
         return scalar(old[()], dtype)
     return Tensor(old, dtype, layout_of(pointer))
@@ -121,6 +128,8 @@ def _observe(name: str, pointer: Pointer, mask: Any, acquires: bool) -> tuple[Ar
     if used.size:
         access = note(name, block=index.ndim > 0, atomic=True)
         shadow.read(part.knows.world, Footprint.elements(used), access)
+    if used.size == 1:
+        context.launch().scheduler.polled((buffer.key, int(np.ravel(used)[0])))
     safe = index if keep is None else np.where(keep, index, buffer.first)
     return decode(buffer.flat[safe], buffer.dtype), index
 
