@@ -52,6 +52,19 @@ def _combine(name: str, op: Callable[[Array, Array], Array]) -> Callable[..., An
     return atomic
 
 
+def _turns(elements: Array) -> list[Any]:
+    """Which updates can be done at once: all where no element comes twice, else each element's first ones, then its second ones, ..."""
+    if elements.size == 1:
+        return [slice(None)]
+    order = np.argsort(elements, kind="stable")
+    first = np.flatnonzero(np.diff(elements[order], prepend=elements[order[0]] - 1))
+    if first.size == elements.size:
+        return [slice(None)]
+    before = np.arange(elements.size) - np.repeat(first, np.diff(first, append=elements.size))
+    by_turn = np.argsort(before, kind="stable")
+    return np.split(order[by_turn], np.cumsum(np.bincount(before))[:-1])
+
+
 def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Callable[[Array, Array], Array]) -> Any:
     plain(val)
     context.launch().scheduler.point(yields=True)
@@ -86,11 +99,13 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
             published = _published()
             for element in ordered:
                 shadow.sync.setdefault(element, VectorClock()).join(published)
-        for element, value in zip(elements.tolist(), np.atleast_1d(given).ravel(), strict=True):
-            raw = buffer.flat[element : element + 1]
-            new = encode(rounded(op(decode(raw, dtype), value[None]), dtype), dtype)
+        operands = np.atleast_1d(given).ravel()
+        for turn in _turns(elements):
+            place = elements[turn]
+            raw = buffer.flat[place]
+            new = encode(rounded(op(decode(raw, dtype), operands[turn]), dtype), dtype)
             changed |= bool(new[0] != raw[0])
-            raw[:] = new
+            buffer.flat[place] = new
     if changed:
         scheduler.changed()
     else:
