@@ -34,12 +34,16 @@ class _Compilation:
         self._knobs = knobs
 
     def __getattr__(self, name: str) -> Any:
-        return True if name == "disable_line_info" and _thread.lineless else getattr(self._knobs, name)
+        if (
+            name == "disable_line_info" and _thread.lineless and name not in vars(self._knobs)
+        ):  # there a program sets it
+            return True
+        return getattr(self._knobs, name)
 
 
 @contextlib.contextmanager
 def without_lines() -> Iterator[None]:
-    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO says what is wanted; it is a part of Triton's keys."""
+    """Compile without numbers of lines, unless the user's TRITON_DISABLE_LINE_INFO or Triton's knob of that name says what is wanted; the variable is a part of Triton's keys."""
     if "TRITON_DISABLE_LINE_INFO" in os.environ:
         yield
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -134,6 +135,20 @@ def cases(spec: AttentionSpec, variant: Variant, target: Target) -> tuple[Case, 
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Original:
+    """What the original does in one case: the lines of its text that run, and its work."""
+
+    lines: set[int]
+    work: Work
+
+
+@lru_cache(maxsize=16)
+def _known(text: str, variant: str, target: str) -> dict[int, _Original]:
+    """What is known of a text, by case, for all studies of it in this process."""
+    return {}
+
+
 class Study:
     """Judges copies of one rendered kernel.
 
@@ -153,9 +168,7 @@ class Study:
         self.mutants: tuple[Mutant, ...] = mutants(self.text)
         self._cases = self._choose(variant, target)
         self._references: dict[int, tuple[accuracy.Pair, accuracy.Pair]] = {}
-        self._works: dict[int, Work] = {}
-        self._lines: dict[int, set[int]] = {}  # case -> the lines of the text that it runs
-        self._running = 0
+        self._known = _known(self.text, variant.name, target.name)
 
     def _choose(self, variant: Variant, target: Target) -> tuple[Case, ...]:
         """The problems to run."""
@@ -180,7 +193,7 @@ class Study:
 
     def reaches(self, mutant: Mutant) -> bool:
         """Whether any case runs the mutant's line: an arm that is compiled out for this spec breaks nothing."""
-        return any(mutant.line in lines for lines in self._lines_by_case().values())
+        return any(mutant.line in self._original(number).lines for number in range(len(self._cases)))
 
     def _order(self, text: str) -> list[int]:
         """All cases: those that run a line which differs from the original's first, and of these the smallest.
@@ -192,39 +205,36 @@ class Study:
         if len(old) != len(new) or old == new:
             return numbers
         broken = {line for line, pair in enumerate(zip(old, new, strict=True), 1) if pair[0] != pair[1]}
-        lines = self._lines_by_case()
-        return sorted(numbers, key=lambda number: (not broken & lines[number], self._cases[number].size))
-
-    def _lines_by_case(self) -> dict[int, set[int]]:
-        """Case -> the lines of the original that run in it; found once."""
-        if not self._lines:
-            before = threading.gettrace()
-            threading.settrace(self._trace)
-            try:
-                for number in range(len(self._cases)):
-                    self._running, self._lines[number] = number, set()
-                    self._run(self.text, number, "eager", 0)
-            finally:
-                threading.settrace(before)  # type: ignore[arg-type]
-        return self._lines
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Note the lines of the kernel's text that run."""
-        if not frame.f_code.co_filename.startswith("<flashgen simulation"):
-            return None
-        if event == "line":
-            self._lines[self._running].add(frame.f_lineno)
-        return self._trace
+        return sorted(numbers, key=lambda number: (not broken & self._original(number).lines, self._cases[number].size))
 
     def _work(self, number: int) -> Work:
         """The work of the original, the same under every schedule."""
-        if number not in self._works:
-            right, self._works[number] = self._run(self.text, number, "eager", 0)
+        return self._original(number).work
+
+    def _original(self, number: int) -> _Original:
+        """What the original does in a case: found by one run, for all that ask."""
+        if number not in self._known:
+            lines: set[int] = set()
+
+            def trace(frame: FrameType, event: str, argument: Any) -> Any:
+                if not frame.f_code.co_filename.startswith("<flashgen simulation"):
+                    return None
+                if event == "line":
+                    lines.add(frame.f_lineno)
+                return trace
+
+            before = threading.gettrace()
+            threading.settrace(trace)
+            try:
+                right, work = self._run(self.text, number, "eager", 0)
+            finally:
+                threading.settrace(before)  # type: ignore[arg-type]
             if not right:
                 raise AccuracyError(
                     f"{self.spec.key} itself is outside the error budget: {self._cases[number].problem}"
                 )
-        return self._works[number]
+            self._known[number] = _Original(lines=lines, work=work)
+        return self._known[number]
 
     def _run(self, text: str, number: int, schedule: Schedule, seed: int) -> tuple[bool, Work]:
         """Whether a copy's result is right, and the work it did."""

@@ -87,12 +87,11 @@ class Operands:
         """The tensors that mods and a BlockMask read: a write into them before the backward has to be noticed."""
         if not self.has_functions:
             return ()
-        block = self.block_mask
         if self.traced_as is not None:
             found = self.traced_as[1]
         else:
-            found = tuple(fingerprint((self.score_mod, self.mask_mod, getattr(block, "mask_mod", None))).tensors)
-        parts = (getattr(block, name, None) for name in block_lists.PARTS)
+            found = tuple(fingerprint(tuple(self._mods.values())).tensors)
+        parts = (getattr(self.block_mask, name, None) for name in block_lists.PARTS)
         return tuple(x for x in (*found, *parts) if isinstance(x, Tensor) and not x.is_inference())
 
     def require_as_traced(self, device: torch.device) -> None:
@@ -189,9 +188,12 @@ class Operands:
             if "device" in str(error.__cause__) or probe.BRANCHES in str(error):
                 self._program(device)  # a trace names the tensor and the line
             raise
-        for name, mod in {} if known is None else tried.items():
-            if mod is not None:
+        sized = () if known is not None or torch.compiler.is_compiling() else self._program(device)[0].sized
+        for name, mod in tried.items():
+            if mod is not None and known is not None:
                 probe.require_elementwise(name, mod, device, sizes if mod is on_blocks[name] else _NONE)
+            elif mod is not None and name in sized:
+                probe.require_as_alone(name, mod, device, sizes)
 
     def _on_blocks(self, device: torch.device) -> tuple[Mod | None, Mod | None, Mod | None]:
         """score_mod, mask_mod and the block mask's, to be called on blocks: those that are right for 0-d arguments alone are mapped."""
@@ -217,15 +219,12 @@ class Operands:
         return {"score_mod": self.score_mod, "mask_mod": self.mask_mod, _BLOCK: block_mod}
 
     def _untraced(self, device: torch.device) -> frozenset[str] | None:
-        """Of mods with an operation that no trace knows those that are known to be right for 0-d arguments alone; None of others."""
-        if torch.compiler.is_compiling():
-            return None
+        """Of mods of which one has no trace those that are known to be right for 0-d arguments alone; None where all have one."""
         try:
-            self._program(device)
-        except UnsupportedProblemError as error:
-            return error.per_score
-        except FlashgenError:
-            pass
+            if not torch.compiler.is_compiling():
+                self._program(device)
+        except FlashgenError as error:
+            return error.per_score if isinstance(error, UnsupportedProblemError) else frozenset()
         return None
 
     def options(self, problem: Problem) -> Options:
@@ -257,9 +256,8 @@ class Operands:
         Raises:
             InvalidProblemError: as of both.
         """
-        key = None
-        if self.has_functions and self.block_mask is None:
-            key = fingerprint((self.score_mod, self.mask_mod), str(device), torch.get_default_dtype()).key
+        plain, mods = self.has_functions and self.block_mask is None, (self.score_mod, self.mask_mod)
+        key = fingerprint(mods, str(device), torch.get_default_dtype()).key if plain else None
         empty = 0 in (problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
         self.check(problem, device, tried=True)
         if self.has_functions and key not in _tried and not empty:

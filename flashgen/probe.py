@@ -32,7 +32,7 @@ def score_mod(function: Callable[..., Any], device: torch.device) -> None:
         InvalidProblemError: names score_mod, what it gave and what it must give.
     """
     score = torch.zeros(_SIZES, device=device)
-    result = _run("score_mod", "score, b, h, q_idx, kv_idx", function, (score, *_indices(device)))
+    result = _run("score_mod", function, (score, *_indices(device)))
     if result.dtype == torch.bool or result.is_complex():
         raise InvalidProblemError(
             f"score_mod returns {result.dtype}: it must return the new scores, numbers that fp32 can hold. A condition "
@@ -104,7 +104,12 @@ def maps(name: str, function: Callable[..., Any], device: torch.device) -> bool:
 
 
 # Which scores are computed beside each other in the comparison: never all, and of each index neither always the same end nor the same mean.
-_PARTS = ((slice(0, 1), slice(1, 3), slice(2, 4), slice(2, 5)), (slice(1, 2), slice(0, 1), slice(1, 2), slice(1, 3)))
+# The last part is one score: what compares whole tensors is to find two equal that were none in the whole.
+_PARTS = (
+    (slice(0, 1), slice(1, 3), slice(2, 4), slice(2, 5)),
+    (slice(1, 2), slice(0, 1), slice(1, 2), slice(1, 3)),
+    (slice(0, 1), slice(0, 1), slice(0, 1), slice(0, 1)),
+)
 
 
 def require_elementwise(
@@ -121,26 +126,56 @@ def require_elementwise(
     Raises:
         InvalidProblemError: names the mod.
     """
-    score = torch.linspace(-1.0, 2.0, 120, device=device).view(_SIZES)
-    counted = (torch.arange(x.numel(), device=device).view(x.shape) for x in _indices(device))
-    indices = tuple((x % size).int() for x, size in zip(counted, sizes, strict=True))
-    arguments = indices if name.endswith("mask_mod") else (score, *indices)
+    arguments = _distinct(name, device, sizes)
     for part in _PARTS:
         some = tuple(
             x[tuple(at if n > 1 else slice(None) for at, n in zip(part, x.shape, strict=True))] for x in arguments
         )
         shape = torch.broadcast_shapes(*(x.shape for x in some))
-        with torch.no_grad():
-            whole, alone = (function(*(x.clone() for x in given)) for given in (arguments, some))
-        if torch.allclose(
-            whole.expand(_SIZES)[part].double(), alone.expand(shape).double(), rtol=1e-3, atol=1e-5, equal_nan=True
-        ):
+        whole, alone = (_run(name, function, tuple(x.clone() for x in given)) for given in (arguments, some))
+        if _same(whole.expand(_SIZES)[part], alone.expand(shape)):
             continue
         raise InvalidProblemError(
             f"{name} gives a score another value when fewer are computed beside it: it reduces over them (softmax, max, sum, ...) "
             "or draws random numbers. It must be elementwise and give the same each time, since scores are computed "
             "block by block, and in the backward again."
         )
+
+
+def require_as_alone(
+    name: str, function: Callable[..., Any], device: torch.device, sizes: tuple[int, ...] = (1, 1, 1, 1)
+) -> None:
+    """Refuse a mod whose values on blocks are others than for one score alone: it asks its arguments for their dimensions.
+
+    Args:
+        name, function, device, sizes: as in `require_elementwise`, of a mod that `per_score` runs.
+
+    Raises:
+        InvalidProblemError: names the mod.
+    """
+    arguments = _distinct(name, device, sizes)
+    whole, alone = (_run(name, run, tuple(x.clone() for x in arguments)) for run in (function, per_score(function)))
+    if not _same(whole.expand(_SIZES), alone.expand(_SIZES)):
+        raise InvalidProblemError(
+            f"{name} reads how many dimensions or elements a tensor of scores or indices has, and gives other values for many scores "
+            "than for one (0-d arguments). It must be elementwise, since scores are computed block by block."
+        )
+
+
+def _distinct(name: str, device: torch.device, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Arguments of a mod that tell scores apart, with indices from 0 to the last below sizes."""
+    score = torch.linspace(-1.0, 2.0, 120, device=device).view(_SIZES)
+    indices = tuple(
+        (torch.arange(n, device=device) * (size - 1) // (n - 1) if size >= n else torch.arange(n, device=device) % size)
+        .int()
+        .view(x.shape)
+        for n, size, x in zip(_SIZES, sizes, _indices(device), strict=True)
+    )
+    return indices if name.endswith("mask_mod") else (score, *indices)
+
+
+def _same(some: Tensor, others: Tensor) -> bool:
+    return torch.allclose(some.double(), others.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> None:
@@ -154,7 +189,7 @@ def mask_mod(name: str, function: Callable[..., Any], device: torch.device) -> N
     Raises:
         InvalidProblemError: names the mod, what it gave and what it must give.
     """
-    result = _run(name, "b, h, q_idx, kv_idx", function, _indices(device))
+    result = _run(name, function, _indices(device))
     if result.dtype != torch.bool:
         raise InvalidProblemError(
             f"{name} returns {result.dtype}: it must return torch.bool, True = may attend. Numbers to add belong into "
@@ -199,7 +234,8 @@ def _indices(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes)
 
 
-def _run(name: str, signature: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Tensor:
+def _run(name: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Tensor:
+    signature = ("score, " if len(arguments) == 5 else "") + "b, h, q_idx, kv_idx"
     try:
         with torch.no_grad():
             result = function(*arguments)

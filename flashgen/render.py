@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,41 @@ def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
     text = render_template(
         variant.template, spec=spec, variant=variant, meta={"template": f"templates/{variant.template}"}
     )
-    return KernelSource(text=text, spec=spec, variant=variant.name)
+    return KernelSource(text=text if spec.mods is None else filled(text), spec=spec, variant=variant.name)
+
+
+# An opening bracket at the end of a line, arguments that have a line each, and what closes it; those with a comment or a bracket of their own stay.
+_LISTED = re.compile(
+    r"^( *)(\S.*[(\[]|[(\[])\n((?:\1    [^ \n#][^\n#]*,\n){2,})\1([)\]][^\n]*)\n(?:\n(?= ))?", re.MULTILINE
+)
+_WIDTH = 120
+
+
+def filled(text: str) -> str:
+    """A kernel whose lists of arguments fill their lines, as by hand: with tables and masks there are dozens, handed from function to function.
+
+    The formatter would give each a line; `# fmt: off` after the imports tells it to leave them. What Python reads is the same.
+    """
+    imports = re.search(r"\n\n+(?!import |from )(?=[^\s])", text[text.index('\n"""\n') + 5 :])
+    start = text.index('\n"""\n') + 5 + (imports.end() if imports else 0)
+    return f"{text[:start]}# fmt: off\n{_LISTED.sub(_in_lines, text[start:])}"
+
+
+def _in_lines(found: re.Match[str]) -> str:
+    pad, opening, listed, closing = found.groups()
+    arguments = [line.strip() for line in listed.splitlines()]
+    if any(one.count(start) != one.count(end) for one in arguments for start, end in ("()", "[]")):
+        return found[0]
+    whole = f"{pad}{opening}{' '.join(arguments)[:-1]}{closing}"
+    if len(whole) <= _WIDTH:
+        return whole + "\n"
+    lines = [arguments[0]]
+    for one in arguments[1:]:
+        if len(pad) + 4 + len(lines[-1]) + 1 + len(one) > _WIDTH:
+            lines.append(one)
+        else:
+            lines[-1] += " " + one
+    return f"{pad}{opening}\n" + "".join(f"{pad}    {line}\n" for line in lines) + f"{pad}{closing}\n"
 
 
 def render_template(name: str, *, spec: AttentionSpec, variant: Variant, meta: dict[str, Any]) -> str:

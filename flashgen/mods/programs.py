@@ -45,6 +45,7 @@ class Program:
         graph: makes nodes that are shared with these.
         looked_up: keys of a block of words, where the mask is one that looks up tables which say all of it (`shared_masks`); else 0.
         per_score: the functions, by the name that a message uses, that are right for 0-d arguments alone.
+        sized: of the others those that ask a single value for its dimensions: on blocks they may mean something else.
     """
 
     score: Node | None
@@ -57,6 +58,7 @@ class Program:
     graph: Graph
     looked_up: int = 0
     per_score: frozenset[str] = frozenset()
+    sized: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
@@ -285,13 +287,14 @@ def _traced(
     tensors: Sequence[Tensor],
     names: Sequence[str],
 ) -> Program:
-    graph, sites, per_score = Graph(), dict[int, Site](), set[str]()
+    graph, sites = Graph(), dict[int, Site]()
+    per_score, sized = set[str](), set[str]()
     captures = Captures({id(tensor): name for tensor, name in zip(tensors, names, strict=True)}, device)
     refused: list[UnsupportedProblemError] = []
 
     def traced(function: Mod, kind: str) -> Node | None:
         try:
-            return trace(function, kind, graph, captures, sites, per_score)
+            return trace(function, kind, graph, captures, sites, per_score, sized)
         except UnsupportedProblemError as error:
             refused.append(error)  # the others are traced all the same, for `per_score`
         except FlashgenError:
@@ -323,6 +326,7 @@ def _traced(
         sites=sites,
         graph=graph,
         per_score=frozenset(per_score),
+        sized=frozenset(sized - per_score),
     )
 
 

@@ -63,6 +63,7 @@ def trace(
     captures: Captures,
     sites: dict[int, Site] | None = None,
     per_score: set[str] | None = None,
+    sized: set[str] | None = None,
 ) -> Node:
     """Run a mod once and keep what it computes.
 
@@ -74,6 +75,7 @@ def trace(
         sites: filled with the line of each load, by id of its node.
         per_score: takes the kind of a function that is right for 0-d arguments alone (`table[b][q_idx]`, a sum): on whole blocks it
             would index, or sum over, their dimensions.
+        sized: takes the kind of a function that asks an argument for its dimensions, of which it has none here and four on blocks.
 
     Returns:
         The result's node: fp32 of a score_mod, bool of a mask_mod.
@@ -102,6 +104,8 @@ def trace(
             ) from error
         if tracer.per_score and per_score is not None:
             per_score.add(kind)
+        if tracer.sized and sized is not None:
+            sized.add(kind)
         return _result(tracer, result, function)
 
 
@@ -165,7 +169,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind, self.graph, self.captures, self.sites = kind, graph, captures, sites
         self.device = captures._device
-        self.per_score = False
+        self.per_score = self.sized = False
         self.dispatch = _Dispatch(self)
         self._made: dict[int, tuple[Tensor, Array]] = {}  # tensors that the function made; held, since ids are reused
 
@@ -279,6 +283,7 @@ class _Tracer(TorchFunctionMode):
         read = getattr(func.__self__, "__name__", "") if name == "__get__" else name  # `shape` is a property
         if read in _SIZES and args and isinstance(args[0], _StandIn):
             self.note_shape(args[0].array)
+            self.sized |= not args[0].array.shape
         if name in _READS and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             raise self.depends_on_value("`if`, `and`, `or`, `not`" if name == "__bool__" else name.strip("_") + "()")
         return func(*args, **(kwargs or {}))

@@ -11,7 +11,7 @@ import numpy as np
 
 from flashgen.mods import intervals
 from flashgen.mods.captures import Capture
-from flashgen.mods.dtypes import BITS, is_float, is_integer, kernel_name
+from flashgen.mods.dtypes import BITS, bounds, is_float, is_integer, kernel_name
 from flashgen.mods.graph import COMPARISONS, Node, ordered
 
 _WIDTH = 96  # of a statement: with the indentation of a kernel's inner loop within 120
@@ -217,7 +217,9 @@ class Writer:
         # Sums of floats neither: what the user adds up first may cancel.
         strict = node.op not in ("add", "mul", "and", "or", "xor") or (node.op == "add" and is_float(node.dtype))
         text_right = self._operand(right, binds, right=strict or binds == _PRODUCT)
-        if node.op == "add" and right.op == "const" and text_right.startswith("-") and right.value == right.value:
+        negative = right.op == "const" and text_right.startswith("-") and right.value == right.value
+        # What the least integer of a type is the negative of is none of that type.
+        if node.op == "add" and negative and not (is_integer(right.dtype) and right.value == bounds(right.dtype)[0]):
             return f"{self._operand(left, binds)} - {text_right[1:]}", binds
         return f"{self._operand(left, binds)} {sign} {text_right}", binds
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import held, named, predicates
+from flashgen.simulator import held, named, predicates, ptx
 from flashgen.simulator.context import fail
 from flashgen.simulator.dtypes import int32, rounded
 from flashgen.simulator.errors import UnsupportedOperationError
@@ -16,6 +17,10 @@ from flashgen.simulator.tensors import Tensor, plain
 
 ASM: dict[str, Callable[..., Any]] = {
     "mov.b32 $0, $1;": np.copy,
+    "mov.b32 $0, {$1, $2};": lambda low, high: (
+        low.view(np.uint16).astype(np.uint32) | high.view(np.uint16).astype(np.uint32) << 16
+    ).view(np.int32),
+    "mov.b32 {$0, $1}, $2;": lambda x: ((x & 0xFFFF).astype(np.uint16).view(np.int16), (x >> 16).astype(np.int16)),
     "shr.s32 $0, $1, 31;": lambda x: x >> 31,
     "{ .reg .pred seen; .reg .b32 bit; and.b32 bit, $2, $3; setp.ne.b32 seen, bit, 0; selp.f32 $0, $1, 0fFF800000, seen; }": (
         lambda x, bits, bit: np.where(bits & bit, x, np.float32(-np.inf))
@@ -80,6 +85,8 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     text = " ".join(str(asm).split())
     by_start = next((one for start, one in _MADE.items() if text.startswith(start)), None)
     function = by_start or ASM.get(text) or predicates.parse(text) or held.parse(text)
+    if function is None and ptx.is_of_a_tile(args, int(pack)):
+        function = partial(ptx.run, text, str(constraints), int(pack) // 4)
     if function is None:
         fail(
             UnsupportedOperationError,

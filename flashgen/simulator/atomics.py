@@ -52,6 +52,19 @@ def _combine(name: str, op: Callable[[Array, Array], Array]) -> Callable[..., An
     return atomic
 
 
+def _turns(elements: Array) -> list[Any]:
+    """Which updates can be done at once: all where no element comes twice, else each element's first ones, then its second ones, ..."""
+    if elements.size == 1:
+        return [slice(None)]
+    order = np.argsort(elements, kind="stable")
+    first = np.flatnonzero(np.diff(elements[order], prepend=elements[order[0]] - 1))
+    if first.size == elements.size:
+        return [slice(None)]
+    before = np.arange(elements.size) - np.repeat(first, np.diff(first, append=elements.size))
+    by_turn = np.argsort(before, kind="stable")
+    return np.split(order[by_turn], np.cumsum(np.bincount(before))[:-1])
+
+
 def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Callable[[Array, Array], Array]) -> Any:
     plain(val)
     context.launch().scheduler.point(yields=True)
@@ -77,6 +90,7 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
         for element in ordered:
             if element in shadow.sync:
                 part.knows.world.join(shadow.sync[element])
+    scheduler, changed = context.launch().scheduler, elements.size != 1
     if elements.size:
         adds = name == "atomic_add" and dtype.is_float
         access = note(name, block=index.ndim > 0, atomic=True, adds=adds)
@@ -85,9 +99,17 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
             published = _published()
             for element in ordered:
                 shadow.sync.setdefault(element, VectorClock()).join(published)
-        for element, value in zip(elements.tolist(), np.atleast_1d(given).ravel(), strict=True):
-            now = decode(buffer.flat[element : element + 1], dtype)
-            buffer.flat[element : element + 1] = encode(rounded(op(now, value[None]), dtype), dtype)
+        operands = np.atleast_1d(given).ravel()
+        for turn in _turns(elements):
+            place = elements[turn]
+            raw = buffer.flat[place]
+            new = encode(rounded(op(decode(raw, dtype), operands[turn]), dtype), dtype)
+            changed |= bool(new[0] != raw[0])
+            buffer.flat[place] = new
+    if changed:
+        scheduler.changed()
+    else:
+        scheduler.polled((buffer.key, int(elements[0])))
     if index.ndim == 0:
         return scalar(old[()], dtype)
     return Tensor(old, dtype, layout_of(pointer))
@@ -121,6 +143,8 @@ def _observe(name: str, pointer: Pointer, mask: Any, acquires: bool) -> tuple[Ar
     if used.size:
         access = note(name, block=index.ndim > 0, atomic=True)
         shadow.read(part.knows.world, Footprint.elements(used), access)
+    if used.size == 1:
+        context.launch().scheduler.polled((buffer.key, int(np.ravel(used)[0])))
     safe = index if keep is None else np.where(keep, index, buffer.first)
     return decode(buffer.flat[safe], buffer.dtype), index
 

@@ -120,7 +120,7 @@ class DeadlockError(SimulationError):
 
 
 class LivelockError(SimulationError):
-    """The launch does not end within its bound of steps or seconds."""
+    """The launch does not end: within its bound of steps or seconds, or ever, since all who can go on wait for each other."""
 
     kind = "livelock"
 

@@ -258,6 +258,8 @@ def load(
     if used.size:
         access = note("load", block=index.ndim > 0, atomic=bool(volatile))
         buffer.shadow().read(partition().knows.world, Footprint.elements(used), access)
+        if volatile and used.size == 1:
+            context.launch().scheduler.polled((buffer.key, int(np.ravel(used)[0])))
     if keep is None:
         result = decode(buffer.flat[index], buffer.dtype)
     else:
@@ -300,3 +302,4 @@ def store(
         for element in np.atleast_1d(used).ravel().tolist():
             shadow.sync.pop(element, None)
     buffer.flat[used] = encode(kept, buffer.dtype)
+    context.launch().scheduler.changed()

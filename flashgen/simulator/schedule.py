@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Schedule = Literal["eager", "lazy", "random", "priority"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 _TRIES, _TRY_SECONDS = 20, 0.5  # to end a strand that a timeout has left running
+_POLLS = 1000  # of one element by each who can go on, after which it counts as endless: a loop that gives up would have done so
 _PATIENCE = 256  # scheduling points a partition may keep the baton under eager and lazy: it may be spinning
 
 
@@ -76,6 +77,7 @@ class Task:
 
 
 Choice = Task | Event
+Place = tuple[int, int]  # the storage and the element of it that somebody polls
 Policy = Callable[["Scheduler", list[Task], list[Event]], Choice]
 
 
@@ -149,12 +151,14 @@ class Scheduler:
         self.current: Task | None = None
         self.error: BaseException | None = None
         self.steps = self.switches = self.streak = self.spins = 0
+        self.polls: dict[Task, tuple[Place, int]] = {}  # what each reads again and again, since anything last changed
         self.done = threading.Event()
 
     def spawn(self, name: str, body: Callable[[], None], partition: Partition | None = None) -> Task:
         """Add a task; it runs once the policy chooses it."""
         task = Task(name, body, partition)
         self.tasks.append(task)
+        self.changed()
         task.thread = threading.Thread(target=self._main, args=(task,), name=f"simulated {name}", daemon=True)
         task.thread.start()
         return task
@@ -201,6 +205,8 @@ class Scheduler:
         self.steps += 1
         if self.steps > self.max_steps:
             fail(LivelockError, f"no end after {self.max_steps} scheduling points")
+        if not yields:
+            self.changed()
         task.ready, task.blocked, task.yields = ready, blocked, yields
         chosen = self._choose()
         if chosen is not task:
@@ -210,8 +216,30 @@ class Scheduler:
         if self.error is not None:
             raise Stop
 
+    def changed(self) -> None:
+        """Note that somebody who polls may find another value now."""
+        if self.polls:
+            self.polls.clear()
+
+    def polled(self, place: Place) -> None:
+        """Note that the running task has read an element by an atomic that changed nothing.
+
+        Where all who can go on have read nothing else for long, and nothing is in flight, nobody will ever find another value.
+        """
+        task = self.current
+        assert task is not None
+        before, count = self.polls.get(task, (place, 0))
+        count = count + 1 if before == place else 1
+        self.polls[task] = (place, count)
+        if count % _POLLS or self.events or any(part.products for part in self.partitions):
+            return
+        waiting = (task for task in self.tasks if task.ready is None or task.ready())
+        if all(task in self.polls and self.polls[task][1] >= _POLLS for task in waiting):
+            fail(LivelockError, f"no end: all who can go on have polled {_POLLS} times, and nothing has changed since")
+
     def perform(self, event: Event) -> None:
         """Complete an asynchronous operation."""
+        self.changed()
         if event.engine == "wgmma":
             event.owner.products.remove(event)
         else:
@@ -234,6 +262,7 @@ class Scheduler:
         except BaseException as error:
             self.error = self.error or error
         self.tasks.remove(task)
+        self.changed()
         try:
             chosen = self._choose()
         except BaseException as error:

@@ -207,6 +207,7 @@ class SharedView:
         write(self, "generic", "shared store")
         self.data[...] = value.values
         self.written[...] = True
+        launch().scheduler.changed()
 
     def _keep_alive(self) -> None:
         """Keep the allocation alive: nothing is ever freed here."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from flashgen.simulator.context import fail
-from flashgen.simulator.dtypes import Array, DType, float32, int1, int32, int64, rounded, uint32
+from flashgen.simulator.dtypes import Array, DType, decode, encode, float32, int1, int32, int64, rounded, uint32
 from flashgen.simulator.errors import AccumulatorError, IntegerError, LayoutError, ShapeError, UnsupportedOperationError
 from flashgen.simulator.layouts import Layout, SliceLayout, common, inferred
 from flashgen.simulator.scalars import INT32_MAX, INT32_MIN, Scalar
@@ -66,9 +66,10 @@ class Tensor:
         if dtype is self.dtype:
             return self
         if bitcast:
-            if self.dtype.raw.itemsize != dtype.raw.itemsize or self.dtype.narrow or dtype.narrow:
+            if self.dtype.raw.itemsize != dtype.raw.itemsize:
                 fail(UnsupportedOperationError, f"bitcast of {self.dtype} to {dtype}")
-            return Tensor(np.ascontiguousarray(self.values).view(dtype.held), dtype, self.layout)
+            raw = np.ascontiguousarray(encode(self.values, self.dtype)).view(dtype.raw)
+            return Tensor(decode(raw, dtype), dtype, self.layout)
         return Tensor(rounded(self.values, dtype), dtype, self.layout)
 
     def cast(self, dtype: DType, bitcast: bool = False) -> Tensor:

@@ -193,7 +193,7 @@ class GluonForwardSm90(WithMods, Variant):
 
     def settles(self, spec: AttentionSpec) -> bool:
         """Whether a plain kernel compares maxima as integers once no row's is negative. A causal one starts with rows of few keys: it lost."""
-        return not (options(spec).any or spec.causal)
+        return not (options(spec).any or spec.causal or self.bounds(spec))
 
     def holds(self, spec: AttentionSpec) -> bool:
         """Whether LAZY_SUM holds references, too: of kernels with options where it was measured to win, and of those that their blocks are like.
@@ -207,9 +207,18 @@ class GluonForwardSm90(WithMods, Variant):
         wide = width == 128 and not (spec.dropout or spec.has_attn_mask)
         return not spec.softcap and (wide or (width == 64 and not narrow))
 
+    def bounds(self, spec: AttentionSpec) -> bool:
+        """Whether blocks of a held reference go without a maximum while sums bound it (`parts/fwd_bound.py.jinja`): not timed yet, so of no kernel."""
+        return False
+
+    def packs_first(self, spec: AttentionSpec) -> bool:
+        """Whether such a block's probabilities are packed before sums are compared: 192 rows leave too few registers for them in fp32."""
+        return self.block_dv(spec) == 64
+
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
-        return not (options(spec).any or spec.has_lse) and self.block_d(spec) == self.block_dv(spec) == 64
+        plain = not (options(spec).any or spec.has_lse or self.bounds(spec))
+        return plain and self.block_d(spec) == self.block_dv(spec) == 64
 
     def caps_in_exponents(self, spec: AttentionSpec) -> bool:
         """Whether a cap joins the exponents, where it takes fewer instructions: measured to gain at head dim 128, not at 64."""

@@ -93,9 +93,19 @@ class Options:
         return (*self.evaluated, *_WORDS) if self.tabled else self.evaluated
 
     @property
+    def bits_alone(self) -> bool:
+        """Whether those bits say all of what a row sees."""
+        return self.by_bits and not self.mask
+
+    @property
     def inner(self) -> tuple[str, ...]:
         """What one step over keys takes."""
         return tuple(dict.fromkeys((*self.score, *self.mask, *self.operands, *self.bits, *self.dropout)))
+
+    @property
+    def afresh(self) -> tuple[str, ...]:
+        """Of these what scores take that are computed once more, without the words of a mask."""
+        return tuple(name for name in self.inner if name not in ("seqlen_q", "seqlen_k", *_WORDS))
 
     @property
     def looks_at_batch(self) -> bool:

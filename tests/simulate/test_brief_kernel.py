@@ -52,6 +52,6 @@ def test_the_brief_kernel_gives_the_same_bits(name: str, monkeypatch: pytest.Mon
         return said
 
     monkeypatch.setattr(interpret, "simulate", both)
-    said = judge(CASES[name])
+    said = judge(CASES[name], again=False)  # the same schedule again gives the same bits
     assert said is None, said
     assert ran

@@ -327,6 +327,36 @@ def spin(x_ptr):
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("simulated")]
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_polling_what_nobody_will_change_ends_soon(schedule: str) -> None:
+    text = text_of("ordered_sum").replace('gl.atomic_xchg(turn_ptr, gl.where(last, 0, pid + 1), sem="release")', "pass")
+    with pytest.raises(sim.LivelockError, match=r"polled 1000 times(?s:.)*gl.atomic_add\(turn_ptr, 0"):
+        CHECKS["ordered_sum"](text, schedule=schedule, seed=1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_polling_for_long_is_not_endless(schedule: str) -> None:
+    """What another one is about to change, by a store of its own after many steps, or what is another element each time."""
+    text = """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+@gluon.jit
+def wait(flag_ptr, data_ptr):
+    if gl.program_id(0) == 0:
+        while gl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
+            pass
+        gl.store(data_ptr, 1)
+    else:
+        for i in range(3000):
+            gl.atomic_add(data_ptr + 1 + i, 0)
+        gl.atomic_xchg(flag_ptr, 1, sem="release")
+"""
+    flag, data = torch.zeros(1, dtype=torch.int32), torch.zeros(3001, dtype=torch.int32)
+    sim.simulate(text, {"flag_ptr": flag, "data_ptr": data}, entry="wait", grid=(2,), schedule=schedule)
+    assert data.sum() == 1
+
+
 def test_what_is_slow_is_not_endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait of the launch ends without it, as on a machine that others use; in between the kernel went on."""
     text = f"""

@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_option(name: str) -> None:
-    said = judge(CASES[name])
+    said = judge(CASES[name], again=False)  # the same schedule again gives the same bits
     assert said is None, said
 
 
@@ -120,7 +120,7 @@ def test_more_sequences_than_one_look_holds() -> None:
             "tile": (64, 64),
         }
     )
-    said = judge(case)
+    said = judge(case, again=False)
     assert said is None, said
 
 
@@ -133,7 +133,7 @@ def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Case(**{**_WIDE, "window": (40, 30), "seqlen_q": 333, "tile": (192, 32)}),
         Case(**{**_NARROW, "mask_mod": "document", "seqlen_q": 333, "tile": (128, 32)}),
     ):
-        said = judge(case)
+        said = judge(case, again=False)
         assert said is None, said
 
 

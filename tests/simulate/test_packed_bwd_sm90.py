@@ -96,13 +96,13 @@ def plain_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_case(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row under another schedule."""
     simulated(monkeypatch, schedule=SCHEDULES[index % 4], seed=index)
-    said = judge(list(CASES.values())[index])
+    said = judge(list(CASES.values())[index], again=False)  # the same schedule again gives the same bits
     assert said is None, said
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_other_tiles(name: str) -> None:
-    said = judge(LARGE[name])
+    said = judge(LARGE[name], again=False)
     assert said is None, said
 
 
@@ -116,6 +116,25 @@ def simulated(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str] | No
         return real(source if change is None else change(source.text), arguments, **more, **settings)
 
     monkeypatch.setattr(interpret, "simulate", changed)
+
+
+_FORWARDS: dict[Case, dict[str, Tensor]] = {}
+
+
+def with_known_forward(case: Case, real: Any) -> Any:
+    """The forward that a broken backward follows runs once for all copies of a case."""
+
+    def run(source: KernelSource, tensors: dict[str, Any], outputs: tuple[str, ...], values: dict[str, Any]) -> None:
+        if source.spec.op == "attention_bwd":
+            real(source, tensors, outputs, values)
+            return
+        if case not in _FORWARDS:
+            real(source, tensors, outputs, values)
+            _FORWARDS[case] = {name: tensors[name].clone() for name in outputs if tensors[name] is not None}
+        for name, x in _FORWARDS[case].items():
+            tensors[name].copy_(x)
+
+    return run
 
 
 # -- other sequences --
@@ -230,8 +249,9 @@ def broken(old: str, new: str) -> Callable[[str], str]:
 def test_a_broken_line_is_noticed(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     name, case, old, new = MUTANTS[index]
     simulated(monkeypatch, broken(old, new), schedule="priority", seed=3, max_steps=200_000)
+    monkeypatch.setattr(interpret, "_run", with_known_forward(case, interpret._run))
     try:
-        said = judge(case)
+        said = judge(case, again=False)
     except SimulationError:
         return
     assert said is not None, f"{name}: nobody noticed"

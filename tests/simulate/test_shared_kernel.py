@@ -44,7 +44,7 @@ def test_the_shared_kernel_says_what_a_mask_says(name: str, keys: int, monkeypat
         return spec
 
     monkeypatch.setattr(execution, "kernel_spec", noted)
-    said = judge(case)
+    said = judge(case, again=False)  # the same schedule again gives the same bits
     assert said is None, said
     assert seen and all(seen), "a kernel of its own ran"
 

@@ -50,7 +50,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_widths(name: str) -> None:
-    said = judge(TABLE[name])
+    said = judge(TABLE[name], again=False)  # the same schedule again gives the same bits
     assert said is None, said
 
 
@@ -59,5 +59,7 @@ def test_every_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = flashgen.interpret.simulate
     monkeypatch.setattr(flashgen.interpret, "simulate", lambda *a, **k: real(*a, **k, schedule=schedule, seed=5))
     for d, dv in ((192, 128), (64, 128)):
-        said = judge(Case(**{**_CASE, "mask_mod": "columns", "head_dim": d, "head_dim_v": dv, "seqlen_q": 300}))
+        said = judge(
+            Case(**{**_CASE, "mask_mod": "columns", "head_dim": d, "head_dim_v": dv, "seqlen_q": 300}), again=False
+        )
         assert said is None, said

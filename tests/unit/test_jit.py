@@ -307,14 +307,16 @@ def test_work_begins_once_a_kernel_was_read_and_only_where_one_is_compiled(path:
 # -- numbers of lines --
 
 
-@pytest.mark.parametrize("asked", [None, "0", "1"])
+@pytest.mark.parametrize("asked", [None, "0", "1", False])
 def test_kernels_are_compiled_without_numbers_of_lines_unless_asked(
-    asked: str | None, monkeypatch: pytest.MonkeyPatch
+    asked: str | bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.backends.nvidia import compiler
 
     monkeypatch.setattr(compiler, "knobs", getattr(compiler.knobs, "_knobs", compiler.knobs))
-    if asked is not None:
+    if asked is False:  # in Python, of which the environment need not know
+        monkeypatch.setitem(vars(compiler.knobs.compilation), "disable_line_info", asked)
+    elif isinstance(asked, str):
         monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", asked)
     seen: list[bool] = []
 
@@ -329,7 +331,7 @@ def test_kernels_are_compiled_without_numbers_of_lines_unless_asked(
     monkeypatch.setattr(jit, "_launcher_beside", lambda src: None)
     jit._Compile(compile)(SimpleNamespace())
     mine, another_threads = seen
-    assert mine == (asked != "0")
+    assert mine == (asked not in ("0", False))
     assert another_threads == (asked == "1"), "other kernels of the process are not ours"
     assert bool(compiler.knobs.compilation.disable_line_info) == (asked == "1")
 

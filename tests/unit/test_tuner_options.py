@@ -66,6 +66,8 @@ def use(monkeypatch: pytest.MonkeyPatch, problem: Problem, forgotten: str, write
     monkeypatch.setattr("flashgen.tuner.run.source_of", lambda variant, problem: kernel)
     monkeypatch.setattr("flashgen.tuner.run.legal_list", lambda variant, problem, target: (list(TILES), ()))
     monkeypatch.setattr("flashgen.store.seeds.load", lambda gpu, op: ())
+    # There is one finalist, and nothing here is about its time.
+    monkeypatch.setattr("flashgen.tuner.shootout.MOST_ROUNDS", 30)
 
 
 def tuned(problem: Problem, tmp_path: Path) -> dict[int, Any]:

@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# fmt: off
 # Names that moved between Triton 3.6 and 3.9.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -91,13 +92,7 @@ def sigmoid(x):
 
 @gluon.jit
 def row_blocks(
-    start_n,
-    seqlen_q,
-    seqlen_k,
-    row_ranges_ptr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PEELED: gl.constexpr,
+    start_n, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PEELED: gl.constexpr,
 ):
     """Blocks of rows: [begin, full) and [full_end, end) see some of these keys and need a mask, [full, full_end) see all of them.
 
@@ -145,29 +140,14 @@ def block_of(step, group, begin, full_end, end):
 
 @gluon.jit
 def visits_before(
-    m_block,
-    n_block,
-    end_n,
-    seqlen_q,
-    seqlen_k,
-    row_ranges_ptr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    m_block, n_block, end_n, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     PEELED: gl.constexpr,
 ):
     """How many thread blocks of later keys visit a block of rows."""
     count = 0
     for first_n in range(n_block + 1, end_n, 128):
         blocks = first_n + gl.arange(0, 128, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        begin, _, _, end = row_blocks(
-            blocks * BLOCK_N,
-            seqlen_q,
-            seqlen_k,
-            row_ranges_ptr,
-            BLOCK_M,
-            BLOCK_N,
-            PEELED,
-        )
+        begin, _, _, end = row_blocks(blocks * BLOCK_N, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M, BLOCK_N, PEELED)
         visits = (blocks < end_n) & (begin <= m_block) & (m_block < end)
         count += gl.sum(visits.to(gl.int32), 0)
     return count
@@ -178,19 +158,7 @@ def visits_before(
 
 @gluon.jit
 def produce(
-    descs,
-    tiles,
-    bars,
-    off_b,
-    off_hkv,
-    start_n,
-    num_heads_kv,
-    group,
-    begin,
-    full,
-    full_end,
-    end,
-    BLOCK_M: gl.constexpr,
+    descs, tiles, bars, off_b, off_hkv, start_n, num_heads_kv, group, begin, full, full_end, end, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Loads the keys and values, then query rows, their gradients, lse and delta, step by step."""
@@ -233,12 +201,8 @@ FIRST_HAND_OVER = gl.constexpr(8)
 def hand_over(dq_stage, CONSUMERS: gl.constexpr):
     """A buffer of dq is full: each consumer says so for itself and goes on, which an mbarrier's one arrival would not let it."""
     gl.inline_asm_elementwise(
-        f"bar.arrive $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
-        "=r,r",
-        [FIRST_HAND_OVER + dq_stage],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        f"bar.arrive $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;", "=r,r", [FIRST_HAND_OVER + dq_stage], dtype=gl.int32,
+        is_pure=False, pack=1,
     )
 
 
@@ -246,41 +210,16 @@ def hand_over(dq_stage, CONSUMERS: gl.constexpr):
 def take_over(dq_stage, CONSUMERS: gl.constexpr):
     """The writer waits for all consumers."""
     gl.inline_asm_elementwise(
-        f"bar.sync $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;",
-        "=r,r",
-        [FIRST_HAND_OVER + dq_stage],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        f"bar.sync $1, {32 * CONSUMERS + 32}; mov.b32 $0, 0;", "=r,r", [FIRST_HAND_OVER + dq_stage], dtype=gl.int32,
+        is_pure=False, pack=1,
     )
 
 
 @gluon.jit
 def write_dq(
-    dq_desc,
-    turn_ptr,
-    dq_tiles,
-    bars,
-    off_b,
-    off_hkv,
-    n_block,
-    num_heads_kv,
-    group,
-    begin,
-    full,
-    full_end,
-    num_m_blocks,
-    end,
-    end_n,
-    seqlen_q,
-    seqlen_k,
-    row_ranges_ptr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PANEL: gl.constexpr,
-    STAGES: gl.constexpr,
-    DQ_STAGES: gl.constexpr,
-    PEELED: gl.constexpr,
+    dq_desc, turn_ptr, dq_tiles, bars, off_b, off_hkv, n_block, num_heads_kv, group, begin, full, full_end,
+    num_m_blocks, end, end_n, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PANEL: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, PEELED: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
@@ -297,15 +236,7 @@ def write_dq(
             turn = turn_ptr + off_bh * num_m_blocks + m_block
             # The last keys come first, as far as they visit these rows: where rows are walked forwards nobody waits at the start.
             before = visits_before(
-                m_block,
-                n_block,
-                end_n,
-                seqlen_q,
-                seqlen_k,
-                row_ranges_ptr,
-                BLOCK_M,
-                BLOCK_N,
-                PEELED,
+                m_block, n_block, end_n, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M, BLOCK_N, PEELED,
             )
             while gl.atomic_add(turn, 0, sem="acquire") != before:
                 pass
@@ -393,41 +324,10 @@ def largest_bits(value):
 
 @gluon.jit
 def attend(
-    step,
-    start_m,
-    dk_1,
-    dv_1,
-    nothing,
-    no_dq,
-    first_m,
-    qk_scale,
-    sm_scale,
-    offs_n,
-    seqlen_q,
-    start_n,
-    seqlen_k,
-    sum_of_table_ptr,
-    largest_ptr,
-    term_bits,
-    b,
-    h,
-    table_ptr,
-    table_stride0,
-    table_stride1,
-    table_size0,
-    table_size1,
-    documents_ptr,
-    documents_stride0,
-    documents_size0,
-    tiles,
-    bars,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr,
-    DQ_STAGES: gl.constexpr,
-    SUMS: gl.constexpr,
+    step, start_m, dk_1, dv_1, nothing, no_dq, first_m, qk_scale, sm_scale, offs_n, seqlen_q, start_n, seqlen_k,
+    sum_of_table_ptr, largest_ptr, term_bits, b, h, table_ptr, table_stride0, table_stride1, table_size0, table_size1,
+    documents_ptr, documents_stride0, documents_size0, tiles, bars, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr, SUMS: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """One block of rows: adds to dk and dv, and stages dq, panel by panel."""
@@ -535,43 +435,11 @@ def stage_dq(dq, number, dq_tiles, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.co
 
 @gluon.jit
 def consume(
-    dk_desc,
-    dv_desc,
-    tiles,
-    bars,
-    off_b,
-    off_hkv,
-    start_n,
-    group,
-    begin,
-    full,
-    full_end,
-    end,
-    seqlen_q,
-    seqlen_k,
-    qk_scale,
-    sm_scale,
-    table_ptr,
-    documents_ptr,
-    table_size0,
-    table_size1,
-    documents_size0,
-    table_stride0,
-    table_stride1,
-    documents_stride0,
-    sum_of_table_ptr,
-    largest_ptr,
-    term_bits,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr,
-    DQ_STAGES: gl.constexpr,
-    PANEL: gl.constexpr,
-    PEELED: gl.constexpr,
-    MASKED: gl.constexpr,
-    SUMS: gl.constexpr,
+    dk_desc, dv_desc, tiles, bars, off_b, off_hkv, start_n, group, begin, full, full_end, end, seqlen_q, seqlen_k,
+    qk_scale, sm_scale, table_ptr, documents_ptr, table_size0, table_size1, documents_size0, table_stride0,
+    table_stride1, documents_stride0, sum_of_table_ptr, largest_ptr, term_bits, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+    PANEL: gl.constexpr, PEELED: gl.constexpr, MASKED: gl.constexpr, SUMS: gl.constexpr,
 ):
     """All products: dk and dv of this block of keys, and its share of dq."""
     q_tiles, k_tile, v_tile, _, _, _, _, _, _ = tiles
@@ -620,82 +488,20 @@ def consume(
         for step in range(first_step, masked_end):
             start_m = (step + shift) * BLOCK_M
             dk_1, dv_1 = attend(
-                step,
-                start_m,
-                dk_1,
-                dv_1,
-                nothing,
-                no_dq,
-                first_m,
-                qk_scale,
-                sm_scale,
-                offs_n,
-                seqlen_q,
-                start_n,
-                seqlen_k,
-                sum_of_table_ptr,
-                largest_ptr,
-                term_bits,
-                off_b,
-                off_h,
-                table_ptr,
-                table_stride0,
-                table_stride1,
-                table_size0,
-                table_size1,
-                documents_ptr,
-                documents_stride0,
-                documents_size0,
-                tiles,
-                (q_full, do_full, do_empty, dq_empty),
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                DQ_STAGES,
-                SUMS,
+                step, start_m, dk_1, dv_1, nothing, no_dq, first_m, qk_scale, sm_scale, offs_n, seqlen_q, start_n,
+                seqlen_k, sum_of_table_ptr, largest_ptr, term_bits, off_b, off_h, table_ptr, table_stride0,
+                table_stride1, table_size0, table_size1, documents_ptr, documents_stride0, documents_size0, tiles,
+                (q_full, do_full, do_empty, dq_empty), BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, DQ_STAGES, SUMS,
                 IS_MASKED=True,
             )
         # -- blocks whose rows see every key --
         for step in range(masked_end, unmasked_end):
             start_m = (step + shift) * BLOCK_M
             dk_1, dv_1 = attend(
-                step,
-                start_m,
-                dk_1,
-                dv_1,
-                nothing,
-                no_dq,
-                first_m,
-                qk_scale,
-                sm_scale,
-                offs_n,
-                seqlen_q,
-                start_n,
-                seqlen_k,
-                sum_of_table_ptr,
-                largest_ptr,
-                term_bits,
-                off_b,
-                off_h,
-                table_ptr,
-                table_stride0,
-                table_stride1,
-                table_size0,
-                table_size1,
-                documents_ptr,
-                documents_stride0,
-                documents_size0,
-                tiles,
-                (q_full, do_full, do_empty, dq_empty),
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                DQ_STAGES,
-                SUMS,
+                step, start_m, dk_1, dv_1, nothing, no_dq, first_m, qk_scale, sm_scale, offs_n, seqlen_q, start_n,
+                seqlen_k, sum_of_table_ptr, largest_ptr, term_bits, off_b, off_h, table_ptr, table_stride0,
+                table_stride1, table_size0, table_size1, documents_ptr, documents_stride0, documents_size0, tiles,
+                (q_full, do_full, do_empty, dq_empty), BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, DQ_STAGES, SUMS,
                 IS_MASKED=False,
             )
     # -- store dk and dv through the memory of k and v, which nobody reads any more --
@@ -713,59 +519,17 @@ def consume(
 # Lengths, the offset and head counts change from call to call: specialising on their values would recompile for each.
 @gluon.jit(
     do_not_specialize=[
-        "table_size0",
-        "table_size1",
-        "documents_size0",
-        "term_bits",
-        "num_heads_kv",
-        "group",
-        "seqlen_q",
-        "seqlen_k",
+        "table_size0", "table_size1", "documents_size0", "term_bits", "num_heads_kv", "group", "seqlen_q", "seqlen_k",
         "num_n_blocks",
     ]
 )
 def attention_bwd(
-    q_desc,
-    k_desc,
-    v_desc,
-    do_desc,
-    dq_desc,
-    dk_desc,
-    dv_desc,
-    lse_desc,
-    delta_desc,
-    turn_ptr,
-    table_ptr,
-    documents_ptr,
-    row_ranges_ptr,
-    qk_scale,
-    sm_scale,
-    table_size0,
-    table_size1,
-    documents_size0,
-    table_stride0,
-    table_stride1,
-    documents_stride0,
-    stride_row_ranges_b,
-    stride_row_ranges_h,
-    sum_of_table_ptr,
-    largest_ptr,
-    term_bits,
-    num_heads_kv,
-    group,
-    seqlen_q,
-    seqlen_k,
-    num_n_blocks,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr,
-    DQ_STAGES: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
-    PEELED: gl.constexpr,
-    MASKED: gl.constexpr,
-    SUMS: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, lse_desc, delta_desc, turn_ptr, table_ptr,
+    documents_ptr, row_ranges_ptr, qk_scale, sm_scale, table_size0, table_size1, documents_size0, table_stride0,
+    table_stride1, documents_stride0, stride_row_ranges_b, stride_row_ranges_h, sum_of_table_ptr, largest_ptr,
+    term_bits, num_heads_kv, group, seqlen_q, seqlen_k, num_n_blocks, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, DQ_STAGES: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr, PEELED: gl.constexpr, MASKED: gl.constexpr, SUMS: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q_desc.dtype
@@ -781,15 +545,7 @@ def attention_bwd(
     num_m_blocks = gl.cdiv(seqlen_q, BLOCK_M)
     if row_ranges_ptr is not None:
         row_ranges_ptr += off_b.to(gl.int64) * stride_row_ranges_b + off_hkv.to(gl.int64) * stride_row_ranges_h
-    begin, full, full_end, end = row_blocks(
-        start_n,
-        seqlen_q,
-        seqlen_k,
-        row_ranges_ptr,
-        BLOCK_M,
-        BLOCK_N,
-        PEELED,
-    )
+    begin, full, full_end, end = row_blocks(start_n, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M, BLOCK_N, PEELED)
     # -- shared memory --
     q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
     do_tiles = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
@@ -822,43 +578,13 @@ def attention_bwd(
             (
                 consume,
                 (
-                    dk_desc,
-                    dv_desc,
+                    dk_desc, dv_desc,
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles),
-                    (kv_full, q_full, do_full, do_empty, dq_empty),
-                    off_b,
-                    off_hkv,
-                    start_n,
-                    group,
-                    begin,
-                    full,
-                    full_end,
-                    end,
-                    seqlen_q,
-                    seqlen_k,
-                    qk_scale,
-                    sm_scale,
-                    table_ptr,
-                    documents_ptr,
-                    table_size0,
-                    table_size1,
-                    documents_size0,
-                    table_stride0,
-                    table_stride1,
-                    documents_stride0,
-                    sum_of_table_ptr,
-                    largest_ptr,
-                    term_bits,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    STAGES,
-                    DQ_STAGES,
-                    PANEL,
-                    PEELED,
-                    MASKED,
-                    SUMS,
+                    (kv_full, q_full, do_full, do_empty, dq_empty), off_b, off_hkv, start_n, group, begin, full,
+                    full_end, end, seqlen_q, seqlen_k, qk_scale, sm_scale, table_ptr, documents_ptr, table_size0,
+                    table_size1, documents_size0, table_stride0, table_stride1, documents_stride0, sum_of_table_ptr,
+                    largest_ptr, term_bits, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, DQ_STAGES, PANEL, PEELED,
+                    MASKED, SUMS,
                 ),
             ),
             (
@@ -866,48 +592,16 @@ def attention_bwd(
                 (
                     (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc),
                     (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles),
-                    (kv_full, q_full, do_full, rows_empty, do_empty),
-                    off_b,
-                    off_hkv,
-                    start_n,
-                    num_heads_kv,
-                    group,
-                    begin,
-                    full,
-                    full_end,
-                    end,
-                    BLOCK_M,
-                    STAGES,
+                    (kv_full, q_full, do_full, rows_empty, do_empty), off_b, off_hkv, start_n, num_heads_kv, group,
+                    begin, full, full_end, end, BLOCK_M, STAGES,
                 ),
             ),
             (
                 write_dq,
                 (
-                    dq_desc,
-                    turn_ptr,
-                    dq_tiles,
-                    (dq_empty, rows_empty),
-                    off_b,
-                    off_hkv,
-                    n_block,
-                    num_heads_kv,
-                    group,
-                    begin,
-                    full,
-                    full_end,
-                    num_m_blocks,
-                    end,
-                    num_n_blocks,
-                    seqlen_q,
-                    seqlen_k,
-                    row_ranges_ptr,
-                    BLOCK_M,
-                    BLOCK_N,
-                    PANEL,
-                    STAGES,
-                    DQ_STAGES,
-                    PEELED,
-                    DETERMINISTIC,
+                    dq_desc, turn_ptr, dq_tiles, (dq_empty, rows_empty), off_b, off_hkv, n_block, num_heads_kv, group,
+                    begin, full, full_end, num_m_blocks, end, num_n_blocks, seqlen_q, seqlen_k, row_ranges_ptr, BLOCK_M,
+                    BLOCK_N, PANEL, STAGES, DQ_STAGES, PEELED, DETERMINISTIC,
                 ),
             ),
         ],
@@ -921,27 +615,9 @@ def attention_bwd(
 
 @triton.jit(do_not_specialize=["num_heads_q", "seqlen_q", "lse_rows"])
 def attention_bwd_preprocess(
-    o_ptr,
-    do_ptr,
-    lse_ptr,
-    dlse_ptr,
-    lse2_ptr,
-    delta_ptr,
-    dq_sum_ptr,
-    turn_ptr,
-    stride_ob,
-    stride_om,
-    stride_oh,
-    stride_dob,
-    stride_dom,
-    stride_doh,
-    num_heads_q,
-    seqlen_q,
-    lse_rows,
-    HEAD_DIM_V: tl.constexpr,
-    PANEL: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, dq_sum_ptr, turn_ptr, stride_ob, stride_om, stride_oh,
+    stride_dob, stride_dom, stride_doh, num_heads_q, seqlen_q, lse_rows, HEAD_DIM_V: tl.constexpr, PANEL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     # One program per (block of rows, batch and head).
     num_m_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -963,11 +639,18 @@ def attention_bwd_preprocess(
     delta = tl.sum(o * do, 1)
     row_start = off_bh.to(tl.int64) * lse_rows
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        dlse = tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        delta -= dlse
 
     # -- lse in base 2; +inf for a row without a key and for one that does not exist: their probabilities are 0 --
     lse = tl.load(lse_ptr + row_start + rows, mask=live, other=-float("inf"))
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    # -- a row of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach it --
+    reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+    if dlse_ptr is not None:
+        reached |= dlse != 0.0
+    huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
+    lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
     delta = tl.where(lse == -float("inf"), 0.0, delta)  # whatever such a row holds
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -984,18 +667,8 @@ def attention_bwd_preprocess(
 
 @triton.jit(do_not_specialize=["num_heads_q", "seqlen_q"])
 def attention_bwd_postprocess(
-    dq_sum_ptr,
-    dq_ptr,
-    sm_scale,
-    stride_dqb,
-    stride_dqm,
-    stride_dqh,
-    num_heads_q,
-    seqlen_q,
-    HEAD_DIM: tl.constexpr,
-    PANEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    WARP_COLS: tl.constexpr,
+    dq_sum_ptr, dq_ptr, sm_scale, stride_dqb, stride_dqm, stride_dqh, num_heads_q, seqlen_q, HEAD_DIM: tl.constexpr,
+    PANEL: tl.constexpr, BLOCK_M: tl.constexpr, WARP_COLS: tl.constexpr,
 ):
     # One program per (block of rows, batch and head).
     num_m_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -1021,33 +694,9 @@ def attention_bwd_postprocess(
 
 
 def launch(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dq,
-    dk,
-    dv,
-    *,
-    sm_scale,
-    causal_offset,
-    captured_table,
-    captured_documents,
-    row_ranges,
-    dcaptured_table,
-    deterministic=True,
-    BLOCK_M,
-    BLOCK_N,
-    STAGES,
-    DS_STAGES,
-    DQ_STAGES,
-    PRODUCER_REGS,
-    SCORES_AHEAD,
-    DV_FIRST,
-    PEELED,
+    dout, dlse, q, k, v, out, lse, dq, dk, dv, *, sm_scale, causal_offset, captured_table, captured_documents,
+    row_ranges, dcaptured_table, deterministic=True, BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS,
+    SCORES_AHEAD, DV_FIRST, PEELED,
 ):
     """Launch on the current device's current stream.
 
@@ -1161,18 +810,8 @@ def launch(
             enable_fp_fusion=True,
         )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
-        dq_sum,
-        dq,
-        sm_scale,
-        *dq.stride()[:3],
-        num_heads_q,
-        seqlen_q,
-        HEAD_DIM=128,
-        PANEL=64,
-        BLOCK_M=BLOCK_M,
-        WARP_COLS=2,
-        num_warps=8,
-        enable_fp_fusion=True,
+        dq_sum, dq, sm_scale, *dq.stride()[:3], num_heads_q, seqlen_q, HEAD_DIM=128, PANEL=64, BLOCK_M=BLOCK_M,
+        WARP_COLS=2, num_warps=8, enable_fp_fusion=True,
     )
     for gradient, units, size in zip(gradients, fixed, largest, strict=False):
         # Back from units to numbers; anything that is none makes all of them none.

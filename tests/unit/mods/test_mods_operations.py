@@ -76,6 +76,7 @@ EXACT: dict[str, Callable[..., Any]] = {
     "brain float compared": lambda s, b, h, q, k: torch.where(s.bfloat16() < 0.1, s, 1.0),
     "type_as": lambda s, b, h, q, k: q.type_as(s) + s.to(s.dtype),
     "overflow": lambda s, b, h, q, k: (q * 2**28) * 3 + s * 0,
+    "the least integers": lambda s, b, h, q, k: s + ((q + 2**31 >= k - 2**31) & (SMALL[q] - 128 < SMALL[k])),
     "int64": lambda s, b, h, q, k: ((q.long() * 2**40 + k) >> 38) + s,
     "in place": lambda s, b, h, q, k: s.add_(q).mul_(2),
     "constant": lambda s, b, h, q, k: torch.full_like(s, 2.5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,6 +150,36 @@ def test_what_cannot_be_mapped_is_tried_with_indices_of_the_call() -> None:
     q, k, v = (x.detach() for x in inputs())
     with pytest.raises(flashgen.InvalidProblemError, match="reduces over them"):
         flashgen.attention(q, k, v, score_mod=lambda s, b, h, q, k: s + Doubled.apply(k.amax() - k))
+
+
+ASKED: dict[str, Callable[..., Any]] = {
+    "elements": lambda s, b, h, q, k: s * s.numel(),
+    "dimensions": lambda s, b, h, q, k: s * (1 + q.dim()),
+    "elements that are chosen": lambda s, b, h, q, k: s * q[q > SIZE // 2].numel(),
+    "the whole compared": lambda s, b, h, q, k: s + torch.equal(q, k),
+    "the largest by NumPy": lambda s, b, h, q, k: s + q.numpy().max(),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_blocks_say_otherwise_than_one_score_is_refused(name: str) -> None:
+    """The torch backend gave each block's own number, so that results hung on the size of its blocks."""
+    q, k, v = (x.detach() for x in inputs())
+    with pytest.raises(flashgen.InvalidProblemError, match=r"than for one|when fewer are computed"):
+        flashgen.attention(q, k, v, score_mod=ASKED[name])
+    mask = lambda b, h, q, k: ASKED[name](q * 0.0 + 1.0, b, h, q, k) > 1  # noqa: E731
+    with pytest.raises(flashgen.InvalidProblemError, match=r"than for one|when fewer are computed"):
+        flashgen.attention(q, k, v, mask_mod=mask)
+
+
+def test_who_asks_for_dimensions_and_means_the_same_is_not_refused() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    numbers = lambda x: torch.from_numpy(np.abs(x.numpy()))  # noqa: E731
+    got = flashgen.attention(
+        q, k, v, score_mod=lambda s, b, h, q, k: s.view(s.shape) + torch.zeros(s.shape) + numbers(q - k)
+    )
+    want = flashgen.attention(q, k, v, score_mod=lambda s, b, h, q, k: s + (q - k).abs())
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_what_runs_on_blocks_is_not_mapped() -> None:

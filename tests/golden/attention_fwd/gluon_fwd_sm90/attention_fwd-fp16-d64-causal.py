@@ -196,9 +196,16 @@ def mask_scores(
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores with -inf where a row does not see a key."""
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     last_n = gl.minimum(rows_m + causal_offset, seqlen_k - 1)
-    return gl.where(offs_n[None, :] <= last_n[:, None], qk, -float("inf"))
+    # A lane holds two neighbours of every eight columns. Its own place is taken from the bound, so that columns are numbers which the
+    # compiler knows: with columns of its own, Triton 3.9 keeps 32 of them and spills.
+    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 8])
+    LAYOUT: gl.constexpr = tile.type.layout
+    last = gl.convert_layout(last_n - start_n, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
+    last -= gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    eights = 8 * gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
+    tile = gl.where(eights <= last, tile, -float("inf"))
+    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 # Two rows of a lane: $0, $1 their references, $4, $5 the largest scores, $8 the scale, $10, $11 the sums so far. Scores may exceed a reference
@@ -652,8 +659,6 @@ def consume(
                 IS_MASKED=False,
             )
             step += 1
-        if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
@@ -661,6 +666,9 @@ def consume(
         if TENSOR_SUMS:
             sums = start_sums(p, ones, l_i)
         step += 1
+        # Not before: while p waits for the values, too, Triton 3.9 spills.
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(place), count=1)
         if LAZY_SUM and not TENSOR_SUMS:
             l_i = gl.convert_layout(gl.sum(l_i, 1), ROW_LAYOUT)
         if TENSOR_SUMS:

@@ -189,9 +189,16 @@ def mask_scores(
     QK_LAYOUT: gl.constexpr,
 ):
     """Scores with -inf where a row does not see a key."""
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, QK_LAYOUT))
     last_n = rows_m * 0 + (seqlen_k - 1)
-    return gl.where(offs_n[None, :] <= last_n[:, None], qk, -float("inf"))
+    # A lane holds two neighbours of every eight columns. Its own place is taken from the bound, so that columns are numbers which the
+    # compiler knows: with columns of its own, Triton 3.9 keeps 32 of them and spills.
+    tile = qk.reshape([WG_ROWS, BLOCK_N // 8, 8])
+    LAYOUT: gl.constexpr = tile.type.layout
+    last = gl.convert_layout(last_n - start_n, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
+    last -= gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    eights = 8 * gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
+    tile = gl.where(eights <= last, tile, -float("inf"))
+    return gl.convert_layout(tile.reshape([WG_ROWS, BLOCK_N]), QK_LAYOUT)
 
 
 # Two rows of a lane: $0, $1 their references, $4, $5 the largest scores, $8 the scale, $10, $11 the sums so far. Scores may exceed a reference
@@ -634,13 +641,14 @@ def consume(
                 QUICK=True,
             )
             step += 1
-        if OWN_STAGING:
-            mbarrier.arrive(q_empty.index(place), count=1)
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         step += 1
+        # Not before: while p waits for the values, too, Triton 3.9 spills.
+        if OWN_STAGING:
+            mbarrier.arrive(q_empty.index(place), count=1)
         if LAZY_SUM:
             m_i = gl.convert_layout(gl.max(m_i, 1), ROW_LAYOUT)
         if LAZY_SUM:
