@@ -86,6 +86,7 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("the caller's mask of the first head", Free(why="", sizes=GROUPS, attn_mask="1h1j"), "off_h.to(gl.int64) * stride_attn_mask_h", "off_hkv.to(gl.int64) * stride_attn_mask_h"),
     ("the bias of the first keys", OF["a bias with -inf"], "near_n.to(gl.int64) * stride_bias_n", "(near_n % 16).to(gl.int64) * stride_bias_n"),
     ("the bias of a thread's first key for all of its keys", SHARED, "far_n.to(gl.int64) * stride_bias_n", "0 * far_n.to(gl.int64) * stride_bias_n"),
+    ("the bias of a thread's first rows for all of its rows", SHARED, "(places & -7).to(gl.int64) * stride_bias_m", "0 * (places & -7).to(gl.int64) * stride_bias_m"),
     ("the last row's bias is that of the row before", SHARED, "COLUMN), seqlen_q - 1).to(gl.uint32)", "COLUMN), seqlen_q - 2).to(gl.uint32)"),
     ("the bias's gradient after the score's derivative", OF["a bias of every pair, under a score"], "largest_ptr, ds, exists", "largest_ptr, ds * 1.05, exists"),
     ("the bias's gradient of one row", OF["a bias of keys"], "gl.sum(ds, 1), offs_n", "gl.max(ds, 1), offs_n"),

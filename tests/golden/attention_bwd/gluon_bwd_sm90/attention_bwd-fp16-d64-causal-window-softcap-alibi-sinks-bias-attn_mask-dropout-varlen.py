@@ -563,9 +563,9 @@ def attend(
         if BIAS_ROWS and BIAS_KEYS:
             # It is contiguous.
             dbias_ptrs = (dbias_ptr + offs_n)[:, None] + (rows_m.to(gl.uint32).to(gl.int64) * stride_dbias_m)[None, :]
-            exists = None
+            exists = (rows_m < seqlen_q)[None, :] & (offs_n >= 0)[:, None]
             if IS_MASKED:
-                exists = (rows_m < seqlen_q)[None, :] & (offs_n < seqlen_k)[:, None]
+                exists &= (offs_n < seqlen_k)[:, None]
             add_gradient(dbias_ptrs, largest_ptr, ds, exists, term_bits, SUM_BIAS)
         elif BIAS_ROWS:
             dbias_ptrs = dbias_ptr + rows_m.to(gl.int64) * stride_dbias_m
