@@ -51,5 +51,11 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("FLASHGEN_")]:
             patch.delenv(name)
-        patch.setenv("FLASHGEN_CACHE_DIR", str(tmp_path_factory.mktemp("flashgen-cache")))
+        cache, base = tmp_path_factory.mktemp("flashgen-cache"), tmp_path_factory.getbasetemp()
+        patch.setenv("FLASHGEN_CACHE_DIR", str(cache))
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # What one process compiled (some seconds each), none of the others compiles again: files are written at once and keyed by content.
+            facts = base.parent / "compiled-facts"
+            facts.mkdir(exist_ok=True)
+            (cache / "facts").symlink_to(facts)
         yield

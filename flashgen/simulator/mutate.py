@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,31 +95,44 @@ def mutants(source: str | Path | KernelSource, *, arithmetic: bool = False) -> t
         SyntaxError: it is no Python.
     """
     text, _ = read(source)
-    tree, cut = ast.parse(text), _Text(text)
-    found: dict[str, Mutant] = {}
-    for function in tree.body:
+    lines, found = text.split("\n"), list[Mutant]()
+    for function in ast.parse(text).body:
         if not isinstance(function, ast.FunctionDef) or not _is_jit(function):
             continue
-        for edit in _edits(function, cut, arithmetic):
-            mutated = cut.edited(edit.spans)
-            if mutated == text or mutated in found or not _parses(mutated, function):
-                continue
-            after = "; ".join(new for _, new in edit.spans)
-            found[mutated] = Mutant(
-                rule=edit.rule,
-                line=edit.node.lineno,  # type: ignore[attr-defined]
-                function=function.name,
-                before=" ".join(cut.of(edit.node).split()),
-                after=" ".join(after.split()),
-                text=mutated,
-            )
-    return tuple(sorted(found.values(), key=lambda mutant: (mutant.line, mutant.rule)))
+        first, last = function.lineno - 1, function.end_lineno
+        before, after = lines[:first], lines[last:]
+        for mutant in _of_function("\n".join(lines[first:last]), arithmetic):
+            whole = "\n".join((*before, mutant.text, *after))
+            found.append(replace(mutant, line=mutant.line + first, text=whole))
+    return tuple(sorted(found, key=lambda mutant: (mutant.line, mutant.rule)))
 
 
-def _parses(text: str, function: ast.FunctionDef) -> bool:
-    """Whether the function is still Python; it stands where it stood, since no line was added or taken."""
+@lru_cache(maxsize=1024)
+def _of_function(text: str, arithmetic: bool) -> tuple[Mutant, ...]:
+    """The mutants of one function, its text alone: the texts of a template have most of their functions in common."""
+    (function,), cut = ast.parse(text).body, _Text(text)
+    assert isinstance(function, ast.FunctionDef)
+    found: dict[str, Mutant] = {}
+    for edit in _edits(function, cut, arithmetic):
+        mutated = cut.edited(edit.spans)
+        if mutated == text or mutated in found or not _parses(mutated):
+            continue
+        after = "; ".join(new for _, new in edit.spans)
+        found[mutated] = Mutant(
+            rule=edit.rule,
+            line=edit.node.lineno,  # type: ignore[attr-defined]
+            function=function.name,
+            before=" ".join(cut.of(edit.node).split()),
+            after=" ".join(after.split()),
+            text=mutated,
+        )
+    return tuple(found.values())
+
+
+def _parses(text: str) -> bool:
+    """Whether it is still Python."""
     try:
-        ast.parse("\n".join(text.split("\n")[function.lineno - 1 : function.end_lineno]))
+        ast.parse(text)
     except SyntaxError:
         return False
     return True
@@ -160,17 +174,26 @@ _COMPILE_TIME = {"static_assert", "convert_layout", "allocate_shared_memory", "w
 
 def _called(node: ast.AST | None) -> str:
     """The last name of what is called: `wait` of `mbarrier.wait(...)`; empty where nothing is."""
-    if not isinstance(node, ast.Call):
-        return ""
-    return ast.unparse(node.func).rpartition(".")[2]
+    return _last_name(node.func) if isinstance(node, ast.Call) else ""
+
+
+def _last_name(node: ast.expr) -> str:
+    """`wait` of `mbarrier.wait`; without `unparse`, which took a third of the time, where there is nothing to write out."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ast.unparse(node).rpartition(".")[2]
+
+
+def _module(node: ast.expr) -> str:
+    """`mbarrier` of `hopper.mbarrier.wait`; empty where there is none."""
+    return _last_name(node.value) if isinstance(node, ast.Attribute) else ""
 
 
 def _operation(statement: ast.stmt) -> tuple[str, str]:
     """A call statement as (module, function): ("mbarrier", "wait"); empty names where it is none."""
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
         return "", ""
-    module, _, name = ast.unparse(statement.value.func).rpartition(".")
-    return module.rpartition(".")[2], name
+    return _module(statement.value.func), _called(statement.value)
 
 
 _DROPPED = {
@@ -244,9 +267,9 @@ def _barriers(node: ast.AST, cut: _Text) -> Iterator[_Edit]:
     """Phases, byte counts and arrival counts."""
     if not isinstance(node, ast.Call):
         return
-    module, _, name = ast.unparse(node.func).rpartition(".")
-    if module.rpartition(".")[2] != "mbarrier":
+    if _module(node.func) != "mbarrier":
         return
+    name = _called(node)
     if name == "wait" and (phase := _argument(node, 1, "phase")) is not None:
         yield _Edit("wrong phase", node, ((phase, f"({cut.of(phase)}) ^ 1"),))
     if name == "expect" and (count := _argument(node, 1, "bytes", "bytes_per_cta")) is not None:

@@ -155,7 +155,7 @@ def test_a_planted_bug_is_found_shrunk_and_repeated(tmp_path: Path) -> None:
     def planted(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(script), *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     found = planted(["tests/fuzz/fuzz.py", "--seeds", f"{seed}:1"])
     assert found.returncode == 1, found.stdout + found.stderr
@@ -166,7 +166,7 @@ def test_a_planted_bug_is_found_shrunk_and_repeated(tmp_path: Path) -> None:
     assert not (small.sinks or small.bias or small.alibi or small.dropout_p or small.mask_mod or small.causal)
     again = planted(words[1:])
     assert again.returncode == 1 and "failed: " in again.stdout, again.stdout + again.stderr
-    whole = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    whole = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert whole.returncode == 0 and "passed" in whole.stdout, whole.stdout + whole.stderr
 
 

@@ -219,7 +219,7 @@ def first_sums(causal: Any) -> tuple[GradientBuffers, KernelConfig, tuple[bytes,
     return buffers, config, sums(buffers, config, schedule="eager", processors=1)
 
 
-# In parts, since a test's limit is one of wall time: all at once took 177 of its 300 seconds beside nine other processes on two cores.
+# In parts, since a test's limit is one of wall time: all at once took 177 seconds beside nine other processes on two cores.
 @pytest.mark.parametrize("part", range(len(SCHEDULES)))
 @pytest.mark.parametrize("causal", [BR, None])
 def test_ordered_sums_are_the_same_bits_under_100_schedules(causal: Any, part: int) -> None:

@@ -97,20 +97,20 @@ threading.Thread(target=threading.Event().wait, daemon=True).start()
 LINE = re.compile(r"import time:\s*(?P<self>\d+) \|\s*(?P<total>\d+) \|(?P<indent> +)(?P<name>\S+)")
 
 
-def installed(home: Path) -> Path:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as pip leaves it, bytecode beside the source: torch has its own, and compiling is no part of an import."""
-    folder = home / "site"
-    if not folder.exists():
-        shutil.copytree(ROOT / "flashgen", folder / "flashgen", ignore=shutil.ignore_patterns("__pycache__"))
-        assert compileall.compile_dir(folder, quiet=1)
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "flashgen", folder / "flashgen", ignore=shutil.ignore_patterns("__pycache__"))
+    assert compileall.compile_dir(folder, quiet=1)
     return folder
 
 
-def share(statement: str, home: Path) -> float:
+def share(statement: str, home: Path, installed: Path) -> float:
     """Time of the modules that `statement` adds, as a share of `import torch`, within one process."""
     result = subprocess.run(
         [sys.executable, "-B", "-X", "importtime", "-c", f"import torch; {statement}"],
-        cwd=home, env={**environment(home), "PYTHONPATH": str(installed(home))}, capture_output=True, text=True, check=True,
+        cwd=home, env={**environment(home), "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = [match for match in map(LINE.match, result.stderr.splitlines()) if match]
     (end,) = (number for number, row in enumerate(rows) if row["name"] == "torch" and row["indent"] == " ")
@@ -121,6 +121,6 @@ def share(statement: str, home: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("statement", ["import flashgen", "import flashgen; flashgen.attention"])
-def test_importing_adds_at_most_15_percent_to_torch(statement: str, tmp_path: Path) -> None:
-    # Best of three: a neighbour on the machine can only add.
-    assert min(share(statement, tmp_path) for _ in range(3)) <= 0.15
+def test_importing_adds_at_most_15_percent_to_torch(statement: str, tmp_path: Path, installed: Path) -> None:
+    # The best of three: a neighbour on the machine can only add.
+    assert any(share(statement, tmp_path, installed) <= 0.15 for _ in range(3))

@@ -32,9 +32,8 @@ def test_quickstart(tmp_path: Path) -> None:
     assert 0.0 < max(story["differences"].values()) <= story["bound"] == 1e-5
     assert story["mode"] == ("measured" if torch.cuda.is_available() else "predicted")
     assert story["config_source"] in ("database", "predicted", "seed") and Path(story["kernel"]).exists()
-    exported = Path(story["export"])
-    again = subprocess.run([sys.executable, str(exported)], capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "self-test passed" in again.stdout
+    # The exported file's self-test is a step of the chain, which fails with it; of exported files alone: `test_export.py`.
+    assert Path(story["export"]).exists() and "export" in story["seconds"]
 
 
 def load(implementation: str) -> Any:
