@@ -216,14 +216,8 @@ class GluonForwardSm90(WithMods, Variant):
         return self.block_dv(spec) == 64
 
     def carries_pairs(self, spec: AttentionSpec) -> bool:
-        """Whether loops carry two probabilities a register: where one loop follows another, Triton 3.6 unpacks and packs each in both.
-
-        380 instead of 445 instructions an unmasked block behind a masked loop at head dim 64 under a diagonal. As much is to be had at head dim 128, whose
-        text was timed as it is.
-        """
-        if self.bounds(spec):
-            return self.packs_first(spec)
-        return spec.causal and not options(spec).any and self.block_d(spec) == self.block_dv(spec) == 64
+        """Whether loops carry two probabilities a register. Plain causal kernels would gain (ARCHITECTURE.md); their rows are of the text without."""
+        return self.bounds(spec) and self.packs_first(spec)
 
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""

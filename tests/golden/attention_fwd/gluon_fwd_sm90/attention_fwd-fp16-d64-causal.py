@@ -292,23 +292,7 @@ def held_softmax(qk, m_i, qk_scale, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexp
     p = gl.exp2(lanes * qk_scale - m_lanes[:, :, None][:, None, :, :])
     sums = gl.sum(gl.sum(p, 1), 2)
     p = p.to(DTYPE).reshape([WG_ROWS, BLOCK_N])
-    return in_pairs(p, BLOCK_N), sums
-
-
-@gluon.jit
-def in_pairs(p, BLOCK_N: gl.constexpr):
-    """Probabilities as the loop carries them: two neighbours of a lane a register. One by one each would be moved once more."""
-    low, high = by_lanes(p.to(gl.int16, bitcast=True), BLOCK_N).split()
-    return gl.inline_asm_elementwise("mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def as_operand(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """These as the first operand of a product."""
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
-    )
-    return gl.convert_layout(gl.join(low, high).to(DTYPE, bitcast=True).reshape([WG_ROWS, BLOCK_N]), P_LAYOUT)
+    return gl.convert_layout(p, P_LAYOUT), sums
 
 
 @gluon.jit
@@ -343,7 +327,7 @@ def online_softmax(
     alpha = gl.exp2(m_i - m_safe)
     if not TENSOR_SUMS:
         l_i = l_i * alpha + gl.sum(p, 1)
-    return in_pairs(p.to(DTYPE), BLOCK_N), alpha, m_new, l_i
+    return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
 
 
 @gluon.jit
@@ -407,7 +391,6 @@ def attend(
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
-    p = as_operand(p, BLOCK_N, P_LAYOUT, v_tiles.dtype)
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TENSOR_SUMS:
         sums = start_sums(p, ones, l_i)
@@ -679,7 +662,6 @@ def consume(
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-        p = as_operand(p, BLOCK_N, P_LAYOUT, DTYPE)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         if TENSOR_SUMS:
             sums = start_sums(p, ones, l_i)
