@@ -5,8 +5,8 @@ VENV ?= .venv
 # a machine without a GPU needs no gigabytes of CUDA. Where pip is offered both builds, it takes the CPU one by itself.
 TORCH_INSTALL ?= torch==2.13.0
 TORCH_INDEX ?=
-# Processes that share the tests; a GPU is nobody's to share, its times least of all.
-JOBS ?= $(if $(wildcard /proc/driver/nvidia/version),0,2)
+# Processes that share the tests, one more than CI has cores, since some tests wait for what hangs; a GPU is nobody's to share, its times least of all.
+JOBS ?= $(if $(wildcard /proc/driver/nvidia/version),0,3)
 # The oldest and the newest Triton that a rendered text must compile with.
 TRITONS ?= 3.6.0 3.9.0
 # make fuzz SEEDS=first:count, or FUZZ_SECONDS=600 for as many as fit

@@ -82,7 +82,7 @@ def test_the_golden_of_masks_that_share_a_kernel(name: str, pytestconfig: pytest
     assert "tile_slots_ptr" in text and "is_other" not in text, "its tables are never of another content"
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["attention_fwd_sm90_tables_document", "attention_bwd_sm90_tables_block_mask"])
 def test_lists_of_arguments_fill_their_lines(name: str) -> None:
     """Python reads what the template says; nobody scrolls through forty arguments at each call."""
     variant, given = by_name(SPECS[name][0]), SPECS[name][1]
