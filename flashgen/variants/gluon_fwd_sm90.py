@@ -215,6 +215,10 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether such a block's probabilities are packed before sums are compared: 192 rows leave too few registers for them in fp32."""
         return self.block_dv(spec) == 64
 
+    def carries_pairs(self, spec: AttentionSpec) -> bool:
+        """Whether loops carry two probabilities a register. Plain causal kernels would gain (ARCHITECTURE.md); their rows are of the text without."""
+        return self.bounds(spec) and self.packs_first(spec)
+
     def tensor_sums(self, spec: AttentionSpec) -> bool:
         """Whether there is a thread block of four warpgroups, whose row sums are products: of a plain kernel, since lse sums before rounding."""
         plain = not (options(spec).any or spec.has_lse or self.bounds(spec))
