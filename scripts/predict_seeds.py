@@ -33,6 +33,8 @@ from flashgen.tuner import tune
 from flashgen.tuner.context import choose_variant
 from flashgen.variants import REGISTRY, Variant, candidates
 
+RECORDED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
 
 def problems() -> list[Problem]:
     """Every kind of plain layers of every preset, each once, and the gradients of each; layers with options run defaults."""
@@ -84,14 +86,53 @@ def transferred(target: Target, variant: Variant) -> list[Record]:
                 or variant.illegal(spec, target, config) is not None
             ):
                 continue
-            mask = "causal" if spec.causal else "full"
-            message = f"chosen by measured table: winner of this kernel on {gpu} (tuning_db/seeds), S {row.shape['seqlen_k']}, {mask}"
-            found[key] = replace(
-                row, gpu=target.name, status="predicted", latency_ms=None, latency_p10_ms=None, latency_p90_ms=None, facts=None,
-                target={"gpu": target.gpu, "num_sms": target.num_sms, "smem_bytes": target.smem_bytes}, bound_by="not modelled",
-                model=MODEL, message=message, protocol="transferred-1", created=utc_now(), rank=1,
-            )  # fmt: skip
+            found[key] = _forecast(row, target, variant, "winner of this kernel on", "tuning_db/seeds")
     return list(found.values())
+
+
+def earlier(target: Target, variant: Variant, known: Sequence[Record]) -> list[Record]:
+    """The winners that GPUs of the same architecture measured with an earlier text of a kernel, as predictions of today's.
+
+    Only of a variant whose configurations the cost model cannot rank; `known` problems, and those measured today, are left out. The recorded
+    runs of `benchmarks/results` hold them, every trial of a problem: of its latest run the fastest one counts.
+    """
+    if variant.modelled:
+        return []
+    here = [row for row in seeds.load(target.name, variant.op) if _today(row, variant)]
+    taken = {(row.spec_key, tuple(row.shape.values())) for row in (*here, *known)}
+    found: dict[tuple[str, tuple[int, ...]], Record] = {}
+    for path in sorted(RECORDED.glob("*_tune.jsonl")):
+        for row in map(Record.from_json, path.read_text().splitlines()):
+            key = (row.spec_key, tuple(row.shape.values()))
+            if (
+                (row.status, row.variant, row.arch) != ("ok", variant.name, target.arch)
+                or row.latency_ms is None
+                or key in taken
+            ):
+                continue
+            spec = AttentionSpec.from_key(row.spec_key)
+            if variant.illegal(spec, target, KernelConfig(variant=row.variant, **row.config)) is not None:
+                continue
+            best = found.get(key)
+            same_run = best is not None and best.session == row.session
+            if best is None or (row.latency_ms < (best.latency_ms or 0.0) if same_run else row.created > best.created):
+                found[key] = row
+    return [
+        _forecast(row, target, variant, "winner of an earlier text of this kernel on", "benchmarks/results")
+        for row in found.values()
+    ]
+
+
+def _forecast(row: Record, target: Target, variant: Variant, what: str, where: str) -> Record:
+    """A measured row as the prediction of today's text on a target."""
+    spec = AttentionSpec.from_key(row.spec_key)
+    mask = "causal" if spec.causal else "full"
+    message = f"chosen by measured table: {what} {row.gpu} ({where}), S {row.shape['seqlen_k']}, {mask}"
+    return replace(
+        row, gpu=target.name, status="predicted", latency_ms=None, latency_p10_ms=None, latency_p90_ms=None, facts=None,
+        digest=render(spec, variant).digest, bound_by="not modelled", model=MODEL, message=message, protocol="transferred-1",
+        target={"gpu": target.gpu, "num_sms": target.num_sms, "smem_bytes": target.smem_bytes}, created=utc_now(), rank=1,
+    )  # fmt: skip
 
 
 def _today(row: Record, variant: Variant) -> bool:
@@ -112,6 +153,7 @@ def measured(problem: Problem, target: Target, variant: Variant) -> bool:
 def predict(target: Target, variant: Variant, workers: int | None, database: str) -> tuple[list[Record], list[str]]:
     """The predicted winners of one variant on one target, and what has none."""
     known = transferred(target, variant)
+    known += earlier(target, variant, known)
     have = {(row.spec_key, tuple(row.shape.values())) for row in known}
     todo = [problem for problem in covered(target, variant) if not measured(problem, target, variant)]
     todo = [problem for problem in todo if (problem.spec.key, tuple(problem.shape.values())) not in have]
