@@ -218,9 +218,11 @@ class Writer:
         strict = node.op not in ("add", "mul", "and", "or", "xor") or (node.op == "add" and is_float(node.dtype))
         text_right = self._operand(right, binds, right=strict or binds == _PRODUCT)
         negative = right.op == "const" and text_right.startswith("-") and right.value == right.value
-        # What the least integer of a type is the negative of is none of that type.
-        if node.op == "add" and negative and not (is_integer(right.dtype) and right.value == bounds(right.dtype)[0]):
+        least = negative and is_integer(right.dtype) and right.value == bounds(right.dtype)[0]
+        if node.op == "add" and negative and not least:
             return f"{self._operand(left, binds)} - {text_right[1:]}", binds
+        if node.op == "sub" and least:
+            sign = "+"  # the least integer of a type is its own negative; indices, which are not negative, do not overflow so
         return f"{self._operand(left, binds)} {sign} {text_right}", binds
 
     def _range(self, node: Node) -> tuple[float, float]:

@@ -106,15 +106,18 @@ def _modify(name: str, pointer: Pointer, val: Any, mask: Any, sem: Any, op: Call
             new = encode(rounded(op(decode(raw, dtype), operands[turn]), dtype), dtype)
             changed |= bool(new[0] != raw[0])
             buffer.flat[place] = new
-    if changed:
-        scheduler.changed()
-    else:
+    # What waits reads by an atomic, or tries to take; a maximum or a sum that happens to change nothing is work, and ends.
+    if not changed and (name in _TAKES or (not dtype.is_float and given.ravel()[0] == _READS.get(name))):
         scheduler.polled((buffer.key, int(elements[0])))
+    else:
+        scheduler.changed()
     if index.ndim == 0:
         return scalar(old[()], dtype)
     return Tensor(old, dtype, layout_of(pointer))
 
 
+_READS = {"atomic_add": 0, "atomic_or": 0, "atomic_xor": 0, "atomic_and": -1}  # operands that change no integer
+_TAKES = ("atomic_xchg", "atomic_cas")
 atomic_add = _combine("atomic_add", np.add)
 atomic_max = _combine("atomic_max", np.maximum)
 atomic_min = _combine("atomic_min", np.minimum)

@@ -336,13 +336,13 @@ def test_polling_what_nobody_will_change_ends_soon(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_polling_for_long_is_not_endless(schedule: str) -> None:
-    """What another one is about to change, by a store of its own after many steps, or what is another element each time."""
+    """What another one is about to change, by a store of its own after many steps, another element each time, or work that changes nothing."""
     text = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 @gluon.jit
-def wait(flag_ptr, data_ptr):
+def wait(flag_ptr, data_ptr, sum_ptr):
     if gl.program_id(0) == 0:
         while gl.atomic_add(flag_ptr, 0, sem="acquire") == 0:
             pass
@@ -350,10 +350,14 @@ def wait(flag_ptr, data_ptr):
     else:
         for i in range(3000):
             gl.atomic_add(data_ptr + 1 + i, 0)
+        for i in range(1500):
+            gl.atomic_max(data_ptr + 1, -i)
+            gl.atomic_add(sum_ptr, 0.0)
         gl.atomic_xchg(flag_ptr, 1, sem="release")
 """
     flag, data = torch.zeros(1, dtype=torch.int32), torch.zeros(3001, dtype=torch.int32)
-    sim.simulate(text, {"flag_ptr": flag, "data_ptr": data}, entry="wait", grid=(2,), schedule=schedule)
+    given = {"flag_ptr": flag, "data_ptr": data, "sum_ptr": torch.zeros(1)}
+    sim.simulate(text, given, entry="wait", grid=(2,), schedule=schedule)
     assert data.sum() == 1
 
 
