@@ -70,7 +70,7 @@ compile-options: $(STAMP) ## the Hopper backward's default of every option and e
 	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version tests/compile_options.py || exit 1; done
 
 proof: $(STAMP) ## the default Hopper kernels by the oldest and the newest Triton: no spill, no serialised product
-	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m flashgen show proof || exit 1; done
+	@for version in $(TRITONS); do scripts/with_triton.sh "$(PY)" $$version -m flashgen show proof --lse || exit 1; done
 
 fuzz: $(STAMP) ## random calls over every option; SEEDS=first:count or FUZZ_SECONDS=600
 	$(PY) tests/fuzz/fuzz.py $(if $(FUZZ_SECONDS),--seconds $(FUZZ_SECONDS),--seeds $(SEEDS))

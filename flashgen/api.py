@@ -60,7 +60,8 @@ def attention(
         sinks: (num_heads_q,) raw logits that join the softmax denominator only; differentiable.
         bias: additive, floating, broadcastable (right-aligned) to (batch, num_heads_q, seqlen_q, seqlen_k);
             differentiable, its gradient has its own shape. Hide with -inf: where all scores of a row lie beyond some 10^5 in size, lse no
-            longer holds their sum in fp32, and a kernel's gradients of the row are wrong (FLASHGEN_CHECK_VALUES=1 refuses them); "torch" sums anew.
+            longer holds their sum in fp32: if a gradient reaches the row, a kernel gives NaN (in dq of the row, and in dk, dv of the head;
+            FLASHGEN_CHECK_VALUES=1 refuses it). "torch" sums anew.
         attn_mask: bool, True = may attend, broadcastable likewise. All masks are ANDed.
         score_mod: FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, elementwise; tensors it reads get gradients. It is
             called once with a few zeros before anything runs, to see what shape and dtype it gives.

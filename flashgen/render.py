@@ -88,6 +88,7 @@ def render(spec: AttentionSpec, variant: Variant) -> KernelSource:
 _LISTED = re.compile(
     r"^( *)(\S.*[(\[]|[(\[])\n((?:\1    [^ \n#][^\n#]*,\n){2,})\1([)\]][^\n]*)\n(?:\n(?= ))?", re.MULTILINE
 )
+_STRINGS = re.compile(r'("""(?s:.*?)""")')
 _WIDTH = 120
 
 
@@ -98,7 +99,9 @@ def filled(text: str) -> str:
     """
     imports = re.search(r"\n\n+(?!import |from )(?=[^\s])", text[text.index('\n"""\n') + 5 :])
     start = text.index('\n"""\n') + 5 + (imports.end() if imports else 0)
-    return f"{text[:start]}# fmt: off\n{_LISTED.sub(_in_lines, text[start:])}"
+    parts = _STRINGS.split(text[start:])  # texts in three quotes, which stay, at odd places
+    parts[::2] = (_LISTED.sub(_in_lines, part) for part in parts[::2])
+    return f"{text[:start]}# fmt: off\n{''.join(parts)}"
 
 
 def _in_lines(found: re.Match[str]) -> str:

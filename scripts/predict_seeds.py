@@ -4,7 +4,7 @@
 
 Measured rows stay, and where one stands nothing is predicted. Old predicted rows of the chosen targets and variants go: run it again after a
 template changed. A variant that the cost model cannot rank gets a row as well for every shape that was measured on another GPU of the same
-architecture: there the winner is known, and the forecast is that it wins here too. Else only what the policy chooses among is compiled
+architecture, or here with an earlier text: there the winner is known, and the forecast is that it wins here too. Else only what the policy chooses among is compiled
 (`flashgen.tuner.policy`), once for each architecture, and every winner's result is checked in the interpreter or the simulator. Nothing goes
 into your tuning database.
 """
@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashgen import Problem, Target
+from flashgen.accuracy import AccuracyReport
 from flashgen.config import KernelConfig
 from flashgen.costmodel import MODEL
 from flashgen.errors import TuningError, UnsupportedProblemError
@@ -29,8 +30,8 @@ from flashgen.render import render
 from flashgen.spec import AttentionSpec
 from flashgen.store import Record, seeds, utc_now
 from flashgen.target import TARGETS
-from flashgen.tuner import tune
-from flashgen.tuner.context import choose_variant
+from flashgen.tuner import tune, verdicts
+from flashgen.tuner.context import choose_variant, versions
 from flashgen.variants import REGISTRY, Variant, candidates
 
 RECORDED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -94,7 +95,10 @@ def earlier(target: Target, variant: Variant, known: Sequence[Record]) -> list[R
     """The winners that GPUs of the same architecture measured with an earlier text of a kernel, as predictions of today's.
 
     Only of a variant whose configurations the cost model cannot rank; `known` problems, and those measured today, are left out. The recorded
-    runs of `benchmarks/results` hold them, every trial of a problem: of its latest run the fastest one counts.
+    runs of `benchmarks/results` hold them, every trial of a problem: of its latest run the fastest one counts. That text was checked, today's is anew.
+
+    Raises:
+        TuningError: today's text is wrong with one of them.
     """
     if variant.modelled:
         return []
@@ -117,10 +121,16 @@ def earlier(target: Target, variant: Variant, known: Sequence[Record]) -> list[R
             same_run = best is not None and best.session == row.session
             if best is None or (row.latency_ms < (best.latency_ms or 0.0) if same_run else row.created > best.created):
                 found[key] = row
-    return [
-        _forecast(row, target, variant, "winner of an earlier text of this kernel on", "benchmarks/results")
-        for row in found.values()
-    ]
+    rows = []
+    for row in found.values():
+        source = render(AttentionSpec.from_key(row.spec_key), variant)
+        report = verdicts.of(source, KernelConfig(variant=row.variant, **row.config))
+        if not isinstance(report, AccuracyReport) or not report.ok:
+            raise TuningError(f"{row.spec_key} with {row.config}, which won with an earlier text: {report}")
+        figures = {"max_abs_error": report.max_error, "error_ratio": report.ratio, "versions": versions()}
+        told = _forecast(row, target, variant, "winner of an earlier text of this kernel on", "benchmarks/results")
+        rows.append(replace(told, **figures))  # type: ignore[arg-type]
+    return rows
 
 
 def _forecast(row: Record, target: Target, variant: Variant, what: str, where: str) -> Record:

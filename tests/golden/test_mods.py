@@ -14,7 +14,7 @@ from specs import GOLDEN
 from torch import Tensor
 
 from flashgen import mods
-from flashgen.render import render, render_template
+from flashgen.render import filled, render, render_template
 from flashgen.shared_masks import shared
 from flashgen.spec import AttentionSpec, Mods, Op
 from flashgen.variants import by_name
@@ -141,3 +141,11 @@ def test_no_branch_is_there_that_is_never_taken(path: Path) -> None:
                 if (function.name, node.test.id) in SET_ANEW:
                     continue
                 assert node.test.id not in held, f"{function.name}: {ast.unparse(node.test)}"
+
+
+def test_lists_fill_their_lines_but_texts_stay() -> None:
+    listed = "call(\n    a,\n    b,\n)\n"
+    text = (
+        f'"""A kernel\n"""\n\nimport torch\n\n\n@gluon.jit\ndef kernel():\n    """Names:\n\n{listed}\n    """\n{listed}'
+    )
+    assert filled(text).endswith('    """Names:\n\ncall(\n    a,\n    b,\n)\n\n    """\ncall(a, b)\n')
