@@ -117,6 +117,8 @@ CASES = (
     Free(why="ALiBi in a causal window of a mask", sizes=GROUPS, alibi="bh", causal=BR, window=(90, 0), mask_mod=columns),
     Free(why="softcap and ALiBi", sizes=GROUPS, alibi="h", causal=BR, softcap=0.7),
     Free(why="ALiBi, causal from the top left, more rows than keys: distances of both signs", sizes={**TALL, "batch": 2}, alibi="bh", causal=TL, spread=True),
+    Free(why="softcap and ALiBi, distances of both signs", sizes={"seqlen_q": 200, "seqlen_k": 100}, alibi="h", causal=TL, softcap=0.7),
+    Free(why="ALiBi and dropout, causal", sizes={"seqlen_q": 130, "seqlen_k": 200}, alibi="h", causal=BR, dropout_p=0.2),
     Free(why="operands with gaps", sizes=GROUPS, alibi="bh", bias="bhij", attn_mask="bhij", sinks=True, spread=True),
     Free(why="later keys are seen by fewer rows", sizes={"seqlen_q": 300, "seqlen_k": 260}, mask_mod=anti_diagonal, head_dim=16, knobs={"BLOCK_M": 64, "BLOCK_N": 64}),
     Free(why="a mask of later keys, grouped", sizes=GROUPS, mask_mod=later_keys),
@@ -158,6 +160,10 @@ def of_keys(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, tabl
     return s * table[kv_idx]
 
 
+def of_keys_and_rows(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
+    return s * (1.0 + 0.3 * table[0, kv_idx]) + table[1, q_idx]
+
+
 def of_heads(s: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, table: Tensor) -> Tensor:
     return s * table[h] + 0.01 * table[h] * (q_idx - kv_idx)
 
@@ -169,6 +175,8 @@ LEARNED = (
     Free(why="a table of rows, beside a mask", sizes=TALL, learned=of_rows, table=ROWS, mask_mod=shuffled, softcap=2.0),
     Free(why="a table of keys", sizes=GROUPS, learned=of_keys, table=KEYS, head_dim=128, window=(60, 40)),
     Free(why="a number of each head, read twice, under a bias", sizes=GROUPS, learned=of_heads, table=HEADS, bias="1hij", dbias=True),
+    Free(why="a table of distances, blocks without a mask", sizes={"seqlen_q": 330, "seqlen_k": 100}, learned=of_pairs, table=PAIRS, causal=TL),
+    Free(why="a table of keys and of rows", sizes={"seqlen_q": 130, "seqlen_k": 200}, learned=of_keys_and_rows, table=ROWS),
     Free(why="wide: a table of distances", sizes=GROUPS, learned=of_pairs, table=PAIRS, head_dim=136),
 )  # fmt: skip
 
@@ -177,6 +185,7 @@ BIASES = (
     Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),
     Free(why="a bias of every pair with -inf, beside a mask", sizes=GROUPS, bias="bhij", bias_inf=True, dbias=True, mask_mod=shuffled),
     Free(why="a bias that heads share", sizes={**GROUPS, "seqlen_q": 230}, bias="b1ij", dbias=True, head_dim=128, causal=TL),  # some blocks need no mask
+    Free(why="a bias that heads share, the diagonal at the bottom right", sizes={"seqlen_q": 230, "seqlen_k": 340}, bias="b1ij", dbias=True, head_dim=128, causal=BR),
     Free(why="a bias of keys", sizes=GROUPS, bias="1h1j", dbias=True, attn_mask="b11j"),
     Free(why="a bias of rows", sizes=WIDE, bias="11i1", dbias=True, window=(60, 30)),
     Free(why="a bias with gaps", sizes=GROUPS, bias="bhij", dbias=True, spread=True),

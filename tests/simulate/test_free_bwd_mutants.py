@@ -78,6 +78,7 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
     ("an even tanh", SOFTCAP, "grown = gl.exp2(x)", "grown = gl.exp2(gl.abs(x))"),
     ("ALiBi from the top left", ALIBI, "(start_m + alibi_shift - start_n,", "(start_m - start_n,"),
     ("ALiBi with one sign on both sides", OF["ALiBi, top-left, more rows than keys"], "seqlen_k - seqlen_q >= causal_offset", "True"),
+    ("ALiBi with one sign on both sides under a cap", OF["softcap and ALiBi, distances of both signs"], "seqlen_k - seqlen_q >= causal_offset", "True"),
     ("ALiBi falls with the key", ALIBI, "lift = (slope * qk_scale)", "lift = -(slope * qk_scale)"),
     ("heads behind the first forgotten", WINDOWS_OF_GROUPS, "group * before + member * behind", "group * before"),
     ("ALiBi of the first head", ALIBI, "off_h * stride_alibi_h", "off_hkv * 0"),
