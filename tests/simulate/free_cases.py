@@ -185,10 +185,10 @@ BIASES = (
     Free(why="a bias of every pair, under a score", sizes=GROUPS, bias="bhij", dbias=True, score_mod=squared, softcap=0.8),
     Free(why="a bias of every pair with -inf, beside a mask", sizes=GROUPS, bias="bhij", bias_inf=True, dbias=True, mask_mod=shuffled),
     Free(why="a bias that heads share", sizes={**GROUPS, "seqlen_q": 230}, bias="b1ij", dbias=True, head_dim=128, causal=TL),  # some blocks need no mask
-    Free(why="a bias that heads share, the diagonal at the bottom right", sizes={"seqlen_q": 230, "seqlen_k": 340}, bias="b1ij", dbias=True, head_dim=128, causal=BR),
     Free(why="a bias of keys", sizes=GROUPS, bias="1h1j", dbias=True, attn_mask="b11j"),
     Free(why="a bias of rows", sizes=WIDE, bias="11i1", dbias=True, window=(60, 30)),
     Free(why="a bias with gaps", sizes=GROUPS, bias="bhij", dbias=True, spread=True),
     Free(why="one number", sizes=TALL, bias="1111", dbias=True, dropout_p=0.2),
     Free(why="wide: a bias of every pair", sizes=GROUPS, bias="bhij", dbias=True, head_dim=192, head_dim_v=128, softcap=0.8),
+    Free(why="a bias that heads share, the diagonal at the bottom right", sizes={"seqlen_q": 230, "seqlen_k": 340}, bias="b1ij", dbias=True, head_dim=128, causal=BR),
 )  # fmt: skip
