@@ -352,6 +352,7 @@ def wait(flag_ptr, data_ptr, sum_ptr):
             gl.atomic_add(data_ptr + 1 + i, 0)
         for i in range(1500):
             gl.atomic_max(data_ptr + 1, -i)
+        for i in range(1500):
             gl.atomic_add(sum_ptr, 0.0)
         gl.atomic_xchg(flag_ptr, 1, sem="release")
 """
