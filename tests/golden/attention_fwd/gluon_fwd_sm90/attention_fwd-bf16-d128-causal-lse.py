@@ -300,11 +300,12 @@ def carried(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, MASKED_LOOP: gl.co
     """Probabilities as the loops carry them: beside a masked loop two neighbours of a lane a register, since one by one each loop unpacks and packs them."""
     if MASKED_LOOP:
         low, high = by_lanes(p.to(gl.int16, bitcast=True), BLOCK_N).split()
-        return gl.inline_asm_elementwise(
+        p = gl.inline_asm_elementwise(
             "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
         )
     else:
-        return gl.convert_layout(p, P_LAYOUT)
+        p = gl.convert_layout(p, P_LAYOUT)
+    return p
 
 
 @gluon.jit
@@ -314,9 +315,8 @@ def as_operand(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.const
         low, high = gl.inline_asm_elementwise(
             "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
         )
-        return gl.convert_layout(gl.join(low, high).to(DTYPE, bitcast=True).reshape([WG_ROWS, BLOCK_N]), P_LAYOUT)
-    else:
-        return p
+        p = gl.convert_layout(gl.join(low, high).to(DTYPE, bitcast=True).reshape([WG_ROWS, BLOCK_N]), P_LAYOUT)
+    return p
 
 
 @gluon.jit
