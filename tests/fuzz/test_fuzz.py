@@ -27,7 +27,7 @@ FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:240").split(":"))
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("backend", ["torch", "triton", "gluon"])
 @pytest.mark.parametrize("name", EDGES)
 def test_edge(name: str, backend: str) -> None:
