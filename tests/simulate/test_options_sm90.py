@@ -100,7 +100,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", CASES)
 def test_option(name: str) -> None:
     said = judge(CASES[name], again=False)  # the same schedule again gives the same bits

@@ -92,7 +92,7 @@ def plain_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.forget()
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name.replace(" ", "-") for name in CASES])
 def test_case(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row under another schedule."""
