@@ -22,10 +22,10 @@ import torch
 
 _RETURN_AT_ONCE = (
     "cuInit cuCtxSetCurrent cuDevicePrimaryCtxRetain cuCtxSetLimit cuFuncSetAttribute cuFuncSetCacheConfig cuTensorMapEncodeTiled "
-    "cuTensorMapEncodeIm2col cuLaunchKernel cuMemcpyDtoH_v2 cuMemcpyDtoH cuModuleUnload"
+    "cuTensorMapEncodeIm2col cuDriverGetVersion cuStreamIsCapturing cuLaunchKernel cuMemcpyDtoH_v2 cuMemcpyDtoH cuModuleUnload"
 )
 _FILL = {  # type of what the first argument points at, and what is put there
-    "cuCtxGetCurrent": ("long", "1"), "cuDeviceGet": ("int", "0"), "cuModuleLoadData": ("long", "1"), "cuModuleGetFunction": ("long", "1"),
+    "cuCtxGetCurrent": ("long", "1"), "cuDeviceGet": ("int", "0"), "cuCtxGetDevice": ("int", "0"), "cuModuleLoadData": ("long", "1"), "cuModuleGetFunction": ("long", "1"),
     "cuOccupancyMaxActiveClusters": ("int", "132"), "cuCtxGetLimit": ("long", "1048576"), "cuFuncGetAttribute": ("int", "b == 0 ? 1024 : 0"),
     "cuDeviceGetAttribute": ("int", "b == 97 || b == 8 || b == 81 ? 232448 : b == 16 ? 132 : b == 10 ? 32 : 1024"),
     "cuGetErrorString": ("char *", '"none"'),
@@ -46,7 +46,19 @@ int cuPointerGetAttribute(unsigned long *a, int b, unsigned long pointer) { *a =
 def _library() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="flashgen-idle-driver-"))
     path = folder / "libcuda.so.1"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-w", "-fno-builtin", "-Wl,-soname,libcuda.so.1", "-xc", "-", "-o", path]
+    command = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-w",
+        "-fno-builtin",
+        "-Wl,-soname,libcuda.so.1",
+        "-xc",
+        "-",
+        "-o",
+        path,
+    ]
     subprocess.run(command, input=_source(), text=True, check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashgen import compiling, garbage, launches, replays
+from flashgen import compiling, garbage, launches
 from flashgen.lineless import without_lines
 from flashgen.stream_capture import relaxed
 
@@ -116,7 +116,7 @@ def adopt(module: ModuleType, path: Path, digest: str) -> None:
             function._do_compile = functools.partial(_do_compile, function)
             function.run = functools.partial(_run, function)
     if "ticket_counter" in vars(module):
-        module.ticket_counter = replays.Counters(module.ticket_counter)  # type: ignore[attr-defined]
+        module.ticket_counter = launches.Counters(module.ticket_counter)  # type: ignore[attr-defined]
     found = vars(module).get("TensorDescriptor")
     if "redirect" not in vars(module) and type(found) is type:  # a file that has it remembers its own
         module.TensorDescriptor = _Descriptors(found)  # type: ignore[attr-defined]
@@ -204,7 +204,7 @@ def _init_handles(kernel: Any) -> None:
         with relaxed():
             type(kernel)._init_handles(kernel)
         if kernel._run is not None:
-            kernel._run = replays.Noted(kernel._run)
+            kernel._run = launches.Noted(kernel._run)
 
 
 def _cached(src: Any, target: Any, options: Any) -> Any:

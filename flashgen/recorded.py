@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from flashgen import execution, launches, ops
+from flashgen import execution, ops, replays
 from flashgen.autograd import NotTwiceDifferentiable
 from flashgen.dispatch import Plan
 from flashgen.operands import Operands
@@ -58,7 +59,8 @@ def bind(
     if after is None or after.backend == "torch":
         return None
     bound = Bound(forward, _backward(after, operands, launch_of(after)), plan.problem.dropout_p, names)
-    apply: Any = RecordedCall.apply
+    # What `Function.apply` does before it is for transforms of functions, which no warm call is in.
+    apply: Any = super(torch.autograd.Function, RecordedCall).apply
 
     def run(
         q: Tensor,
@@ -81,9 +83,10 @@ def _backward(
     each_call = tuple(name for name, value in values.items() if isinstance(value, Tensor))
     fixed = {name: value for name, value in values.items() if name not in each_call}
     several = torch.cuda.device_count() > 1
-    kinds: dict[
-        Any, launches.Kernels
-    ] = {}  # a gradient may have any strides, and what was saved may come back in other memory
+    # A gradient may have any strides, and what was saved may come back in other memory.
+    kinds: dict[Any, replays.Kind] = {}
+    direct: dict[Any, replays.Kind] = {}  # where nothing is copied before the launch, and all of it is replayed
+    summed = operands.sinks is not None or operands.bias is not None  # which take zeros beside the gradients
     wanted = {"bias": False, "sinks": False}
 
     def backward(
@@ -94,37 +97,76 @@ def _backward(
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        given: Operands,
+        given: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (dout, q, k, v, out, lse) if dlse is None else (dout, dlse, q, k, v, out, lse)
+        named = [given[name] for name in each_call]
+        key = None if summed else _direct_key(inputs, named)
+        kind = direct.get(key)
+        if kind is not None and kind.replay is not None:
+            dq, dk, dv = _like(q), _like(k), _like(v)
+            places = [x.data_ptr() for x in (*inputs, dq, dk, dv, *named)]  # type: ignore[union-attr]
+            if on_its_device(q, kind.replay, places):
+                return dq, dk, dv
+
         def run(*tensors: Tensor | None, **sums: Any) -> None:
-            scalars = {**fixed, **{name: getattr(given, name) for name in each_call}, **sums}
-            kind = tuple(
-                [
-                    None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15)
-                    for x in (*tensors, *scalars.values())
-                    if isinstance(x, Tensor) or x is None
-                ]
-            )
-            kernels = kinds.get(kind)
-            if kernels is None:
-                if len(kinds) >= _MOST:
-                    kinds.clear()
-                kernels = kinds[kind] = launches.Kernels()
+            own = {**{name: getattr(all_given, name) for name in each_call}, **sums}
+            there = [x for x in (*tensors, *own.values()) if x is not None]
+            what = tuple([None if x is None else _kind_of(x) for x in (*tensors, *own.values())])
+            kind = _remembered(kinds, what) or _remembered(kinds, what, replays.Kind(launch, fixed))
             if execution._beside:
                 execution.join_beside(plan)
-            try:
-                if several and q.is_cuda and torch.cuda.current_device() != q.device.index:
-                    with torch.cuda.device(q.device):
-                        launches.launched(kernels, launch, *tensors, **scalars)
-                else:
-                    launches.launched(kernels, launch, *tensors, **scalars)
-            except Exception as error:
-                raise execution.explained(error, plan) from error
+            places = [x.data_ptr() for x in there]
+            if key is not None and places[: len(inputs)] == [x.data_ptr() for x in inputs]:  # type: ignore[union-attr]
+                _remembered(direct, key, kind)
+            if kind.replay is None or not on_its_device(q, kind.replay, places):
+                on_its_device(q, kind, tensors, own)
 
-        dq, dk, dv, _ = execution.gradients(plan, run, dout, dlse, q, k, v, out, lse, given, problem.layout, wanted)
+        all_given = Operands(**given)
+        dq, dk, dv, _ = execution.gradients(plan, run, dout, dlse, q, k, v, out, lse, all_given, problem.layout, wanted)
         return dq, dk, dv
 
+    def on_its_device(q: Tensor, start: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            if several and q.is_cuda and torch.cuda.current_device() != q.device.index:
+                with torch.cuda.device(q.device):
+                    return start(*arguments)
+            return start(*arguments)
+        except Exception as error:
+            raise execution.explained(error, plan) from error
+
     return backward
+
+
+def _kind_of(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
+
+
+def _direct_key(inputs: tuple[Tensor | None, ...], named: list[Tensor | None]) -> Any:
+    """All that the steps before a launch look at; None where they have something to do or somebody listens."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    words: list[Any] = []
+    for x in (*inputs, *named):
+        if type(x) not in (Tensor, Parameter) or x.is_neg() or not (place := x.data_ptr()):  # type: ignore[union-attr]
+            return None
+        words += (x.dtype, x.shape, x.stride(), place & 15)  # type: ignore[union-attr]
+    return tuple(words)
+
+
+def _remembered(known: dict[Any, replays.Kind], key: Any, made: replays.Kind | None = None) -> Any:
+    """What is known by a key, and where something is made for it that, from now on."""
+    if made is None:
+        return known.get(key)
+    if len(known) >= _MOST:
+        known.clear()
+    known[key] = made
+    return made
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of the same shape: three quarters of the time are left out where x is one."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class RecordedCall(torch.autograd.Function):
@@ -156,7 +198,9 @@ class RecordedCall(torch.autograd.Function):
             return (None,) * _FIRST_OPERAND + nothing
         bound: Bound = ctx.bound
         q, k, v, out, lse, philox, *given = ctx.saved_tensors
-        operands = Operands(philox=philox, **dict(zip(bound.names, given, strict=False)))
+        operands: dict[str, Any] = dict(zip(bound.names, given, strict=False))
+        if philox is not None:
+            operands["philox"] = philox
         if not torch.is_grad_enabled():
             return (None, None, *bound.backward(dout, dlse, q, k, v, out, lse, operands), *nothing)
         with torch.no_grad():

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable, Sequence
-from types import BuiltinFunctionType, CellType, FunctionType
+from types import CellType, FunctionType
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +23,9 @@ from flashgen import launches
 
 _TRIES = 2  # launches of a kind that are watched in vain
 _MOST_MAPS = 1024  # addresses that a TMA descriptor is kept for
-_ONE_PIECE = 1 << 20  # bytes of scratch memory up to which one allocation is carved up: a larger one may find no room where several do
+_ONE_PIECE = (
+    1 << 20
+)  # bytes of scratch memory up to which one allocation is carved up: a larger one may find no room where several do
 _ALIGNMENT = 512  # PyTorch's allocator gives no less
 
 _aten: Any = torch.ops.aten
@@ -35,76 +36,17 @@ _VIEWS = {
 }  # fmt: skip
 
 
-class _Thread(threading.local):
-    """Who watches the launch that this thread is in."""
-
-    watcher: _Watcher | None = None
-
-
-_thread = _Thread()
-
-
-# -- what is watched --
-
-
-class Noted:
-    """A compiled kernel's launcher, which tells who watches.
-
-    Args:
-        launcher: Triton's.
-    """
-
-    def __init__(self, launcher: Callable[..., Any]) -> None:
-        self.launcher = launcher
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Launch."""
-        if _thread.watcher is not None:
-            _thread.watcher.steps.append((self.launcher, arguments))
-        return self.launcher(*arguments)
-
-
-class Counters:
-    """A rendered file's `ticket_counter`, whose tensors a watcher knows.
-
-    Args:
-        real: the file's own.
-    """
-
-    def __init__(self, real: Callable[[torch.device], Tensor]) -> None:
-        self._real = real
-        self._known: dict[tuple[int | None, int], Tensor] = {}
-
-    def __call__(self, device: torch.device) -> Tensor:
-        """The counter of the current stream."""
-        watcher, _thread.watcher = _thread.watcher, None
-        try:
-            found = self._real(device)
-        finally:
-            _thread.watcher = watcher
-        if watcher is not None:
-            watcher.knows(found, self)
-        return found
-
-    def of(self, device: torch.device, stream: int) -> Tensor:
-        """The same, where the current stream is known."""
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return self._real(device)
-        found = self._known.get((device.index, stream))
-        if found is None:
-            found = self._known[device.index, stream] = self._real(device)
-        return found
-
-
 class _Watcher(TorchDispatchMode):
     """Watches one launch: where each tensor's memory comes from, and what Triton's launchers are given."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[Any, tuple[Any, ...]]] = []
         self.roots: list[Any] = []  # an input's place, an allocation's bytes or whose counter it is
         self.memory: list[range] = []  # of each root
-        self.found: dict[int, tuple[int, int, Tensor]] = {}  # id -> its root, bytes behind that one's start; keeps the id
+        self.found: dict[
+            int, tuple[int, int, Tensor]
+        ] = {}  # id -> its root, bytes behind that one's start; keeps the id
         self.refused = False
         for place, x in enumerate(inputs):
             self.knows(x, ("input", place))
@@ -115,16 +57,22 @@ class _Watcher(TorchDispatchMode):
         self.roots.append(what)
         self.memory.append(range(x.data_ptr(), x.data_ptr() + max(1, x.untyped_storage().nbytes())))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch would wrap the method below in torch._dynamo.disable, whose import takes seconds.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note where its result's memory comes from."""
         result = func(*args, **(kwargs or {}))
-        if _thread.watcher is not self:  # inside what knows by itself
+        if launches.thread.watcher is not self:  # inside what knows by itself
             return result
-        if func in _ALLOCATES:
+        if func in _ALLOCATES and result.numel():
             self.knows(result, ("scratch", result.untyped_storage().nbytes(), result.device))
         elif func in _VIEWS and id(args[0]) in self.found:
             root, start, base = self.found[id(args[0])]
             for x in result if isinstance(result, (tuple, list)) else [result]:
+                self.refused |= not x.numel()  # has no address
                 self.found[id(x)] = (root, start + x.data_ptr() - base.data_ptr(), x)
         else:
             self.refused = True
@@ -215,7 +163,7 @@ class _Step:
             )
         else:
             probe.launch = catch
-        if not isinstance(last, BuiltinFunctionType):
+        if last is None or isinstance(last, FunctionType):  # Python that may do anything
             raise _Unknown("a launcher that looks different inside")
         probe(*self._before, *given)
         return last, caught[0]
@@ -280,6 +228,16 @@ class _Step:
         return made
 
 
+def _counter(counters: launches.Counters, device: torch.device, stream: int) -> Tensor:
+    """What a rendered file's `ticket_counter` gives, where the current stream is known."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return counters.real(device)  # type: ignore[no-any-return]
+    found = counters.known.get((device.index, stream))
+    if found is None:
+        found = counters.known[device.index, stream] = counters.real(device)
+    return found  # type: ignore[no-any-return]
+
+
 def _refuse(what: str) -> NoReturn:
     raise _Unknown(what)
 
@@ -319,10 +277,16 @@ def _bound(watcher: _Watcher, inputs: int, device: torch.device) -> Callable[[li
     runtime, active = knobs.runtime, drivers.active
     index, stream_of = active.get_current_device(), active.get_current_stream
     sizes: list[int] = []
-    rest: list[tuple[Any, int, int]] = []  # of each root behind the inputs: whose counter, or in which allocation and where
-    total = sum(-(-what[1] // _ALIGNMENT) * _ALIGNMENT for what in watcher.roots if isinstance(what, tuple) and what[0] == "scratch")
+    rest: list[
+        tuple[Any, int, int]
+    ] = []  # of each root behind the inputs: whose counter, or in which allocation and where
+    total = sum(
+        -(-what[1] // _ALIGNMENT) * _ALIGNMENT
+        for what in watcher.roots
+        if isinstance(what, tuple) and what[0] == "scratch"
+    )
     for what in watcher.roots[inputs:]:
-        if isinstance(what, Counters):
+        if isinstance(what, launches.Counters):
             rest.append((what, 0, 0))
         elif what[2] != device:
             raise _Unknown("memory of another device")
@@ -346,7 +310,7 @@ def _bound(watcher: _Watcher, inputs: int, device: torch.device) -> Callable[[li
                 if counters is None:
                     places.append(starts[number] + start)
                 else:
-                    held.append(counters.of(device, stream))
+                    held.append(_counter(counters, device, stream))
                     places.append(held[-1].data_ptr())
         for step in steps:
             step(places, stream)
@@ -382,19 +346,21 @@ class Kind:
         values = {**self._fixed, **(named or {})}
         kernels, launch = self._kernels, self._launch
         watch = kernels.found is not None and self._tries < _TRIES and self.replay is None
-        if not watch or torch._C._len_torch_dispatch_stack() or _thread.watcher is not None:
+        if not watch or torch._C._len_torch_dispatch_stack() or launches.thread.watcher is not None:
             launches.launched(kernels, launch, *tensors, **values)
             return
         self._tries += 1
         apart = _Apart()  # one tensor in two places: each is somebody else's in another launch
         tensors, values = [apart(x) for x in tensors], {name: apart(x) for name, x in values.items()}
-        _thread.watcher = watcher = _Watcher(apart.seen)
+        launches.thread.watcher = watcher = _Watcher(apart.seen)
         try:
             with watcher:
                 launches.launched(kernels, launch, *tensors, **values)
         finally:
-            _thread.watcher = None
-        with contextlib.suppress(_Unknown, AttributeError, TypeError, ValueError, IndexError, ImportError):  # launched as ever
+            launches.thread.watcher = None
+        with contextlib.suppress(
+            _Unknown, AttributeError, TypeError, ValueError, IndexError, ImportError
+        ):  # launched as ever
             self.replay = _bound(watcher, len(apart.seen), apart.seen[0].device)
 
 

@@ -149,7 +149,11 @@ def find(call: Call) -> Bound | None:
         return None
 
 
-_Q, _V_SHAPE, _OPTIONS = slice(0, 2), 8, 13  # where shape and strides of q, the shape of v and the options stand in a key
+_Q, _V_SHAPE, _OPTIONS = (
+    slice(0, 2),
+    8,
+    13,
+)  # where shape and strides of q, the shape of v and the options stand in a key
 
 
 def unseen(call: Call) -> bool:
