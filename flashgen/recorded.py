@@ -20,6 +20,7 @@ from flashgen.operands import Operands
 from flashgen.variants import by_name
 
 _MOST = 64  # layouts of one kind's gradients that are remembered
+_ORDINARY = (Tensor, Parameter)  # exactly these: a subclass may mean anything
 _FIRST_OPERAND = 5  # of the arguments of `RecordedCall`
 
 
@@ -30,12 +31,14 @@ class Bound(NamedTuple):
         forward: launches the forward, as `warm` bound it.
         backward: (dout, dlse, q, k, v, out, lse, operands) -> dq, dk, dv.
         dropout_p: of the kind, for which a seed is drawn.
+        with_lse: whether the caller wants lse.
         names: of its operands, each in its place.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dropout_p: float
+    with_lse: bool
     names: tuple[str, ...]
 
 
@@ -58,7 +61,8 @@ def bind(
     after = plan.backward
     if after is None or after.backend == "torch":
         return None
-    bound = Bound(forward, _backward(after, operands, launch_of(after)), plan.problem.dropout_p, names)
+    problem, with_lse = plan.problem, plan.problem.return_lse
+    bound = Bound(forward, _backward(after, operands, launch_of(after)), problem.dropout_p, with_lse, names)
     # What `Function.apply` does before it is for transforms of functions, which no warm call is in.
     apply: Any = super(torch.autograd.Function, RecordedCall).apply
 
@@ -69,8 +73,9 @@ def bind(
         given: tuple[Tensor | None, ...] = (),
         tensors: tuple[Tensor, ...] = (),
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], apply(bound, generator, q, k, v, *given))
+    ) -> tuple[Tensor, Tensor | None]:
+        found = apply(bound, generator, q, k, v, *given)
+        return found if with_lse else (found, None)
 
     return run
 
@@ -100,12 +105,14 @@ def _backward(
         given: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (dout, q, k, v, out, lse) if dlse is None else (dout, dlse, q, k, v, out, lse)
-        named = [given[name] for name in each_call]
-        key = None if summed else _direct_key(inputs, named)
+        if each_call:
+            inputs = (*inputs, *[given[name] for name in each_call])
+        key, places = (None, []) if summed else _looked_at(inputs)
         kind = direct.get(key)
         if kind is not None and kind.replay is not None:
             dq, dk, dv = _like(q), _like(k), _like(v)
-            places = [x.data_ptr() for x in (*inputs, dq, dk, dv, *named)]  # type: ignore[union-attr]
+            count = 6 if dlse is None else 7
+            places[count:count] = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
             if on_its_device(q, kind.replay, places):
                 return dq, dk, dv
 
@@ -117,7 +124,8 @@ def _backward(
             if execution._beside:
                 execution.join_beside(plan)
             places = [x.data_ptr() for x in there]
-            if key is not None and places[: len(inputs)] == [x.data_ptr() for x in inputs]:  # type: ignore[union-attr]
+            outputs = len(inputs) - len(each_call)
+            if key is not None and places[:outputs] + places[outputs + 3 :] == [x.data_ptr() for x in inputs]:  # type: ignore[union-attr]
                 _remembered(direct, key, kind)
             if kind.replay is None or not on_its_device(q, kind.replay, places):
                 on_its_device(q, kind, tensors, own)
@@ -142,16 +150,21 @@ def _kind_of(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
-def _direct_key(inputs: tuple[Tensor | None, ...], named: list[Tensor | None]) -> Any:
-    """All that the steps before a launch look at; None where they have something to do or somebody listens."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
+def _looked_at(tensors: tuple[Tensor | None, ...]) -> tuple[Any, list[int]]:
+    """All that the steps before a launch look at, and addresses; None where those have something to do or somebody listens."""
     words: list[Any] = []
-    for x in (*inputs, *named):
-        if type(x) not in (Tensor, Parameter) or x.is_neg() or not (place := x.data_ptr()):  # type: ignore[union-attr]
-            return None
+    places: list[int] = []
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None, places
+    for x in tensors:
+        if type(x) not in _ORDINARY or x.layout is not torch.strided or x.is_neg():  # type: ignore[union-attr]
+            return None, places
+        place = x.data_ptr()  # type: ignore[union-attr]
+        if not place:  # without elements
+            return None, places
+        places.append(place)
         words += (x.dtype, x.shape, x.stride(), place & 15)  # type: ignore[union-attr]
-    return tuple(words)
+    return tuple(words), places
 
 
 def _remembered(known: dict[Any, replays.Kind], key: Any, made: replays.Kind | None = None) -> Any:
@@ -165,7 +178,7 @@ def _remembered(known: dict[Any, replays.Kind], key: Any, made: replays.Kind | N
 
 
 def _like(x: Tensor) -> Tensor:
-    """An empty contiguous tensor of the same shape: three quarters of the time are left out where x is one."""
+    """An empty contiguous tensor of the same shape; `torch.empty` takes twice the time."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -181,17 +194,17 @@ class RecordedCall(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         *given: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the forward with lse."""
-        philox = ops.draw_philox(q, bound.dropout_p, generator)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the forward with lse, which autograd hears of where the caller does."""
+        philox = ops.draw_philox(q, bound.dropout_p, generator) if bound.dropout_p else None
         out, lse = bound.forward(q, k, v, given, philox=philox)
         ctx.save_for_backward(q, k, v, out, lse, philox, *given)
         ctx.bound = bound
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if bound.with_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Run the backward."""
         nothing = (None,) * (len(ctx.needs_input_grad) - _FIRST_OPERAND)
         if dout is None and dlse is None:

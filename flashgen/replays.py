@@ -303,8 +303,8 @@ def _bound(watcher: _Watcher, inputs: int, device: torch.device) -> Callable[[li
         if not (_silent(runtime.launch_enter_hook) and _silent(runtime.launch_exit_hook)):
             return False
         stream = stream_of(index)
-        held = [empty(size, dtype=byte, device=device) for size in sizes]
         if rest:
+            held = [empty(size, dtype=byte, device=device) for size in sizes]
             starts = [x.data_ptr() for x in held]
             for counters, number, start in rest:
                 if counters is None:

@@ -262,8 +262,8 @@ def _launcher(plan: dispatch.Plan, operands: Operands, key: Key) -> Bound | None
             places = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
             if lse is not None:
                 places.append(lse.data_ptr())
-            for x in named.values():
-                places.append(x.data_ptr())
+            if named:
+                places += [x.data_ptr() for x in named.values()]
             if replay(places):
                 return
         if heads_first:
