@@ -112,7 +112,7 @@ def launch_of(launcher: Any) -> Callable[..., None]:
         sums, rest = x.new_empty((2, 5, 7))
         late = torch.empty((3, 4), dtype=torch.int32)
         noted(launcher, x, y, n, Descriptor(rest), sums, late)
-        noted(launcher, COUNTERS(x.device), Descriptor(x[:, 2:]), more, 2.5, Descriptor(sums), None)
+        noted(launcher, COUNTERS(x.device), Descriptor(x[:, 2:]), more, 2.5, Descriptor(sums), rest[1:])
 
     return launch
 
@@ -134,8 +134,9 @@ def test_replayed_launches_give_what_the_plain_way_gives(nested: bool) -> None:
         start = x.data_ptr()
         assert first[:5] == second[:5] == (3, 2, 1, 77, 1234)
         assert first[9:12] == (x.data_ptr(), y.data_ptr(), 6) and second[10:13] == (PyCUtensorMap(start + 8), 4, 6)
-        assert second[13:15] == (more.data_ptr(), 2.5) and second[-1] is None
+        assert second[13:15] == (more.data_ptr(), 2.5)
         sums = first[15]
+        assert second[-1] == sums + 4 * (35 + 7)
         assert first[12] == PyCUtensorMap(sums + 4 * 35) and second[15] == PyCUtensorMap(sums)
         assert first[13:15] == (5, 7) == second[16:18] and first[16] not in (sums, start)
         assert [len(values) for values in given] == [17, 19]
@@ -351,11 +352,11 @@ def test_a_warm_call_replays_with_its_own_tensors(gpu: Given, with_lse: bool, la
     assert [isinstance(values[3], int) for values in gpu] == [True] * 6
 
 
-def replayed(call: Callable[[], Any]) -> int:
-    """How many kinds replay what happens inside."""
+def replayed(call: Callable[[], Any]) -> bool:
+    """Whether all launches inside are replayed."""
     with mock.patch.object(replays.Kind, "__call__", side_effect=AssertionError("launched as ever")):
         call()
-    return 1
+    return True
 
 
 @pytest.mark.parametrize("dlse", [False, True])
@@ -386,6 +387,27 @@ def test_a_recorded_call_replays_forward_and_backward(gpu: Given, dout: str, dls
     for turn in range(4):
         step(turn)
     assert replayed(lambda: step(5)) and len(gpu) == 10
+
+
+def test_a_gradient_that_lies_otherwise_is_another_kind(gpu: Given) -> None:
+    given = [x.clone().requires_grad_() for x in (Q, K, V)]
+
+    def taken_as_it_is(weights: Tensor) -> bool:
+        out: Any = flashgen.attention(*given, causal=True)
+        torch.autograd.grad(out, given, weights)
+        return bool(gpu[-1][9] == weights.data_ptr())
+
+    plain = draw(2, 24, 4, 16)
+    behind = torch.zeros(plain.numel() + 1, dtype=plain.dtype)[1:].view(plain.shape)
+    narrow = draw(2, 24, 4, 17)[..., :16]
+    for _ in range(4):
+        assert taken_as_it_is(plain)
+    assert replayed(lambda: taken_as_it_is(plain))
+    with pytest.raises(AssertionError, match="launched as ever"):
+        replayed(lambda: taken_as_it_is(behind))  # the launch copies it: its address is no multiple of 16 bytes
+    for _ in range(4):
+        assert not taken_as_it_is(narrow), "its strides are no multiples of 16 bytes"
+        assert taken_as_it_is(plain)
 
 
 SCRIPT = """
