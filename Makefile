@@ -20,7 +20,7 @@ export PYTHON TORCH_INSTALL TORCH_INDEX
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint fix golden gpu wheel-test compile-goldens compile-calls compile-free-form compile-options proof fuzz torture clean
+.PHONY: help quickstart test test-long check lint fix golden gpu wheel-test compile-goldens compile-calls compile-free-form compile-options proof fuzz torture clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile
@@ -33,8 +33,11 @@ quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check,
 	@mkdir -p .cache
 	$(VENV)/bin/flashgen quickstart --output .cache
 
-test: $(STAMP) ## all tests; those that need a GPU are skipped with the reason where there is none
-	$(PY) -m pytest -q -rs --durations=10 -n $(JOBS) --dist worksteal
+test: $(STAMP) ## all tests but those of test-long, of whose kinds it has samples; what needs a GPU is skipped where there is none
+	$(PY) -m pytest -q -rs --durations=10 -m "not long" -n $(JOBS) --dist worksteal
+
+test-long: $(STAMP) ## the tests that `make test` leaves out: the rest of long tables of simulations and compilations
+	$(PY) -m pytest -q -rs --durations=10 -m "long" -n $(JOBS) --dist worksteal
 
 check: lint ## format, lint, strict types, and the fast tests
 	$(PY) -m pytest -q -m "not slow and not gpu" -n $(JOBS) --dist worksteal tests/unit tests/golden

@@ -388,6 +388,6 @@ def row_sums(dout: Tensor | None, dlse: Tensor | None, lse: Tensor, layout: str)
     if (large & reached).any():
         raise UnsupportedProblemError(
             f"a row's scores are as large as {lse[large & reached].abs().max():.3g}: its lse, one fp32 number, no longer holds their sum, and the "
-            "gradients of a generated kernel would be NaN or wrong. Hide keys with a mask or a bias of -inf instead of a huge negative number, "
+            "gradients of a generated kernel would be NaN. Hide keys with a mask or a bias of -inf instead of a huge negative number, "
             "scale q and k, or take backend='torch', which sums such rows anew."
         )

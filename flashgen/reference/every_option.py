@@ -282,19 +282,21 @@ class _Rounding:
         if self.generator is None:
             return x
         units = math.sqrt(max(1.0, count / _STEP)) * torch.finfo(torch.float32).eps / 2
-        drawn = torch.rand(x.shape, generator=self._other).to(x.device).mul_(2.0).sub_(1.0).mul_(units)
+        drawn = torch.empty(x.shape).uniform_(-1.0, 1.0, generator=self._other).to(x.device).mul_(units)
         return drawn.mul_((terms - x.abs()).clamp_min_(0.0).nan_to_num_(0.0, 0.0, 0.0)).add_(x)
 
     def _drawn(self, x: Tensor, dtype: torch.dtype, units: float = 0.5) -> Tensor:
         info = torch.finfo(dtype)
         # The power of two below each number, by its bits: `frexp` and `ldexp` took most of a reference's time.
-        unit = ((x.view(torch.int32) & 0x7F800000).view(torch.float32) * info.eps).clamp_min_(info.eps * info.tiny)
+        unit = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+        as_it_is = (unit == torch.inf).logical_or_(x == 0)
+        unit.mul_(info.eps).clamp_min_(info.eps * info.tiny)
         if dtype == torch.float32:
             units = max(
                 units, 1.0
             )  # in fp32 itself only whole units show: none in half of the cases, one up or down else
-        drawn = torch.rand(x.shape, generator=self.generator).to(x.device).mul_(2.0).sub_(1.0)
-        return torch.where((x == 0) | x.isinf(), x, drawn.mul_(units).mul_(unit).add_(x))
+        drawn = torch.empty(x.shape).uniform_(-1.0, 1.0, generator=self.generator).to(x.device)
+        return torch.where(as_it_is, x, drawn.mul_(units).mul_(unit).add_(x))
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:

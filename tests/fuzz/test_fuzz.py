@@ -27,6 +27,7 @@ FIRST, COUNT = map(int, os.environ.get("FLASHGEN_FUZZ", "0:240").split(":"))
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("backend", ["torch", "triton", "gluon"])
 @pytest.mark.parametrize("name", EDGES)
 def test_edge(name: str, backend: str) -> None:
@@ -40,6 +41,7 @@ def test_edge(name: str, backend: str) -> None:
     assert said is None, f"{said}\n{fuzz.command(case)}"
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_random_case(seed: int) -> None:

@@ -44,6 +44,7 @@ def launch(buffers: GradientBuffers, blocks: tuple[int, int], **options: Any) ->
     interpret.launch_backward(source, *buffers.arguments, **buffers.scalars, **tunables(blocks, **options))  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(TABLE)), ids=[case.id for case in TABLE])
 def test_problem(number: int, case: Row) -> None:
     """With and without a gradient of lse; tiles of dQ as of dK/dV, and exchanged."""

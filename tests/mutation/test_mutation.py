@@ -40,12 +40,14 @@ TRIED = [
 ]
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("check", list(dict.fromkeys(name for broken in TRIED for name in broken.checks)))
 def test_the_whole_template_passes(check: str) -> None:
     """What notices the mutants that are tried here; `make torture` runs every check."""
     whole()[check]()
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("broken", TRIED, ids=lambda broken: broken.name)
 def test_it_is_caught(broken: Mutant) -> None:
     result = caught_by(broken)
@@ -73,7 +75,7 @@ def test_the_edit_changes_the_backend(broken: backends.Mutant) -> None:
     assert broken.old != broken.new and text.count(broken.old) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_broken_backends_are_caught() -> None:
     """A sample of them, beside the whole backend's edge cases in `tests/fuzz`; `make torture` tries all."""
     command = [sys.executable, backends.__file__, "--every", "4", "--broken-alone", "--json"]

@@ -94,6 +94,7 @@ def test_the_table_is_covered() -> None:
     assert all(c.problem.head_dim % 8 or c.problem.head_dim_v % 8 for c in half)
 
 
+@pytest.mark.sampled(every=2, by="index")  # the modes share their references
 @pytest.mark.parametrize("deterministic", MODES, ids=["fast", "ordered"])
 @pytest.mark.parametrize("index", range(len(COVERED)), ids=[case.id for case in COVERED])
 def test_problem(index: int, deterministic: bool) -> None:
@@ -140,6 +141,7 @@ OWN = (
 )
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
 def test_every_configuration_of_the_portfolio(case: Row) -> None:
     spec = spec_of(case.problem)
@@ -175,6 +177,7 @@ WIDE_KNOBS: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("knobs", WIDE_KNOBS, ids=str)
 @pytest.mark.parametrize("causal", [BR, None])
 def test_every_knob_of_wide_head_dims(knobs: dict[str, Any], causal: Any) -> None:
@@ -193,6 +196,7 @@ def test_wide_head_dims_leave_some_knobs_no_choice() -> None:
     assert "two at a time" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), DQ_STAGES=1)))
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 @pytest.mark.parametrize("causal", [BR, None])
 def test_every_knob(knobs: dict[str, Any], causal: Any) -> None:
@@ -220,6 +224,7 @@ def first_sums(causal: Any) -> tuple[GradientBuffers, KernelConfig, tuple[bytes,
 
 
 # In parts, since a test's limit is one of wall time: all at once took 177 seconds beside nine other processes on two cores.
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("part", range(len(SCHEDULES)))
 @pytest.mark.parametrize("causal", [BR, None])
 def test_ordered_sums_are_the_same_bits_under_100_schedules(causal: Any, part: int) -> None:

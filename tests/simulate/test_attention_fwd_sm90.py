@@ -55,6 +55,7 @@ def test_the_table_is_covered() -> None:
     assert all(case.problem.head_dim % 8 or case.problem.head_dim_v % 8 for case in odd)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", COVERED, ids=lambda case: case.id)
 def test_problem(case: Row, schedule: Any) -> None:
@@ -88,6 +89,7 @@ OWN = (
 )
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("case", OWN, ids=lambda case: case.id)
 def test_every_configuration_of_the_portfolio(case: Row) -> None:
     for seed, config in enumerate(legal(case.problem.spec)):

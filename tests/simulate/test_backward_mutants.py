@@ -8,6 +8,7 @@ import pytest
 SAMPLE = 16  # every sixteenth: a spread over all functions of the file
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "schedule"), list(zip(backward.SAMPLED, ("random", "lazy"), strict=True)))
 def test_sampled_mutants_are_found(key: str, schedule: str) -> None:

@@ -31,6 +31,7 @@ SOME = (
 )
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", SOME)
 def test_the_brief_kernel_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real, ran = vars(interpret)["simulate"], 0

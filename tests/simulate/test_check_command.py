@@ -83,7 +83,7 @@ def test_wrong_numbers_are_a_defect_too(capsys: pytest.CaptureFixture[str], monk
     assert code == 1 and {row["kind"] for row in json.loads(out)["checks"]} == {"numbers"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mutants_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     key = forward.SPECS[0]
     found = mutants(forward.study_of(key).text)

@@ -48,6 +48,7 @@ print(len(compiled.asm["cubin"]) > 0)
 """
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.skipif(
     not triton.__version__.startswith(api.VERSIONS[1]), reason=f"written with the names of Triton {api.VERSIONS[1]}"

@@ -8,6 +8,7 @@ import pytest
 SAMPLE = 16  # every sixteenth: a spread over all functions of the file
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["random", "lazy"])
 @pytest.mark.parametrize("key", forward.SAMPLED)
@@ -19,6 +20,7 @@ def test_sampled_mutants_are_found(key: str, schedule: str) -> None:
     assert not survivors, "\n".join(map(str, survivors))
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("key", (*forward.SAMPLED, "attention_fwd-bf16-d192-dv128-causal-lse"))
 def test_the_original_is_right(key: str) -> None:

@@ -117,6 +117,7 @@ MUTANTS: tuple[tuple[str, Free, str, str], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[name.replace(" ", "-") for name, *_ in MUTANTS])
 def test_a_broken_line_is_noticed(index: int) -> None:
     name, case, old, new = MUTANTS[index]

@@ -28,6 +28,7 @@ import flashgen
 from flashgen.simulator import SCHEDULES
 
 
+@pytest.mark.sampled(every=2, by="index")  # the modes share their references
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "ordered"])
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.why.replace(" ", "-") for case in CASES])
 def test_case(index: int, deterministic: bool) -> None:
@@ -51,6 +52,7 @@ def test_loops_apart_as_under_triton_3_6() -> None:
 SUMS = (*BIASES, *LEARNED)
 
 
+@pytest.mark.sampled(every=2, by="index")  # the modes share their references
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "ordered"])
 @pytest.mark.parametrize("index", range(len(SUMS)), ids=[case.why.replace(" ", "-") for case in SUMS])
 def test_gradients_of_a_bias_and_of_captured_tensors(index: int, deterministic: bool) -> None:
@@ -58,6 +60,7 @@ def test_gradients_of_a_bias_and_of_captured_tensors(index: int, deterministic: 
     run(SUMS[index], index, deterministic=deterministic, schedule=schedule).require(SUMS[index].why)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(
     "case", (BIASES[2], BIASES[3], LEARNED[0], LEARNED[4]), ids=lambda case: case.why.replace(" ", "-")
 )

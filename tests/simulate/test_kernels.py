@@ -30,6 +30,7 @@ def test_numbers(name: str, schedule: str) -> None:
         SUBJECTS[name](text_of(name), schedule=schedule, seed=7, processors=processors)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_no_false_alarm_under_random_schedules(name: str) -> None:

@@ -11,6 +11,7 @@ from subjects import KERNELS, SCHEDULES, SUBJECTS, text_of, verdict
 from flashgen import simulator as sim
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", SUBJECTS)

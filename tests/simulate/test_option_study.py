@@ -85,7 +85,7 @@ def test_what_must_never_survive_is_always_tried() -> None:
     assert max(named.values()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sampled_mutants_are_found() -> None:
     """Of one cheap subject; `make torture` studies all."""
     (subject,) = (one for one in SUBJECTS if one.name == "gluon_bwd_sm90: softcap, sinks and dsinks")

@@ -100,12 +100,14 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", CASES)
 def test_option(name: str) -> None:
     said = judge(CASES[name], again=False)  # the same schedule again gives the same bits
     assert said is None, said
 
 
+@pytest.mark.long
 def test_more_sequences_than_one_look_holds() -> None:
     """The list of blocks of keys is made 128 sequences at a time."""
     lengths = tuple((1 + n % 3, 1 + n % 2, 1) for n in range(131))

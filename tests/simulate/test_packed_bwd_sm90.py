@@ -92,6 +92,7 @@ def plain_forward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.forget()
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name.replace(" ", "-") for name in CASES])
 def test_case(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row under another schedule."""
@@ -178,6 +179,7 @@ def test_a_sequence_of_nan_changes_no_other(
 ORDERED = {"causal": {"causal": True}, "window": {"window_size": (40, 10)}, "all": {}}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ORDERED)
 def test_ordered_sums_are_the_same_bits_under_any_schedule(
     name: str, small: None, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +247,7 @@ def broken(old: str, new: str) -> Callable[[str], str]:
     return change
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[name.replace(" ", "-") for name, *_ in MUTANTS])
 def test_a_broken_line_is_noticed(index: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     name, case, old, new = MUTANTS[index]

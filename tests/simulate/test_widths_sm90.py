@@ -48,6 +48,7 @@ TABLE = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", TABLE)
 def test_widths(name: str) -> None:
     said = judge(TABLE[name], again=False)  # the same schedule again gives the same bits

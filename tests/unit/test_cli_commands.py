@@ -13,8 +13,8 @@ import pytest
 
 from flashgen.cli.main import run
 
-# No measured rows are shipped for the GH200: they would go before a prediction.
-FAST = ["--trials", "1", "--target", "gh200", "--dtype", "bf16", "--head-dim", "64", "--heads-q", "2", "--seqlen", "64"]
+# No measured rows are shipped for the L40S: they would go before a prediction. The Hopper kernel, whose compilation takes longer, is tuned in `test_tuner_run`.
+FAST = ["--trials", "1", "--target", "l40s", "--dtype", "bf16", "--head-dim", "64", "--heads-q", "2", "--seqlen", "64"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +100,8 @@ def test_the_whole_chain_by_command(capsys: pytest.CaptureFixture[str], own_cach
     assert not (own_cache / "cache" / "tuning.sqlite3").exists()
     code, tuned = document(capsys, "tune", *FAST, "--write-seeds", str(own_cache / "seeds"))
     assert code == 0 and tuned["problems"][0]["winner"]["predicted_rank"] >= 1
-    assert (own_cache / "seeds" / "gh200" / "attention_fwd.jsonl").read_text().count("\n") == 1
-    (member,) = (own_cache / "portfolios" / "sm_90" / "attention_fwd.jsonl").read_text().splitlines()
+    assert (own_cache / "seeds" / "l40s" / "attention_fwd.jsonl").read_text().count("\n") == 1
+    (member,) = (own_cache / "portfolios" / "sm_89" / "attention_fwd.jsonl").read_text().splitlines()
     assert json.loads(member)["config"] == tuned["problems"][0]["winner"]["config"] and '"predicted"' in member
     code, info = document(capsys, "db", "info")
     assert (
@@ -118,10 +118,8 @@ def test_the_whole_chain_by_command(capsys: pytest.CaptureFixture[str], own_cach
     assert document(capsys, "db", "verify") == (0, {"ok": True, "problems": []})
     code, out, err = call(capsys, "tune", *FAST, "--resume", "--quiet")
     assert code == 0 and "predicted rank" in out and err == ""
-
-
-@pytest.mark.slow
-def test_predicted_stands_wherever_a_figure_does(capsys: pytest.CaptureFixture[str]) -> None:
+    # Anew, with a table to read; what is compiled is known by now. "predicted" stands wherever a figure does.
+    (own_cache / "cache" / "tuning.sqlite3").unlink()
     code, out, err = call(capsys, "tune", *FAST)
     assert (
         code == 0

@@ -51,6 +51,7 @@ def test_every_example_is_listed() -> None:
     assert [name for name in TELLS if f"| `{name}` |" not in readme] == [], "README lists the examples"
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TELLS))
 def test_it_runs(name: str, tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert left == LEAVES.get(name, set()), "an example leaves nothing behind but what it says"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_gallery_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install flashgen[plot]")
     path = tmp_path / "gallery.png"

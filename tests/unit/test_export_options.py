@@ -62,6 +62,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLASHGEN_DB", raising=False)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_it_tests_itself_and_fails_when_it_is_broken(name: str, tmp_path: Path) -> None:
     path = flashgen.export(PROBLEMS[name], tmp_path / "kernel.py", target="h100")

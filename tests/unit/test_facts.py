@@ -33,6 +33,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_compilers_facts(name: str) -> None:

@@ -25,6 +25,7 @@ def facts(problem: Problem, variant: str) -> CompiledFacts:
     return inspect(render(problem.spec, chosen), H100, config)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["triton_fwd", "gluon_fwd_sm90"])
 def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> None:
@@ -34,14 +35,14 @@ def test_an_unmasked_tile_costs_what_it_costs_the_plain_kernel(variant: str) -> 
     assert free.loop_spill_ops == 0 == free.loop.get("select", 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_so_it_does_on_sm_80() -> None:
     """The other architectures, and head dim 128: `free_form_facts.py`, part of `make torture`."""
     (pair,) = compared(64, "triton_fwd", Target.named("a100")).values()
     assert verdict(*pair) is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("card", ["h100", "a100"])
 def test_so_it_does_in_the_portable_backward(card: str) -> None:
     found = compared(64, "triton_bwd", Target.named(card))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,14 +131,21 @@ def loaded_with(tree: ast.Module) -> ast.Module:
     return stripped
 
 
+@functools.cache
+def imported(path: Path, *, when_loaded: bool = False) -> tuple[tuple[str, int], ...]:
+    """What a file imports, ever or when it is loaded; read once for all tests."""
+    tree = ast.parse(path.read_text())
+    return tuple(imports(loaded_with(tree) if when_loaded else tree, path))
+
+
+@functools.cache
 def edges(*, when_loaded: bool) -> dict[str, dict[str, str]]:
     """Room -> rooms it imports -> the place of one such import."""
     found: dict[str, dict[str, str]] = {}
     for room in rooms():
         targets = found.setdefault(room, {})
         for path in files(room):
-            tree = ast.parse(path.read_text())
-            for name, line in imports(loaded_with(tree) if when_loaded else tree, path):
+            for name, line in imported(path, when_loaded=when_loaded):
                 parts = name.split(".")
                 if parts[0] == "flashgen" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != room:
                     targets[parts[1]] = f"flashgen/{path.relative_to(PACKAGE)}:{line}"
@@ -180,7 +188,7 @@ def test_the_exceptions_import_inside_a_function() -> None:
 
 def test_the_package_itself_loads_nothing() -> None:
     path = PACKAGE / "__init__.py"
-    names = {name for name, _ in imports(loaded_with(ast.parse(path.read_text())), path)}
+    names = {name for name, _ in imported(path, when_loaded=True)}
     assert {name.split(".")[0] for name in names} <= {"__future__", "importlib", "typing"}, names
 
 
@@ -188,7 +196,7 @@ def test_the_store_is_a_leaf() -> None:
     used = edges(when_loaded=False)["store"]
     assert set(used) <= STORE_MAY, {room: place for room, place in used.items() if room not in STORE_MAY}
     for path in files("store"):
-        for name, line in imports(ast.parse(path.read_text()), path):
+        for name, line in imported(path):
             assert name.split(".")[0] not in ("torch", "triton"), f"{path}:{line} imports {name}"
 
 
@@ -205,7 +213,7 @@ def test_nothing_but_the_command_line_and_tune_imports_the_tuner() -> None:
 @pytest.mark.parametrize("room", PURE)
 def test_rendering_names_neither_torch_nor_triton(room: str) -> None:
     for path in files(room):
-        for name, line in imports(ast.parse(path.read_text()), path):
+        for name, line in imported(path):
             assert name.split(".")[0] not in ("torch", "triton"), f"{path}:{line} imports {name}"
 
 

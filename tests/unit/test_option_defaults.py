@@ -118,6 +118,7 @@ def test_gradients_by_row_leave_room_for_half_the_keys(by_row: bool, head_dim: i
     assert keys == variant.default(with_table(by_row, head_dim), Target.named("h100")).BLOCK_N
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["dropout", "by distance"])
 def test_a_crowded_step_does_not_spill(option: str) -> None:

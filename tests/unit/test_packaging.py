@@ -152,7 +152,19 @@ def test_the_licence_frees_generated_kernels() -> None:
     assert "under any terms" in " ".join(text.split())
 
 
-TARGETS = ("quickstart", "test", "check", "fix", "golden", "gpu", "wheel-test", "compile-goldens", "fuzz", "torture")
+TARGETS = (
+    "quickstart",
+    "test",
+    "test-long",
+    "check",
+    "fix",
+    "golden",
+    "gpu",
+    "wheel-test",
+    "compile-goldens",
+    "fuzz",
+    "torture",
+)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

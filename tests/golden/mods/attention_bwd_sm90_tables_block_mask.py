@@ -190,7 +190,7 @@ def write_dq(
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, full, end, row_blocks_ptr)
         off_bh = bh_before + member
-        dq_stage = (2 * step + 0) % DQ_STAGES
+        dq_stage = (2 * step) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         if DETERMINISTIC:
             # -- wait for the thread blocks that come before this one, all of which started earlier --
@@ -199,18 +199,18 @@ def write_dq(
             before = gl.load(visits_ptr + m_block)
             while gl.atomic_add(turn, 0, sem="acquire") != before:
                 pass
-        tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+        tma_reduce_add(dq_desc, [off_bh, (2 * m_block) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
         if step > 0:
-            mbarrier.arrive(dq_empty.index(((2 * step + 0) - 1) % DQ_STAGES), count=1)
+            mbarrier.arrive(dq_empty.index((2 * step - 1) % DQ_STAGES), count=1)
         dq_stage = (2 * step + 1) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
         tma_reduce_add(dq_desc, [off_bh, (2 * m_block + 1) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
-        mbarrier.arrive(dq_empty.index(((2 * step + 1) - 1) % DQ_STAGES), count=1)
+        mbarrier.arrive(dq_empty.index((2 * step) % DQ_STAGES), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
@@ -620,12 +620,13 @@ def attention_bwd_preprocess(
     # -- lse in base 2; +inf for a row without a key and for one that does not exist: their probabilities are 0 --
     lse = tl.load(lse_ptr + row_start + rows, mask=live, other=-float("inf"))
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
-    # -- a row of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach it --
-    reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
-    if dlse_ptr is not None:
-        reached |= dlse != 0.0
+    # -- rows of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach them --
     huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
-    lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        if dlse_ptr is not None:
+            reached |= dlse != 0.0
+        lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
     delta = tl.where(lse == -float("inf"), 0.0, delta)  # whatever such a row holds
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -947,12 +947,13 @@ def attention_bwd_preprocess(
     # -- lse in base 2; +inf for a row without a key and for one that does not exist: their probabilities are 0 --
     lse = tl.load(lse_ptr + row_start + rows, mask=live, other=-float("inf"))
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
-    # -- a row of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach it --
-    reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
-    if dlse_ptr is not None:
-        reached |= dlse != 0.0
+    # -- rows of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach them --
     huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
-    lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        if dlse_ptr is not None:
+            reached |= dlse != 0.0
+        lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
     delta = tl.where(lse == -float("inf"), 0.0, delta)  # whatever such a row holds
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -226,7 +226,7 @@ def write_dq(
     for step in range(group * (end - begin)):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
-        dq_stage = (4 * step + 0) % DQ_STAGES
+        dq_stage = (4 * step) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         is_first = False  # what the first adds need not be added to anything, and nothing is zeroed before
         if DETERMINISTIC:
@@ -238,13 +238,13 @@ def write_dq(
                 pass
             is_first = last_n == n_block
         if is_first:
-            tma_store(dq_desc, [off_bh, (4 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+            tma_store(dq_desc, [off_bh, (4 * m_block) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         else:
-            tma_reduce_add(dq_desc, [off_bh, (4 * m_block + 0) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+            tma_reduce_add(dq_desc, [off_bh, (4 * m_block) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
         if step > 0:
-            mbarrier.arrive(dq_empty.index(((4 * step + 0) - 1) % DQ_STAGES), count=1)
+            mbarrier.arrive(dq_empty.index((4 * step - 1) % DQ_STAGES), count=1)
         dq_stage = (4 * step + 1) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         if is_first:
@@ -253,7 +253,7 @@ def write_dq(
             tma_reduce_add(dq_desc, [off_bh, (4 * m_block + 1) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
-        mbarrier.arrive(dq_empty.index(((4 * step + 1) - 1) % DQ_STAGES), count=1)
+        mbarrier.arrive(dq_empty.index((4 * step) % DQ_STAGES), count=1)
         dq_stage = (4 * step + 2) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         if is_first:
@@ -262,7 +262,7 @@ def write_dq(
             tma_reduce_add(dq_desc, [off_bh, (4 * m_block + 2) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
-        mbarrier.arrive(dq_empty.index(((4 * step + 2) - 1) % DQ_STAGES), count=1)
+        mbarrier.arrive(dq_empty.index((4 * step + 1) % DQ_STAGES), count=1)
         dq_stage = (4 * step + 3) % DQ_STAGES
         take_over(dq_stage, CONSUMERS)
         mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
@@ -272,7 +272,7 @@ def write_dq(
             tma_reduce_add(dq_desc, [off_bh, (4 * m_block + 3) * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
         # TMA reads two buffers at a time: the one before this is free.
         store_wait(1)
-        mbarrier.arrive(dq_empty.index(((4 * step + 3) - 1) % DQ_STAGES), count=1)
+        mbarrier.arrive(dq_empty.index((4 * step + 2) % DQ_STAGES), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
@@ -725,11 +725,19 @@ def attention_bwd_preprocess(
     delta = tl.sum(o * do, 1)
     row_start = off_bh.to(tl.int64) * lse_rows
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        dlse = tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        delta -= dlse
 
     # -- lse in base 2; +inf for a row without a key and for one that does not exist: their probabilities are 0 --
     lse = tl.load(lse_ptr + row_start + rows, mask=live, other=-float("inf"))
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    # -- rows of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach them --
+    huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        if dlse_ptr is not None:
+            reached |= dlse != 0.0
+        lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(lse2_ptr + row, lse2)

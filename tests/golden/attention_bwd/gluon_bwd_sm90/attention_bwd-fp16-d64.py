@@ -760,11 +760,19 @@ def attention_bwd_preprocess(
     delta = tl.sum(o * do, 1)
     row_start = off_bh.to(tl.int64) * lse_rows
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        dlse = tl.load(dlse_ptr + row_start + rows, mask=live, other=0.0)
+        delta -= dlse
 
     # -- lse in base 2; +inf for a row without a key and for one that does not exist: their probabilities are 0 --
     lse = tl.load(lse_ptr + row_start + rows, mask=live, other=-float("inf"))
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    # -- rows of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach them --
+    huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        if dlse_ptr is not None:
+            reached |= dlse != 0.0
+        lse2 = tl.where(huge, tl.where(reached, float("nan"), float("inf")), lse2)
     block = tl.program_id(0).to(tl.int64)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(lse2_ptr + row, lse2)

@@ -85,12 +85,20 @@ def attention_bwd_preprocess(
     delta = tl.sum(o * do, 1)
     row_start = off_bh.to(tl.int64) * seqlen_q
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_start + offs_m, mask=live, other=0.0)
+        dlse = tl.load(dlse_ptr + row_start + offs_m, mask=live, other=0.0)
+        delta -= dlse
     tl.store(delta_ptr + row_start + offs_m, delta, mask=live)
 
     # -- lse in base 2; +inf for a row that saw no key, whose probabilities are 0 then --
     lse = tl.load(lse_ptr + row_start + offs_m, mask=live, other=0.0)
     safe_lse = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    # -- rows of huge scores, whose lse, one fp32 number, does not hold their sum: no wrong gradients but NaN, and none where none reach them --
+    huge = (tl.abs(lse) > 131072.0) & (tl.abs(lse) < float("inf"))
+    if tl.max(huge.to(tl.int32), 0) > 0:
+        reached = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        if dlse_ptr is not None:
+            reached |= dlse != 0.0
+        safe_lse = tl.where(huge, tl.where(reached, float("nan"), float("inf")), safe_lse)
     tl.store(safe_lse_ptr + row_start + offs_m, safe_lse, mask=live)
 
 

@@ -285,14 +285,46 @@ def rescale(acc, alpha, BLOCK_DV: gl.constexpr):
 
 
 @gluon.jit
-def held_softmax(qk, m_i, qk_scale, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """Probabilities of a block relative to the rows' references, as the first operand of the next product, and their sums by lane."""
+def held_softmax(
+    qk,
+    m_i,
+    qk_scale,
+    BLOCK_N: gl.constexpr,
+    P_LAYOUT: gl.constexpr,
+    DTYPE: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
+):
+    """Probabilities of a block relative to the rows' references, as the loops carry them, and their sums by lane."""
     lanes = by_lanes(qk, BLOCK_N)
     m_lanes = gl.convert_layout(m_i, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
     p = gl.exp2(lanes * qk_scale - m_lanes[:, :, None][:, None, :, :])
     sums = gl.sum(gl.sum(p, 1), 2)
     p = p.to(DTYPE).reshape([WG_ROWS, BLOCK_N])
-    return gl.convert_layout(p, P_LAYOUT), sums
+    return carried(p, BLOCK_N, P_LAYOUT, MASKED_LOOP), sums
+
+
+@gluon.jit
+def carried(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, MASKED_LOOP: gl.constexpr):
+    """Probabilities as the loops carry them: beside a masked loop two neighbours of a lane a register, since one by one each loop unpacks and packs them."""
+    if MASKED_LOOP:
+        low, high = by_lanes(p.to(gl.int16, bitcast=True), BLOCK_N).split()
+        p = gl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        p = gl.convert_layout(p, P_LAYOUT)
+    return p
+
+
+@gluon.jit
+def as_operand(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr, MASKED_LOOP: gl.constexpr):
+    """These as the first operand of a product."""
+    if MASKED_LOOP:
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+        )
+        p = gl.convert_layout(gl.join(low, high).to(DTYPE, bitcast=True).reshape([WG_ROWS, BLOCK_N]), P_LAYOUT)
+    return p
 
 
 @gluon.jit
@@ -312,6 +344,7 @@ def online_softmax(
     DTYPE: gl.constexpr,
     IS_MASKED: gl.constexpr,
     TENSOR_SUMS: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
 
@@ -327,7 +360,7 @@ def online_softmax(
     alpha = gl.exp2(m_i - m_safe)
     if not TENSOR_SUMS:
         l_i = l_i * alpha + gl.sum(p, 1)
-    return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
+    return carried(p.to(DTYPE), BLOCK_N, P_LAYOUT, MASKED_LOOP), alpha, m_new, l_i
 
 
 @gluon.jit
@@ -375,6 +408,7 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     TENSOR_SUMS: gl.constexpr = NUM_WG == 4
@@ -391,6 +425,7 @@ def attend(
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
+    p = as_operand(p, BLOCK_N, P_LAYOUT, v_tiles.dtype, MASKED_LOOP)
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TENSOR_SUMS:
         sums = start_sums(p, ones, l_i)
@@ -420,7 +455,7 @@ def attend(
             acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         acc = rescale(acc, alpha, BLOCK_DV)
-        p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype)
+        p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, MASKED_LOOP)
         if TENSOR_SUMS:
             l_lanes = by_lanes(l_i, SUM_COLUMNS)
             alpha = gl.convert_layout(alpha, gl.SliceLayout(2, gl.SliceLayout(1, l_lanes.type.layout)))
@@ -440,6 +475,7 @@ def attend(
             v_tiles.dtype,
             IS_MASKED,
             TENSOR_SUMS,
+            MASKED_LOOP,
         )
         if TENSOR_SUMS:
             acc, l_i = warpgroup_mma_wait(0, deps=(product, sums))
@@ -574,7 +610,7 @@ def consume(
             found = lane_max(qk, BLOCK_N, False)
             m_i = gl.full([WG_ROWS, 4], LEAST, gl.float32, found.type.layout)
             m_i, _ = hold(found, m_i, gl.full([WG_ROWS, 4], 0.0, gl.float32, found.type.layout), qk_scale)
-            p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
+            p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, MASKED_LOOP)
             if not TENSOR_SUMS:
                 l_i = sums_p
         else:
@@ -588,6 +624,7 @@ def consume(
                 DTYPE,
                 IS_MASKED=True,
                 TENSOR_SUMS=TENSOR_SUMS,
+                MASKED_LOOP=MASKED_LOOP,
             )
         n_full = n_seen - 1
         # -- further blocks that the diagonal crosses: the loop stands only where there are any, since one that never
@@ -624,6 +661,7 @@ def consume(
                     LAZY_SUM,
                     TAKE_TURNS,
                     IS_MASKED=True,
+                    MASKED_LOOP=MASKED_LOOP,
                 )
                 step += 1
         # -- blocks that every row sees --
@@ -657,11 +695,13 @@ def consume(
                 LAZY_SUM,
                 TAKE_TURNS,
                 IS_MASKED=False,
+                MASKED_LOOP=MASKED_LOOP,
             )
             step += 1
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+        p = as_operand(p, BLOCK_N, P_LAYOUT, DTYPE, MASKED_LOOP)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         if TENSOR_SUMS:
             sums = start_sums(p, ones, l_i)

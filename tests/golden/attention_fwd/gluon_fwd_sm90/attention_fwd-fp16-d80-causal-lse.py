@@ -277,14 +277,46 @@ def rescale(acc, alpha, BLOCK_DV: gl.constexpr):
 
 
 @gluon.jit
-def held_softmax(qk, m_i, qk_scale, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """Probabilities of a block relative to the rows' references, as the first operand of the next product, and their sums by lane."""
+def held_softmax(
+    qk,
+    m_i,
+    qk_scale,
+    BLOCK_N: gl.constexpr,
+    P_LAYOUT: gl.constexpr,
+    DTYPE: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
+):
+    """Probabilities of a block relative to the rows' references, as the loops carry them, and their sums by lane."""
     lanes = by_lanes(qk, BLOCK_N)
     m_lanes = gl.convert_layout(m_i, gl.SliceLayout(2, gl.SliceLayout(1, lanes.type.layout)))
     p = gl.exp2(lanes * qk_scale - m_lanes[:, :, None][:, None, :, :])
     sums = gl.sum(gl.sum(p, 1), 2)
     p = p.to(DTYPE).reshape([WG_ROWS, BLOCK_N])
-    return gl.convert_layout(p, P_LAYOUT), sums
+    return carried(p, BLOCK_N, P_LAYOUT, MASKED_LOOP), sums
+
+
+@gluon.jit
+def carried(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, MASKED_LOOP: gl.constexpr):
+    """Probabilities as the loops carry them: beside a masked loop two neighbours of a lane a register, since one by one each loop unpacks and packs them."""
+    if MASKED_LOOP:
+        low, high = by_lanes(p.to(gl.int16, bitcast=True), BLOCK_N).split()
+        p = gl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        p = gl.convert_layout(p, P_LAYOUT)
+    return p
+
+
+@gluon.jit
+def as_operand(p, BLOCK_N: gl.constexpr, P_LAYOUT: gl.constexpr, DTYPE: gl.constexpr, MASKED_LOOP: gl.constexpr):
+    """These as the first operand of a product."""
+    if MASKED_LOOP:
+        low, high = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [p], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+        )
+        p = gl.convert_layout(gl.join(low, high).to(DTYPE, bitcast=True).reshape([WG_ROWS, BLOCK_N]), P_LAYOUT)
+    return p
 
 
 @gluon.jit
@@ -297,6 +329,7 @@ def online_softmax(
     P_LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
     IS_MASKED: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
 ):
     """One step of the running softmax in base 2; scale and maximum fold into one fused multiply-add.
 
@@ -311,7 +344,7 @@ def online_softmax(
     p = gl.exp2(qk * qk_scale - m_safe[:, None])
     alpha = gl.exp2(m_i - m_safe)
     l_i = l_i * alpha + gl.sum(p, 1)
-    return gl.convert_layout(p.to(DTYPE), P_LAYOUT), alpha, m_new, l_i
+    return carried(p.to(DTYPE), BLOCK_N, P_LAYOUT, MASKED_LOOP), alpha, m_new, l_i
 
 
 @gluon.jit
@@ -350,6 +383,7 @@ def attend(
     LAZY_SUM: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     IS_MASKED: gl.constexpr,
+    MASKED_LOOP: gl.constexpr,
 ):
     """Key block `step` + 1: its scores and softmax, and the product of block `step`'s probabilities with its values."""
     k_full, k_empty = k_bars
@@ -365,6 +399,7 @@ def attend(
     # -- accumulate: the block before --
     mbarrier.wait(v_full.index(v_stage), (step // STAGES) & 1)
     v = v_tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DV])
+    p = as_operand(p, BLOCK_N, P_LAYOUT, v_tiles.dtype, MASKED_LOOP)
     product = warpgroup_mma(p, v, acc, is_async=True)
     if TAKE_TURNS:
         pass_turn(step, (WG + 1) % NUM_WG)
@@ -388,7 +423,7 @@ def attend(
         acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         acc = rescale(acc, alpha, BLOCK_DV)
-        p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype)
+        p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, v_tiles.dtype, MASKED_LOOP)
         l_i = l_i * alpha + sums_p
     else:
         # -- references follow the maximum --
@@ -401,6 +436,7 @@ def attend(
             P_LAYOUT,
             v_tiles.dtype,
             IS_MASKED,
+            MASKED_LOOP,
         )
         acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
@@ -523,7 +559,7 @@ def consume(
             found = lane_max(qk, BLOCK_N, False)
             m_i = gl.full([WG_ROWS, 4], LEAST, gl.float32, found.type.layout)
             m_i, _ = hold(found, m_i, gl.full([WG_ROWS, 4], 0.0, gl.float32, found.type.layout), qk_scale)
-            p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE)
+            p, sums_p = held_softmax(qk, m_i, qk_scale, BLOCK_N, P_LAYOUT, DTYPE, MASKED_LOOP)
             l_i = sums_p
         else:
             p, _, m_i, l_i = online_softmax(
@@ -535,6 +571,7 @@ def consume(
                 P_LAYOUT,
                 DTYPE,
                 IS_MASKED=True,
+                MASKED_LOOP=MASKED_LOOP,
             )
         n_full = n_seen - 1
         # -- further blocks that the diagonal crosses: the loop stands only where there are any, since one that never
@@ -570,6 +607,7 @@ def consume(
                     LAZY_SUM,
                     TAKE_TURNS,
                     IS_MASKED=True,
+                    MASKED_LOOP=MASKED_LOOP,
                 )
                 step += 1
         # -- blocks that every row sees --
@@ -602,6 +640,7 @@ def consume(
                 LAZY_SUM,
                 TAKE_TURNS,
                 IS_MASKED=False,
+                MASKED_LOOP=MASKED_LOOP,
             )
             step += 1
         if OWN_STAGING:
@@ -609,6 +648,7 @@ def consume(
         # -- the last block's values --
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+        p = as_operand(p, BLOCK_N, P_LAYOUT, DTYPE, MASKED_LOOP)
         product = warpgroup_mma(p, v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DV]), acc, is_async=True)
         step += 1
         if LAZY_SUM:
