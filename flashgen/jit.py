@@ -203,7 +203,7 @@ def _init_handles(kernel: Any) -> None:
     if kernel.module is None:
         with relaxed():
             type(kernel)._init_handles(kernel)
-        if kernel._run is not None:
+        if getattr(kernel, "_run", None) is not None:
             kernel._run = launches.Noted(kernel._run)
 
 
