@@ -102,7 +102,7 @@ def attention(
                     mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
                     deterministic=deterministic, layout=layout, backend=backend, config=config,
                 )  # fmt: skip
-    elif block_mask is None and not isinstance(dropout_p, Tensor):
+    elif block_mask is None and (type(dropout_p) is float or not isinstance(dropout_p, Tensor)):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, layout, backend, dropout_p,
             None if config is None else warm.frozen(config),
@@ -302,7 +302,7 @@ def varlen_attention(
                     dropout_p=dropout_p, generator=generator, return_lse=return_lse, deterministic=deterministic, backend=backend,
                     config=config,
                 )  # fmt: skip
-    elif not isinstance(dropout_p, Tensor):
+    elif type(dropout_p) is float or not isinstance(dropout_p, Tensor):
         options = (
             causal, causal_alignment, softmax_scale, window_size, softcap, return_lse, deterministic, backend, dropout_p,
             max_seqlen_q, max_seqlen_k, None if config is None else warm.frozen(config),

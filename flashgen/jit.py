@@ -115,6 +115,8 @@ def adopt(module: ModuleType, path: Path, digest: str) -> None:
         if own and isinstance(function, jit.JITFunction):
             function._do_compile = functools.partial(_do_compile, function)
             function.run = functools.partial(_run, function)
+    if "ticket_counter" in vars(module):
+        module.ticket_counter = launches.Counters(module.ticket_counter)  # type: ignore[attr-defined]
     found = vars(module).get("TensorDescriptor")
     if "redirect" not in vars(module) and type(found) is type:  # a file that has it remembers its own
         module.TensorDescriptor = _Descriptors(found)  # type: ignore[attr-defined]
@@ -201,6 +203,8 @@ def _init_handles(kernel: Any) -> None:
     if kernel.module is None:
         with relaxed():
             type(kernel)._init_handles(kernel)
+        if getattr(kernel, "_run", None) is not None:
+            kernel._run = launches.Noted(kernel._run)
 
 
 def _cached(src: Any, target: Any, options: Any) -> Any:

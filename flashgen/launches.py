@@ -12,17 +12,65 @@ from typing import Any
 
 
 class _Thread(threading.local):
-    """The launch of a kind that this thread is in."""
+    """What this thread is in.
+
+    Attributes:
+        known: the launch of a kind.
+        watcher: who watches it (`replays`): has `steps`, a list, and `knows(tensor, whose)`.
+    """
 
     known: _Known | None = None
+    watcher: Any = None
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 def current() -> _Known | None:
     """The launch of a kind that this thread is in."""
-    return _thread.known
+    return thread.known
+
+
+class Noted:
+    """A compiled kernel's launcher, which tells who watches what it is given.
+
+    Args:
+        launcher: Triton's.
+    """
+
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self.launcher = launcher
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Launch."""
+        if thread.watcher is not None:
+            thread.watcher.steps.append((self.launcher, arguments))
+        return self.launcher(*arguments)
+
+
+class Counters:
+    """A rendered file's `ticket_counter`, which tells who watches which tensors it gave.
+
+    Args:
+        real: the file's own: a tensor of a device's current stream.
+
+    Attributes:
+        known: by device and stream, for who knows both.
+    """
+
+    def __init__(self, real: Callable[[Any], Any]) -> None:
+        self.real, self.known = real, dict[tuple[Any, int], Any]()
+
+    def __call__(self, device: Any) -> Any:
+        """The counter of the current stream."""
+        watcher, thread.watcher = thread.watcher, None
+        try:
+            found = self.real(device)
+        finally:
+            thread.watcher = watcher
+        if watcher is not None:
+            watcher.knows(found, self)
+        return found
 
 
 class Kernels:
@@ -39,14 +87,14 @@ def launched(kernels: Kernels, launch: Callable[..., None], *tensors: Any, **sca
         kernels: of this kind alone: all that Triton specialises on (dtypes, alignment, strides, integers) is the same in each.
         launch, *tensors, **scalars: what is called, with what.
     """
-    if _thread.known is not None:
+    if thread.known is not None:
         launch(*tensors, **scalars)
         return
-    _thread.known = known = _Known(kernels.found)
+    thread.known = known = _Known(kernels.found)
     try:
         launch(*tensors, **scalars)
     finally:
-        _thread.known = None
+        thread.known = None
     if kernels.found is None or known.differs:
         kernels.found = tuple(known.made)
 

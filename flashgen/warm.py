@@ -10,7 +10,6 @@ that the long way did not decide first: `bind` remembers, `find` looks up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from flashgen import dispatch, execution, launches, ops, recorded, settings
+from flashgen import dispatch, execution, ops, recorded, replays, settings
 from flashgen.build import build
 from flashgen.config import KernelConfig
 from flashgen.mods.fingerprint import fingerprint
@@ -150,7 +149,11 @@ def find(call: Call) -> Bound | None:
         return None
 
 
-_OPTIONS = 13  # where the options stand in a key
+_Q, _V_SHAPE, _OPTIONS = (
+    slice(0, 2),
+    8,
+    13,
+)  # where shape and strides of q, the shape of v and the options stand in a key
 
 
 def unseen(call: Call) -> bool:
@@ -171,7 +174,7 @@ def bind(call: Call, plan: dispatch.Plan, known: Table, operands: Operands | Non
     """
     kept = plan.backend != "torch" and plan.target.backend != "cpu" and not plan.problem.copies
     kept = kept and not settings.read().check_values  # which looks at every call
-    launcher = _launcher(plan, operands or Operands()) if kept else None
+    launcher = _launcher(plan, operands or Operands(), call.key) if kept else None
     if launcher is not None and call.recorded:
         launcher = recorded.bind(plan, operands or Operands(), launcher, OPERANDS, _launch_of)
     if len(known) >= _MOST:
@@ -188,7 +191,7 @@ def _launch_of(plan: dispatch.Plan) -> Callable[..., None]:
     return build(render(kernel_spec(plan), by_name(plan.variant))).launch
 
 
-def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
+def _launcher(plan: dispatch.Plan, operands: Operands, key: Key) -> Bound | None:
     problem, variant = plan.problem, by_name(plan.variant)
     spec, launch = kernel_spec(plan), _launch_of(plan)
     # What each call binds anew is not made here: a comparison on the device loads code for it, 46 ms on an H200.
@@ -210,17 +213,18 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
     fixed = {name: value for name, value in values.items() if name not in per_call}
     if not all(isinstance(value, _FIXED) for value in fixed.values()):
         return None  # made from what the call brought along, in a way that is not known here
-    heads_first, varlen = problem.layout == "bhsd", problem.varlen
-    rows = (problem.num_heads_q, problem.seqlen_q)
-    shape = (problem.batch, *(rows if heads_first else rows[::-1]), problem.head_dim_v)
+    heads_first = problem.layout == "bhsd"
     dropout_p, with_lse = problem.dropout_p, problem.spec.has_lse
-    lse_shape = (problem.batch, *rows) if with_lse else None
-    empty, float32 = torch.empty, torch.float32
+    (shape_q, strides_q), shape_v = key[_Q], key[_V_SHAPE]
+    shape = (*shape_q[:-1], shape_v[-1])
+    rows = (shape_q[1], shape_q[0]) if problem.varlen else (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    strides, row_strides = _contiguous(shape), _contiguous(rows)
+    like = shape == shape_q and strides == strides_q  # takes half the time
+    empty, empty_like, float32 = torch.empty_strided, torch.empty_like, torch.float32
     several = torch.cuda.device_count() > 1
     simple = not per_call
-    # Of a kind all is the same that Triton specialises on, where no table of the call's own content is among it.
-    kernels = None if rebind is not None else launches.Kernels()
-    start = launch if kernels is None else partial(launches.launched, kernels, launch)
+    # Of a kind all but addresses is the same, where no table of the call's own content is among it.
+    kind = replays.Kind(launch, fixed)
 
     def run(
         q: Tensor,
@@ -231,38 +235,53 @@ def _launcher(plan: dispatch.Plan, operands: Operands) -> Bound | None:
         generator: torch.Generator | None = None,
         philox: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        device = q.device
-        if varlen:
-            total, heads, _ = q.shape
-            o = out = empty((total, heads, v.shape[-1]), dtype=q.dtype, device=device)
-            lse = empty((heads, total), dtype=float32, device=device) if with_lse else None
-        else:
-            out = empty(shape, dtype=q.dtype, device=device)
-            lse = None if lse_shape is None else empty(lse_shape, dtype=float32, device=device)
-            if heads_first:
-                q, k, v, o = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2)
-            else:
-                o = out
-        scalars = fixed
+        out = empty_like(q) if like else empty(shape, strides, dtype=q.dtype, device=q.device)
+        lse = empty(rows, row_strides, dtype=float32, device=q.device) if with_lse else None
+        named: dict[str, Any] = {}
         if not simple:
-            scalars = {**fixed, **{name: operands[place] for name, place in given}}
+            named = {name: operands[place] for name, place in given}
             if drawn:
-                scalars["philox"] = ops.draw_philox(q, dropout_p, generator) if philox is None else philox
+                named["philox"] = ops.draw_philox(q, dropout_p, generator) if philox is None else philox
             if rebind is not None:
                 made = rebind(tensors)
                 for name in bound:
-                    scalars[name] = made[name]
+                    named[name] = made[name]
         try:
-            if several and device.type == "cuda" and torch.cuda.current_device() != device.index:
-                with torch.cuda.device(device):
-                    start(q, k, v, o, lse, **scalars)
+            if several and q.is_cuda and torch.cuda.current_device() != q.device.index:
+                with torch.cuda.device(q.device):
+                    start(q, k, v, out, lse, named)
             else:
-                start(q, k, v, o, lse, **scalars)
+                start(q, k, v, out, lse, named)
         except Exception as error:
             raise execution.explained(error, plan) from error
         return out, lse
 
+    def start(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, named: dict[str, Any]) -> None:
+        replay = kind.replay
+        if replay is not None:
+            places = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+            if lse is not None:
+                places.append(lse.data_ptr())
+            if named:
+                places += [x.data_ptr() for x in named.values()]
+            if replay(places):
+                return
+        if heads_first:
+            q, k, v, out = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2)
+        if rebind is not None:
+            launch(q, k, v, out, lse, **fixed, **named)
+        else:
+            kind((q, k, v, out, lse), named)
+
     return run
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def table() -> Table:

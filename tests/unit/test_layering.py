@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "flashgen"
 ROWS = (
     ("errors",),
     ("settings", "assets", "plot", "stream_capture", "launches", "patience", "lineless", "garbage"),
-    ("compiling",),
+    ("compiling", "replays"),
     ("mods",),
     ("spec",),
     ("config",),
