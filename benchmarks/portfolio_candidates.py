@@ -75,7 +75,11 @@ MORE: dict[tuple[str, int], tuple[tuple[Any, ...], ...]] = {
         (128, 128, 2, 240, 24, 4, True, False, True),
         (128, 128, 3, 240, 24, 16, True, False, True),
     ),
-    ("gluon_fwd_sm90", 128): tuple((128, 128, 2, 240, 24, section, True, False, False) for section in (4, 2, 8, 1)),
+    ("gluon_fwd_sm90", 128): (
+        *((128, 128, 2, 240, 24, section, True, False, False) for section in (4, 2, 8, 1, 32)),
+        *((128, 128, 2, 240, 24, section, True, True, True) for section in (16, 4, 2)),
+        *((128, 128, 2, 240, 24, section, True, False, True) for section in (16, 32)),
+    ),
     ("gluon_fwd_sm90", 256): (
         (128, 64, 2, 240, 24, 4, False, True, True),
         (128, 64, 2, 240, 24, 8, False, False, False),
