@@ -190,6 +190,21 @@ REFUSED: dict[str, tuple[Callable[[Given], Any], Callable[[Any, Tensor], Any]]] 
 }
 
 
+def test_what_has_no_elements_is_written_in_vain() -> None:
+    given: Given = []
+    launcher = Launcher(given)
+
+    def launch(x: Tensor) -> None:
+        x[:0].zero_()
+        noted(launcher, x[1:])
+
+    kind = replays.Kind(launch, {})
+    for _ in range(2):
+        kind((torch.zeros(8),))
+    assert kind.replay is not None and kind.replay([160])
+    assert given[-1][9:] == (164,)
+
+
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_what_is_not_known_is_launched_as_ever(what: str) -> None:
     given: Given = []
