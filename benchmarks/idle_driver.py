@@ -57,7 +57,7 @@ def _library() -> Any:
         "-xc",
         "-",
         "-o",
-        path,
+        str(path),
     ]
     subprocess.run(command, input=_source(), text=True, check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)

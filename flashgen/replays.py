@@ -67,12 +67,14 @@ class _Watcher(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if launches.thread.watcher is not self:  # inside what knows by itself
             return result
-        if func in _ALLOCATES and result.numel():
+        results = result if isinstance(result, (tuple, list)) else [result]
+        if all(isinstance(x, Tensor) and not x.numel() for x in results):
+            return result  # nothing was computed or written; a kernel that gets it gets what is not known
+        if func in _ALLOCATES:
             self.knows(result, ("scratch", result.untyped_storage().nbytes(), result.device))
         elif func in _VIEWS and id(args[0]) in self.found:
             root, start, base = self.found[id(args[0])]
-            for x in result if isinstance(result, (tuple, list)) else [result]:
-                self.refused |= not x.numel()  # has no address
+            for x in results:
                 self.found[id(x)] = (root, start + x.data_ptr() - base.data_ptr(), x)
         else:
             self.refused = True
