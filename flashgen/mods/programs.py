@@ -84,6 +84,12 @@ class Program:
         """The numbers of the captured tensors that score_mod reads."""
         return _reads(self.score)
 
+    @cached_property
+    def gathers_scores(self) -> bool:
+        """Whether score_mod reads a captured tensor anew for each pair of a query and a key."""
+        nodes = () if self.score is None else ordered(self.score)
+        return any(node.op == "load" and node.depends >= {"q_idx", "kv_idx"} for node in nodes)
+
     @property
     def roots(self) -> tuple[Node | None, Node | None, Node | None]:
         """The values of the functions: score, mask, block."""

@@ -365,18 +365,23 @@ class GluonForwardSm90(WithMods, Variant):
         """Whether a plain kernel's tile says nothing: its sections, where nothing is masked, cost a cap and a window at head dim 128 up to 20 % (one H200)."""
         return options(spec).any
 
-    def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+    def _with_options(self, spec: AttentionSpec) -> list[tuple[_Knobs, str]]:
+        """Tiles known for a spec's options, best first."""
         width = max(self.block_d(spec), self.block_dv(spec))
         first = [row for flag, row in _WITH_OPTIONS[width].items() if getattr(spec, flag)]
-        if (
-            first == [_WITH_OPTIONS[64]["has_mask_mod"]]
-            and spec.mods
-            and spec.mods.program
-            and spec.mods.program.mask_reads
-        ):
+        program = spec.mods.program if spec.mods else None
+        if first == [_WITH_OPTIONS[64]["has_mask_mod"]] and program and program.mask_reads:
             first.insert(0, (_DEEP_64, _H200_TABLES))
+        if width == 128 and (spec.has_mask_mod or spec.has_block_mask) and program and program.gathers_scores:
+            # Addresses and elements of a wide tile's pairs beside its mask: 10 to 49 spill instructions a step, of a BlockMask 184 and more.
+            first.insert(0, (_NARROW_128, _COMPILED))
         if width == 64 and sum(getattr(spec, flag) for flag in _HEAVY) > 1:
             first.insert(0, (_ROOMY_64, _COMPILED))
+        return first
+
+    def known_good(self, spec: AttentionSpec, target: Target) -> tuple[KnownGood, ...]:
+        width = max(self.block_d(spec), self.block_dv(spec))
+        first = self._with_options(spec)
         rows = tuple(dict([*first, *_PORTFOLIO[width]] if options(spec).any else _PLAIN[width]).items())
         names = [knob.name for knob in self.knobs]
         known = (

@@ -45,6 +45,33 @@ def test_a_mask_that_reads_tables_takes_narrow_blocks(reads: bool, block_n: int)
     assert (192, block_n) == (config.BLOCK_M, config.BLOCK_N)
 
 
+@pytest.mark.parametrize(
+    ("by_pair", "mask", "block_n"),
+    [(True, "block", 64), (True, "mask_mod", 64), (True, None, 128), (False, "block", 128), (False, "mask_mod", 128)],
+)
+def test_a_score_gathered_pair_by_pair_beside_a_mask_leaves_room_for_half_the_keys(
+    by_pair: bool, mask: str | None, block_n: int
+) -> None:
+    """A block of 128 keys spills in its loop."""
+    table = torch.zeros(4, 512)
+
+    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + table[h, (i - j) % 512 if by_pair else j]
+
+    def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return i // 100 == j // 100
+
+    masks = {"mask_mod": keep} if mask == "mask_mod" else {}
+    program, _ = mods.program(score, masks, torch.device("cpu"), keep if mask == "block" else None)
+    spec = AttentionSpec(
+        dtype="bf16", head_dim=128, head_dim_v=128, has_score_mod=True, has_mask_mod=mask == "mask_mod", has_block_mask=mask == "block",
+        mods=Mods(digest=program.digest, program=program),
+    )  # fmt: skip
+    target, variant = Target.named("h200"), by_name("gluon_fwd_sm90")
+    found = dispatch.portfolio_first(variant, spec, target) or variant.default(spec, target)
+    assert block_n == found.BLOCK_N
+
+
 _MODS = ("has_score_mod", "has_mask_mod", "has_block_mask")
 
 
