@@ -416,11 +416,11 @@ def attend(
         scores = warpgroup_mma_wait(0, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    scores = gl.where(attn_mask != 0, scores, float("-inf"))
     mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
     v = v_tile.reshape([BLOCK_N, BLOCK_DV])
     dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
     p = gl.exp2(scores * qk_scale - lse[None, :])
+    p = gl.where(attn_mask != 0, p, 0.0)  # not scores: a scale may be negative, or 0
     if IS_MASKED:
         # -- mask --
         rows_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1)
