@@ -172,6 +172,9 @@ def main() -> int:
     todo = [tuple(name.split("+")) for name in arguments.names] or [
         names for names in groups() if len(names) == 1 or not arguments.alone
     ]
+    unknown = {name for names in todo for name in names} - set(OPTIONS)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: no option; there are {', '.join(OPTIONS)}")
     causal = (True, False) if arguments.full else (True,)
     sizes = itertools.product(causal, arguments.head_dims, arguments.dtypes, arguments.targets, todo)
     jobs = [(names, dim, dtype, is_causal, arguments.variant, target) for is_causal, dim, dtype, target, names in sizes]
