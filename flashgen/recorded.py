@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flashgen import execution, ops, replays
-from flashgen.autograd import NotTwiceDifferentiable
+from flashgen.autograd import NotTwiceDifferentiable, wait_at_exit
 from flashgen.dispatch import Plan
 from flashgen.operands import Operands
 from flashgen.variants import by_name
@@ -211,6 +211,7 @@ class RecordedCall(torch.autograd.Function):
             return (None,) * _FIRST_OPERAND + nothing
         bound: Bound = ctx.bound
         q, k, v, out, lse, philox, *given = ctx.saved_tensors
+        wait_at_exit(q)
         operands: dict[str, Any] = dict(zip(bound.names, given, strict=False))
         if philox is not None:
             operands["philox"] = philox

@@ -87,8 +87,16 @@ class Program:
     @cached_property
     def gathers_scores(self) -> bool:
         """Whether score_mod reads a captured tensor anew for each pair of a query and a key."""
+        return bool(self._gathers())
+
+    @cached_property
+    def gathers_by_expression(self) -> bool:
+        """Whether one of those reads is at an index that is computed of both, such as a distance, not at (q_idx, kv_idx) themselves."""
+        return any(x.depends >= {"q_idx", "kv_idx"} for node in self._gathers() for x in node.args)
+
+    def _gathers(self) -> list[Node]:
         nodes = () if self.score is None else ordered(self.score)
-        return any(node.op == "load" and node.depends >= {"q_idx", "kv_idx"} for node in nodes)
+        return [node for node in nodes if node.op == "load" and node.depends >= {"q_idx", "kv_idx"}]
 
     @property
     def roots(self) -> tuple[Node | None, Node | None, Node | None]:

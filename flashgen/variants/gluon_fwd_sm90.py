@@ -71,6 +71,7 @@ _H200_TABLES = (
     "measured on one H200, bf16, S 2048 to 16384: documents of mixed length, 0.82 to 0.97 of the time of BLOCK_N=128"
 )
 _H200_HELD = "measured on one H200, bf16, S 2048 to 16384, two to four kinds of masks beside other tiles (benchmarks/results/h200_freeform_tiles.csv)"
+_H200_GATHERED = "measured on one H200, bf16, S 8192: 0.53 to 0.95 of the time of BLOCK_N=128 (benchmarks/results/h200_gathered_tiles.jsonl)"
 _COMPILED = "never timed: the tile whose loops do not spill when compiled with Triton 3.6"
 
 # Tiles that go before these with some options, by flag and the wider padded head dim: operands and random numbers of a tile of scores take
@@ -372,9 +373,10 @@ class GluonForwardSm90(WithMods, Variant):
         program = spec.mods.program if spec.mods else None
         if first == [_WITH_OPTIONS[64]["has_mask_mod"]] and program and program.mask_reads:
             first.insert(0, (_DEEP_64, _H200_TABLES))
-        if width == 128 and (spec.has_mask_mod or spec.has_block_mask) and program and program.gathers_scores:
-            # Addresses and elements of a wide tile's pairs beside its mask: 10 to 49 spill instructions a step, of a BlockMask 184 and more.
-            first.insert(0, (_NARROW_128, _COMPILED))
+        hidden = spec.has_mask_mod or spec.has_block_mask
+        if width == 128 and program and program.gathers_scores and (hidden or program.gathers_by_expression):
+            # Addresses and elements of a wide tile's pairs leave no registers; at (q_idx, kv_idx) without a mask the wide one took 0.86 of the time.
+            first.insert(0, (_NARROW_128, _H200_GATHERED))
         if width == 64 and sum(getattr(spec, flag) for flag in _HEAVY) > 1:
             first.insert(0, (_ROOMY_64, _COMPILED))
         return first

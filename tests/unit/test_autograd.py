@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import flashgen
-from flashgen import UnsupportedProblemError, dispatch, execution
+from flashgen import UnsupportedProblemError, autograd, dispatch, execution
 from flashgen.variants import by_name
 
 MAPPED = 3
@@ -46,6 +48,21 @@ def test_what_is_saved_is_inputs_outputs_and_nothing_quadratic() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         attend(q, k, v)
     assert sorted(saved) == sorted([(2, 9, 4, 8), (2, 11, 2, 8), (2, 11, 2, 6), (2, 9, 4, 6), (2, 4, 9)])
+
+
+def test_a_process_waits_before_it_ends_for_what_a_backward_on_a_gpu_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, registered = [], []
+    monkeypatch.setattr(autograd, "_at_exit", [])
+    monkeypatch.setattr(autograd.atexit, "register", lambda *what: registered.append(what))
+    wait = autograd.wait_at_exit
+    monkeypatch.setattr(autograd, "wait_at_exit", lambda x: (asked.append(x.device.type), wait(x)))
+    q, k, v = tensors(grad=True)
+    attend(q, k, v).sum().backward()
+    assert asked == ["cpu"] and not registered  # a CPU's backward runs in its caller's thread
+    for _ in range(2):
+        wait(SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    ((function, seconds),) = registered
+    assert function is time.sleep and 0 < seconds < 0.1
 
 
 def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

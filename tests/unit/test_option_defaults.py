@@ -46,17 +46,20 @@ def test_a_mask_that_reads_tables_takes_narrow_blocks(reads: bool, block_n: int)
 
 
 @pytest.mark.parametrize(
-    ("by_pair", "mask", "block_n"),
-    [(True, "block", 64), (True, "mask_mod", 64), (True, None, 128), (False, "block", 128), (False, "mask_mod", 128)],
-)
-def test_a_score_gathered_pair_by_pair_beside_a_mask_leaves_room_for_half_the_keys(
-    by_pair: bool, mask: str | None, block_n: int
+    ("index", "mask", "block_n"),
+    [
+        ("distance", "block", 64), ("distance", "mask_mod", 64), ("distance", None, 64), ("pair", "mask_mod", 64), ("pair", None, 128),
+        ("key", "block", 128), ("key", "mask_mod", 128),
+    ],
+)  # fmt: skip
+def test_a_score_gathered_pair_by_pair_leaves_room_for_half_the_keys(
+    index: str, mask: str | None, block_n: int
 ) -> None:
-    """A block of 128 keys spills in its loop."""
-    table = torch.zeros(4, 512)
+    """A block of 128 keys took up to twice the time, but where pairs are read as they lie and nothing is hidden."""
+    table, pairs = torch.zeros(4, 512), torch.zeros(512, 512)
 
     def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return s + table[h, (i - j) % 512 if by_pair else j]
+        return s + (pairs[i, j] if index == "pair" else table[h, (i - j) % 512 if index == "distance" else j])
 
     def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
         return i // 100 == j // 100
