@@ -73,6 +73,29 @@ def test_a_hundred_steps_have_the_same_bits(name: str, backend: str) -> None:
             assert torch.equal(got, want), which
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_drawn_anew_in_each_replay_as_eager_steps_draw_it(backend: str) -> None:
+    leaves, options = inputs("plain", 64)
+    options["dropout_p"] = 0.3
+    eager = []
+    for seed in (5, 6):
+        torch.cuda.manual_seed(seed)
+        eager.append(step(leaves, options, backend))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [x.detach() for x in step(leaves, options, backend)]
+    for seed, wanted in zip((5, 6, 5), (*eager, eager[0]), strict=True):
+        torch.cuda.manual_seed(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        for which, got, want in zip(("out", "lse", "dq", "dk", "dv"), captured, wanted, strict=True):
+            assert torch.equal(got, want), (seed, which)
+    first = captured[0].clone()
+    graph.replay()  # goes on from where the generator is
+    torch.cuda.synchronize()
+    assert not torch.equal(captured[0], first)
+
+
 # -- the first capture of a kernel in a process --
 
 

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashgen import ops
 from flashgen.torch_blocked.philox import keep_block, keep_mask, philox4x32, threshold
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0, 7])
@@ -99,3 +101,13 @@ def test_only_the_low_half_of_the_offset_counts() -> None:
     same, other = torch.tensor([seed, offset + 2**32]), torch.tensor([seed, offset + 1])
     assert torch.equal(mask(0.5), mask(0.5, same)) and not torch.equal(mask(0.5), mask(0.5, other))
     assert not torch.equal(mask(0.5), mask(0.5, torch.tensor([seed ^ 2**40, offset])))
+
+
+def test_a_seed_is_drawn_on_the_device_and_nobody_reads_it() -> None:
+    """So a CUDA graph replays the draw with its generator: fake tensors have no values, and raise where one is asked for."""
+    with FakeTensorMode():
+        q = torch.empty(1, 8, 2, 16, device="cuda:0")
+        seed = ops.draw_philox(q, 0.5, None)
+        assert seed is not None and seed.device == q.device and seed.dtype == torch.int64 and seed.shape == (2,)
+        with pytest.raises(RuntimeError):
+            seed.tolist()
