@@ -36,7 +36,7 @@ quickstart: $(STAMP) ## the whole chain on a real model: render, compile, check,
 test: $(STAMP) ## all tests but those of test-long, of whose kinds it has samples; what needs a GPU is skipped where there is none
 	$(PY) -m pytest -q -rs --durations=10 -m "not long" -n $(JOBS) --dist worksteal
 
-test-long: $(STAMP) ## the tests that `make test` leaves out: the rest of long tables of simulations and compilations
+test-long: $(STAMP) ## the tests that `make test` leaves out: the rest of long tables of simulations and compilations, and a few of a minute each
 	$(PY) -m pytest -q -rs --durations=10 -m "long" -n $(JOBS) --dist worksteal
 
 check: lint ## format, lint, strict types, and the fast tests

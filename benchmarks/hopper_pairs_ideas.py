@@ -3,8 +3,9 @@
     python benchmarks/hopper_pairs_ideas.py facts           # what the compiler says of each text; no GPU
     python benchmarks/hopper_pairs_ideas.py --csv FILE      # checked against fp64, then shuffled rounds, medians over `single`
 
-`single` carries one probability after the other, `pairs` two in a register, `+turns` takes turns at the tensor cores. A length with `--chunk 40` has 40 keys
-more than queries, as a chunk of a longer prompt: its diagonal crosses two blocks of keys, and a masked loop stands before the other.
+`single` carries one probability after the other, `pairs` two in a register, `+turns` takes turns at the tensor cores. Each length is timed
+with as many keys as queries and with 40 more, as a chunk of a longer prompt: there its diagonal crosses two blocks of keys, and a masked loop stands before the
+other. Today pairs are carried there alone; rows of `results/h200_hopper_pairs.csv` without a chunk are of an earlier form that always carried them.
 """
 
 from __future__ import annotations

@@ -43,8 +43,7 @@ int cuPointerGetAttribute(unsigned long *a, int b, unsigned long pointer) { *a =
     return "\n".join([*plain, *filled, own])
 
 
-def _library() -> Any:
-    folder = Path(tempfile.mkdtemp(prefix="flashgen-idle-driver-"))
+def _library(folder: Path) -> Any:
     path = folder / "libcuda.so.1"
     command = [
         "cc",
@@ -60,30 +59,31 @@ def _library() -> Any:
         str(path),
     ]
     subprocess.run(command, input=_source(), text=True, check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # found by its name from now on
 
 
 @contextmanager
 def idle_driver() -> Iterator[Any]:
     """Triton launches on a driver that does nothing; CPU tensors pass for a GPU's. Yields a function that says how many launches there were."""
-    library = _library()
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime.driver import driver as drivers
+    with tempfile.TemporaryDirectory(prefix="flashgen-idle-driver-") as folder, mock.patch.dict(os.environ):
+        os.environ["TRITON_LIBCUDA_PATH"] = folder
+        library = _library(Path(folder))
+        from triton.backends.nvidia.driver import CudaDriver
+        from triton.runtime.driver import driver as drivers
 
-    driver = CudaDriver()
-    driver.get_current_device = driver.set_current_device = lambda *_: 0
-    driver.get_current_stream = lambda device: 0
-    driver.get_device_capability = lambda device=None: (9, 0)
-    before = drivers._active
-    drivers.set_active(driver)
-    try:
-        # Launch functions remember their kernels where tensors are a GPU's.
-        properties = SimpleNamespace(multi_processor_count=132)
-        with (
-            mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True)),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
-        ):
-            yield lambda: ctypes.c_long.in_dll(library, "launched").value
-    finally:
-        drivers._active = before
+        driver = CudaDriver()
+        driver.get_current_device = driver.set_current_device = lambda *_: 0
+        driver.get_current_stream = lambda device: 0
+        driver.get_device_capability = lambda device=None: (9, 0)
+        before = drivers._active
+        drivers.set_active(driver)
+        try:
+            # Launch functions remember their kernels where tensors are a GPU's.
+            properties = SimpleNamespace(multi_processor_count=132)
+            with (
+                mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True)),
+                mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+            ):
+                yield lambda: ctypes.c_long.in_dll(library, "launched").value
+        finally:
+            drivers._active = before

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIGNMENTS", "LAYOUTS", "CausalAlignment", "Layout", "Problem", "not_built"]
 
+_LEAST_FLOAT32 = 2.0**-126  # of the normal ones
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -160,8 +162,10 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        """The softmax scale in use."""
-        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        """The softmax scale in use: 0 where it is too small for a normal number of fp32, which kernels take it in."""
+        if self.softmax_scale is None:
+            return self.head_dim**-0.5
+        return self.softmax_scale if abs(self.softmax_scale) >= _LEAST_FLOAT32 else 0.0
 
     @property
     def causal_offset(self) -> int:

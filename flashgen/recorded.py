@@ -147,7 +147,7 @@ def _backward(
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:
-    return x.dtype, x.shape, x.stride(), x.data_ptr() & 15
+    return x.get_device(), x.dtype, x.shape, x.stride(), x.data_ptr() & 15
 
 
 def _looked_at(tensors: tuple[Tensor | None, ...]) -> tuple[Any, list[int]]:
@@ -163,7 +163,7 @@ def _looked_at(tensors: tuple[Tensor | None, ...]) -> tuple[Any, list[int]]:
         if not place:  # without elements
             return None, places
         places.append(place)
-        words += (x.dtype, x.shape, x.stride(), place & 15)  # type: ignore[union-attr]
+        words += (x.get_device(), x.dtype, x.shape, x.stride(), place & 15)  # type: ignore[union-attr]
     return tuple(words), places
 
 

@@ -91,7 +91,7 @@ class Program:
 
     @cached_property
     def gathers_by_expression(self) -> bool:
-        """Whether one of those reads is at an index that is computed of both, such as a distance, not at (q_idx, kv_idx) themselves."""
+        """Whether one of those reads is at an index that is computed of both, such as a distance, not of one of them in each dimension."""
         return any(x.depends >= {"q_idx", "kv_idx"} for node in self._gathers() for x in node.args)
 
     def _gathers(self) -> list[Node]:

@@ -416,12 +416,11 @@ def attend(
         scores = warpgroup_mma_wait(0, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
-    # -inf once it is scaled, by a scale that is not 0 (`launch`).
-    scores = gl.where(attn_mask != 0, scores, gl.where(qk_scale < 0.0, float("inf"), float("-inf")))
+    scores = gl.where(attn_mask != 0, scores * qk_scale, float("-inf"))  # once scaled: a scale may be negative, or 0
     mbarrier.wait(do_full.index(stage), (step // STAGES) & 1)
     v = v_tile.reshape([BLOCK_N, BLOCK_DV])
     dp_product = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    p = gl.exp2(scores * qk_scale - lse[None, :])
+    p = gl.exp2(scores - lse[None, :])
     if IS_MASKED:
         # -- mask --
         rows_m = gl.minimum(rows_of(start_m, BLOCK_M, COLUMN), seqlen_q - 1)
@@ -1083,8 +1082,7 @@ def launch(
         turns,
         attn_mask,
         philox,
-        # log2(e): exponentials are taken in base 2. A hidden score is infinite, and 0 times that is NaN: any score times so little is 0.
-        (sm_scale or 1e-30) * 1.4426950408889634,
+        sm_scale * 1.4426950408889634,  # log2(e): exponentials are taken in base 2
         sm_scale,
         dropout_threshold,
         dropout_scale,
