@@ -163,9 +163,8 @@ class Problem:
     @property
     def scale(self) -> float:
         """The softmax scale in use: 0 where it is too small for a normal number of fp32, which kernels take it in."""
-        if self.softmax_scale is None:
-            return self.head_dim**-0.5
-        return self.softmax_scale if abs(self.softmax_scale) >= _LEAST_FLOAT32 else 0.0
+        scale: float = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return scale if abs(scale) >= _LEAST_FLOAT32 else 0.0
 
     @property
     def causal_offset(self) -> int:
