@@ -20,9 +20,9 @@ from flashgen.scalars import Scalars
 # What an operator's schema cannot carry: functions, and what they meant in the forward.
 _FUNCTIONS = ("score_mod", "mask_mod", "block_mask", "traced_as", "captured_as")
 FIRST_OPERAND = 5  # of the arguments of `AttentionFunction`
-_RELEASED_S = 0.02
-_at_exit: list[Any] = []  # what is registered
 BIAS, SINKS = (FIRST_OPERAND + TENSORS.index(name) for name in ("bias", "sinks"))
+_RELEASED_S = 0.02  # what a backward's thread has at the process's end
+_at_exit: list[Any] = []  # what is registered
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

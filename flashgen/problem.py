@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIGNMENTS", "LAYOUTS", "CausalAlignment", "Layout", "Problem", "not_built"]
 
-_LEAST_FLOAT32 = 2.0**-126  # of the normal ones
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -164,7 +162,7 @@ class Problem:
     def scale(self) -> float:
         """The softmax scale in use: 0 where it is too small for a normal number of fp32, which kernels take it in."""
         scale: float = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        return scale if abs(scale) >= _LEAST_FLOAT32 else 0.0
+        return scale if abs(scale) >= 2.0**-126 else 0.0
 
     @property
     def causal_offset(self) -> int:

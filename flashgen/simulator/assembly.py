@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from flashgen.simulator import held, named, predicates, ptx
+from flashgen.simulator import held, named, predicates
 from flashgen.simulator.context import fail
 from flashgen.simulator.dtypes import int32, rounded
 from flashgen.simulator.errors import UnsupportedOperationError
@@ -85,8 +84,6 @@ def inline_asm_elementwise(asm: Any, constraints: Any, args: Any, dtype: Any, is
     text = " ".join(str(asm).split())
     by_start = next((one for start, one in _MADE.items() if text.startswith(start)), None)
     function = by_start or ASM.get(text) or predicates.parse(text) or held.parse(text)
-    if function is None and ptx.is_of_a_tile(args, int(pack)):
-        function = partial(ptx.run, text, str(constraints), int(pack) // 4)
     if function is None:
         fail(
             UnsupportedOperationError,

@@ -211,7 +211,7 @@ class GluonForwardSm90(WithMods, Variant):
     def carries_pairs(self, spec: AttentionSpec) -> bool:
         """Whether loops carry two probabilities a register: where one loop follows another, Triton 3.6 unpacks and packs each in both.
 
-        380 instead of 445 instructions an unmasked block behind a masked loop at head dim 64 under a diagonal, 387 instead of 454 at 128.
+        The longest block 431 instead of 495 instructions at head dim 64 under a diagonal, 471 instead of 537 at 128 (ARCHITECTURE.md).
         """
         return spec.causal and not options(spec).any and max(self.block_d(spec), self.block_dv(spec)) <= 128
 
@@ -375,7 +375,8 @@ class GluonForwardSm90(WithMods, Variant):
             first.insert(0, (_DEEP_64, _H200_TABLES))
         hidden = spec.has_mask_mod or spec.has_block_mask
         if width == 128 and program and program.gathers_scores and (hidden or program.gathers_by_expression):
-            # Addresses and elements of a wide tile's pairs leave no registers; at (q_idx, kv_idx) without a mask the wide one took 0.86 of the time. Not timed: with a BlockMask at (q_idx, kv_idx).
+            # Addresses and elements of a wide tile's pairs leave no registers; at (q_idx, kv_idx) without a mask the wide one took 0.86
+            # of the time. Not timed: with a BlockMask at (q_idx, kv_idx).
             first.insert(0, (_NARROW_128, _H200_GATHERED))
         if width == 64 and sum(getattr(spec, flag) for flag in _HEAVY) > 1:
             first.insert(0, (_ROOMY_64, _COMPILED))
