@@ -73,6 +73,6 @@ EDGES: dict[str, Case] = {
     "fp16": replace(_WIDE, dtype="fp16", seqlen_k=97, head_dim=64, head_dim_v=64),
     "bf16, everything": replace(_WIDE, dtype="bf16", sinks=True, bias="1hij", softcap=2.0, alibi="h", dropout_p=0.1, causal=True),
     "attn_mask, a negative scale": replace(_WIDE, attn_mask="bhij", scale=-0.4, dtype="fp16", head_dim=64, head_dim_v=64),
-    "attn_mask, a scale of 0": replace(_WIDE, attn_mask="1h11", scale=0.0, dtype="fp16", head_dim=64, head_dim_v=64),
+    "attn_mask, a scale of 0": replace(_WIDE, attn_mask="bhij", scale=0.0, dtype="fp16", head_dim=64, head_dim_v=64),
     "attn_mask, a scale that fp32 has not": replace(_WIDE, attn_mask="b1ij", scale=1e-50, dtype="bf16", head_dim=64, head_dim_v=64),
 }  # fmt: skip
