@@ -45,6 +45,7 @@ _H200_MASKS = (
     "timed on one H200, interleaved, bf16, S 8192, eight kinds of masks and scores, beside 64 rows or two buffers of dq"
 )
 _OPTIONS = "timed on one H200, interleaved, bf16, S 4096, causal, beside other tiles (benchmarks/results/h200_backward_option_tiles.csv)"
+_SPLIT_SOURCE = "measured on one H200, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h200_backward_split.csv)"
 _FITS = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
 
 # (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
@@ -82,6 +83,15 @@ _PORTFOLIO: dict[tuple[int, bool], tuple[tuple[_Knobs, str], ...]] = {
         ((64, 64, 2, 1, 3, 24, False, True, True), _FITS),
         ((64, 64, 1, 1, 2, 24, False, True, False), _FITS),
     ),
+}
+# Where one warpgroup has scores and the other dp. At 192 and 256 columns of keys more than two buffers of dq do not fit beside 256 of values.
+_SPLIT: dict[bool, tuple[tuple[_Knobs, str], ...]] = {
+    causal: tuple(
+        ((64, 64, 2, 1, buffers, 24, False, True, peeled), _SPLIT_SOURCE)
+        for peeled in (not causal, causal)
+        for buffers in (2, 3)
+    )
+    for causal in (False, True)
 }
 # Go first where no option asks for memory or registers: the next scores are multiplied while dq is handed over.
 _PLAIN: dict[tuple[int, bool], tuple[_Knobs, str]] = {
@@ -127,6 +137,7 @@ class GluonBackwardSm90(BackwardText, Variant):
     op = "attention_bwd"
     backend = "gluon"
     template = "gluon/attention_bwd_sm90.py.jinja"
+    DS_REGISTERS = 248  # of a thread of the warpgroup with ds, where there is one: it holds a panel of dq beside dk
     modelled = False  # overlap of partitions is no sum of instruction counts
     knobs = (
         Knob(name="BLOCK_M", values=(64, 128), meaning="query rows of one step"),
@@ -183,6 +194,10 @@ class GluonBackwardSm90(BackwardText, Variant):
         width = max(self.block_d(spec), self.block_dv(spec))
         return width > _NARROW or (width == _NARROW and self.sums_by_row(spec))
 
+    def is_split(self, spec: AttentionSpec) -> bool:
+        """Whether one warpgroup has scores, p and dv, and the other dp, ds and dk: wide kernels of plain and causal attention."""
+        return max(self.block_d(spec), self.block_dv(spec)) > _NARROW and all(flag == "causal" for flag in spec.flags)
+
     def panels(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of the products over a wide tile: powers of two, as blocks must be."""
         width = max(64, padded_head_dim(head_dim))
@@ -198,6 +213,8 @@ class GluonBackwardSm90(BackwardText, Variant):
 
     def num_warps(self, spec: AttentionSpec, config: KernelConfig) -> int:
         """Consumer warps: 16 keys each, and two warpgroups for 64 keys where tiles are wide."""
+        if self.is_split(spec):
+            return 4  # of the partition that starts: the other one's are a worker's
         return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
 
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
@@ -279,6 +296,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         for name, only in _WIDE_ONLY.items():
             if config[name] != only:
                 return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}, or gradients by row take its registers"
+        if self.is_split(spec):
+            if config.STAGES < 2:
+                return "the scores of the next step are multiplied while this one's rows are in use: STAGES must be 2 at least"
         if config.DQ_STAGES < 2:
             return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where tiles have 64 keys: TMA reads two at a time"
         return None
@@ -293,6 +313,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         numbers = keys * (width + self.block_dv(spec)) + 2 * rows * keys + rows * width
         if self.is_wide(spec):
             numbers = keys * (self._columns(spec.head_dim) + self._columns(spec.head_dim_v) + 2 * rows)
+            numbers += rows * self.dq_columns(spec)
+        if self.is_split(spec):  # each warpgroup has one of the two gradients
+            numbers = keys * (max(map(self._columns, (spec.head_dim, spec.head_dim_v))) + 2 * rows)
             numbers += rows * self.dq_columns(spec)
         needed = numbers // (32 * self.num_warps(spec, config)) + 30
         if needed > _MAX_REGISTERS:
@@ -317,6 +340,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         half += (2 if self.is_wide(spec) else config.DS_STAGES) * rows * keys  # p and ds, or stages of ds
         full = config.DQ_STAGES * rows * self.dq_columns(spec) + (config.STAGES + gradients) * rows
         barriers = 2 + 2 * config.STAGES + gradients + config.DQ_STAGES
+        if self.is_split(spec):
+            full += rows * keys - rows * keys // 2  # p goes from one warpgroup to the other in fp32
+            barriers += 3
         # Sums over a tile's keys: each warp's own meet in shared memory, as Triton does it (2 KB more than was counted, 4 at 128 rows).
         sums = 4 * rows * self.num_warps(spec, config) if spec.has_bias or self.sums(spec) else 0
         return int(half * spec.itemsize + 4 * full + 8 * barriers + _ARGUMENT_BYTES + sums)
@@ -335,7 +361,9 @@ class GluonBackwardSm90(BackwardText, Variant):
         if not beside and (width, spec.causal) in _PLAIN:
             first = _PLAIN[width, spec.causal]
             rows = (first, *(row for row in rows if row[0] != first[0]))
-        if width <= _NARROW and self.is_wide(spec):
+        if self.is_split(spec):
+            rows = _SPLIT[spec.causal]
+        elif width <= _NARROW and self.is_wide(spec):
             rows = _HALVED
         elif self.keeps_values(spec) or spec.softcap or self.reads_rows(spec):
             rows = (*_BESIDE_SCORES.get(width, ()), *rows)

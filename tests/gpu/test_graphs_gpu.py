@@ -80,7 +80,8 @@ def test_dropout_is_drawn_anew_in_each_replay_as_eager_steps_draw_it(backend: st
     eager = []
     for seed in (5, 6):
         torch.cuda.manual_seed(seed)
-        eager.append(step(leaves, options, backend))
+        # Detached: what holds the graph of a step holds its stream, and capture refuses to wait for that.
+        eager.append([x.detach() for x in step(leaves, options, backend)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = [x.detach() for x in step(leaves, options, backend)]

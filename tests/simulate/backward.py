@@ -10,8 +10,8 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-# Every text that the template has: narrow ones, whose head dims fill their tiles or not, and wide ones of one panel and two;
-# causal and full. A study runs ordered and unordered sums of each.
+# Every text that the template has without options: narrow ones, whose head dims fill their tiles or not, and wide ones of three panels of dq
+# and four; causal and full. A study runs ordered and unordered sums of each.
 SPECS = (
     "attention_bwd-bf16-d40-dv24-causal",
     "attention_bwd-bf16-d40-dv24",
@@ -28,20 +28,18 @@ SAMPLED = ("attention_bwd-bf16-d40-dv24-causal", "attention_bwd-bf16-d192-dv136-
 _MASKED_MORE = "a block is masked as well that needs no mask, which changes nothing there"
 _ALWAYS = {"row_blocks: comparison off by one: start_n + BLOCK_N > seqlen_k": _MASKED_MORE}
 _CAUSAL = {"row_blocks: ± 1 dropped: start_n + BLOCK_N - 1": _MASKED_MORE}
-_FULL = {"consume: stage + 1: step % (full - begin)": "rows do not matter to the mask of a full kernel"}
-_NARROW = {"attend: stage + 1: step % DS_STAGES": "the same buffers in another order: nothing else names them"}
-_WIDE = {
-    "produce: late wait: mbarrier.wait(rows_empty.index(stage), phase ^ 1)": (
-        "who has waited for gradients to be read knows that the queries before them were, too"
-    ),
-    "write_dq: stage + 1: step % STAGES": (
-        "the producer loads in order, and what it waits for instead comes a step later"
-    ),
+_FULL = {
+    f"{name}: stage + 1: step % (full - begin)": "rows do not matter to the mask of a full kernel"
+    for name in ("consume", "consume_p")
 }
-_FOUR_PANELS = {
-    "write_dq: early arrive: mbarrier.arrive(rows_empty.index(step % STAGES), count=1)": (
-        "of four panels of dq the third is staged after the last product that reads queries; of three it is not"
-    )
+_NARROW = {"attend: stage + 1: step % DS_STAGES": "the same buffers in another order: nothing else names them"}
+_SPLIT = {
+    "produce: late wait: mbarrier.wait(rows_empty.index(stage), phase ^ 1)": (
+        "who has waited for gradients to be read knows that the queries before them had come"
+    ),
+    "consume_ds: drop wait: mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)": (
+        "whose p has come had waited for the same queries"
+    ),
 }
 _CLAIMS = {
     'write_dq: atomic value + 1: gl.atomic_xchg(turn, 2, sem="release")': (
@@ -52,8 +50,7 @@ REVIEWED: dict[str, dict[str, str]] = {
     key: {
         **_ALWAYS,
         **(_CAUSAL if "causal" in key else _FULL),
-        **(_WIDE if any(f"d{dim}" in key for dim in (192, 256)) else _NARROW),
-        **(_FOUR_PANELS if "d256" in key else {}),
+        **(_SPLIT if any(f"d{dim}" in key for dim in (192, 256)) else _NARROW),
         **(_CLAIMS if by_name("gluon_bwd_sm90").claims_rows(AttentionSpec.from_key(key)) else {}),  # type: ignore[attr-defined]
     }
     for key in SPECS

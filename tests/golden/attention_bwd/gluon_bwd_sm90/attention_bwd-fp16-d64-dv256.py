@@ -8,9 +8,9 @@ With p the probabilities, dp = dout v^T and delta = rowsum(dout * out) - dlse:
     ds = p * (dp - delta)    dv = p^T dout    dk = scale * ds^T q    dq = scale * ds k
 
 Who does what  A thread block owns a block of keys and walks once over the rows of all query heads that share it. One
-               consumer partition keeps dk and dv in registers; scores and dp are keys x rows, and p and ds pass through shared
-               memory: its two warpgroups split the columns of every product. dq of a block of rows is staged in shared memory, and a writer warp adds it
-               to memory by TMA while dk is multiplied. One producer warp loads rows by TMA. Kernels before and after:
+               consumer warpgroup has scores, p and dv, the other dp, ds and dk; p goes from one to the other in fp32. Scores
+               and dp are keys x rows, so that p and ds are register operands of dv and dk as they stand. dq of a block of rows
+               is staged in shared memory panel by panel, and a writer warp adds it to memory by TMA meanwhile. One producer warp loads rows by TMA. Kernels before and after:
                attention_bwd_preprocess (delta, lse in base 2, sums zeroed), attention_bwd_postprocess (dq scaled and cast).
 Fixed facts    HEAD_DIM, HEAD_DIM_V: of q/k and of v/out; BLOCK_D, BLOCK_DV: the same, padded to a power of two by TMA's zeros.
 Tunables       BLOCK_M: query rows of a step; BLOCK_N: keys of a thread block, 16 a consumer warp; STAGES: row blocks in
@@ -162,7 +162,7 @@ def produce(
         tma_load(do_desc, [off_b, off_h, start_m, 0], do_full.index(0), do_tiles.index(0))
 
 
-# -- the writer: one warp --
+# -- the writers: two warps --
 
 
 # Numbers of the named barriers at which dq is handed over, one a buffer: Triton itself takes the first ones.
@@ -196,11 +196,17 @@ def take_over(dq_stage, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def place_of(dq_stage, step):
+    """Where a buffer is handed over: the writers, who take steps in turn, wait at different barriers."""
+    return dq_stage + 4 * (step & 1)
+
+
+@gluon.jit
 def write_dq(
     dq_desc,
     turn_ptr,
     dq_tiles,
-    bars,
+    dq_empty,
     off_b,
     off_hkv,
     n_block,
@@ -213,43 +219,41 @@ def write_dq(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PANEL: gl.constexpr,
-    STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
     DETERMINISTIC: gl.constexpr,
+    FIRST: gl.constexpr,
+    WRITERS: gl.constexpr,
 ):
-    """Adds staged blocks of dq to memory, and tells the producer that a step is over: one arrival serves both."""
-    dq_empty, rows_empty = bars
-    CONSUMERS: gl.constexpr = 8  # warps
+    """Adds staged panels of dq to memory; two take the steps in turn: a turn, the wait until all is written and its release take longer than one."""
     bh_before = (off_b * num_heads_kv + off_hkv) * group
-    for step in range(group * (end - begin)):
+    num_steps = group * (end - begin) if FIRST < WRITERS else 0
+    for step in range(FIRST, num_steps, WRITERS):
         member, m_block = block_of(step, group, begin, full, end)
         off_bh = bh_before + member
-        dq_stage = step % DQ_STAGES
-        take_over(dq_stage, CONSUMERS)
-        mbarrier.arrive(rows_empty.index(step % STAGES), count=1)
         is_first = False  # what the first adds need not be added to anything, and nothing is zeroed before
         if DETERMINISTIC:
-            # -- wait for the thread blocks that come before this one, all of which started earlier --
+            # -- wait, while dq is computed, for the thread blocks that come before this one, all of which started earlier --
             turn = turn_ptr + off_bh * end + m_block
-            while gl.atomic_add(turn, 0, sem="acquire") != n_block:
+            before = n_block
+            while gl.atomic_add(turn, 0, sem="acquire") != before:
                 pass
-            is_first = n_block == 0
+            is_first = before == 0
+        dq_stage = (step) % DQ_STAGES
+        take_over(place_of(dq_stage, step), 4)
+        start = (m_block) * (BLOCK_M * PANEL // 256)
         if is_first:
-            tma_store(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
+            tma_store(dq_desc, [off_bh, start, 0], dq_tiles.index(dq_stage))
         else:
-            tma_reduce_add(dq_desc, [off_bh, m_block * (BLOCK_M * PANEL // 256), 0], dq_tiles.index(dq_stage))
-        # TMA reads two buffers at a time: the one before this is free.
-        store_wait(1)
-        if step > 0:
-            mbarrier.arrive(dq_empty.index((step - 1) % DQ_STAGES), count=1)
+            tma_reduce_add(dq_desc, [off_bh, start, 0], dq_tiles.index(dq_stage))
+        store_wait(0)
+        mbarrier.arrive(dq_empty.index(dq_stage), count=1)
         if DETERMINISTIC:
             store_wait(0, read_only=False)
             partition_barrier()
             gl.atomic_add(turn, 1, sem="release")
-    store_wait(0)
 
 
-# -- the consumers: one partition of warps, 16 keys each --
+# -- the consumers: two partitions of a warpgroup each --
 
 
 @gluon.jit
@@ -261,14 +265,77 @@ def in_register_order(dq, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COL
 
 
 @gluon.jit
-def attend(
+def from_register_order(numbers, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, WARP_COLS: gl.constexpr):
+    """Undoes `in_register_order`."""
+    numbers = numbers.reshape([BLOCK_D // (8 * WARP_COLS), WARP_COLS, BLOCK_M // 16, 8, 4, 2, 2])
+    return numbers.permute((2, 5, 3, 1, 0, 4, 6)).reshape([BLOCK_M, BLOCK_D])
+
+
+@gluon.jit
+def nought_of(step):
+    """0 that no compiler knows of: addresses found with it are made in each step, and take no registers from one to the next."""
+    return gl.inline_asm_elementwise("shr.s32 $0, $1, 31;", "=r,r", [step], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def start_scores(
+    k_tiles,
+    q_tiles,
+    q_full,
     step,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    nothing,
+):
+    """Starts the product of keys and the queries of a step."""
+    stage, nought = step % STAGES, nought_of(step)
+    q, k = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D]), k_tiles.index(nought).reshape([BLOCK_N, BLOCK_D])
+    q_1 = q.slice(0, 64, dim=1)
+    k_1 = k.slice(0, 64, dim=1)
+    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
+    product = warpgroup_mma(k_1, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return product
+
+
+@gluon.jit
+def start_dp(
+    v_tiles, do_tiles, do_full, step, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, nothing
+):
+    """Starts the product of values and the gradients of a step's rows."""
+    do = do_tiles.index(0).reshape([BLOCK_M, BLOCK_DV])
+    v = v_tiles.index(nought_of(step)).reshape([BLOCK_N, BLOCK_DV])
+    do_1 = do.slice(0, 128, dim=1)
+    do_2 = do.slice(128, 128, dim=1)
+    v_1 = v.slice(0, 128, dim=1)
+    v_2 = v.slice(128, 128, dim=1)
+    mbarrier.wait(do_full.index(0), step & 1)
+    product = warpgroup_mma(v_1, do_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    product = warpgroup_mma(v_2, do_2.permute((1, 0)), product, is_async=True)
+    return product
+
+
+@gluon.jit
+def stage_dq(dq, number, step, dq_tiles, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.constexpr, DQ_STAGES: gl.constexpr):
+    """Hands a panel of dq to the writer of this step."""
+    dq_stage = number % DQ_STAGES
+    mbarrier.wait(dq_empty.index(dq_stage), ((number // DQ_STAGES) & 1) ^ 1)
+    dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * PANEL // 256, 256])
+    dq_tile.store(in_register_order(dq, BLOCK_M, PANEL, 1))
+    fence_async_shared()
+    hand_over(place_of(dq_stage, step), 4)
+
+
+@gluon.jit
+def attend_p(
+    step,
+    num_steps,
     start_m,
-    dk_1,
+    scores,
     dv_1,
     dv_2,
     nothing,
-    no_dq,
     first_m,
     qk_scale,
     tiles,
@@ -278,72 +345,45 @@ def attend(
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr,
-    DQ_STAGES: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
-    """One block of rows: adds to dk and dv, and stages dq, panel by panel."""
-    q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles = tiles
-    q_full, do_full, do_empty, dq_empty = bars
+    """One block of rows: passes p on, adds to dv, and returns the scores of the next block."""
+    q_tiles, k_tiles, do_tiles, lse_tiles, p_tile = tiles
+    q_full, do_full, do_empty, p_full, p_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
-    PANEL: gl.constexpr = no_dq.type.shape[1]
     stage = step % STAGES
-    q, k = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D]), k_tile.reshape([BLOCK_N, BLOCK_D])
-    do, v = do_tiles.index(0).reshape([BLOCK_M, BLOCK_DV]), v_tile.reshape([BLOCK_N, BLOCK_DV])
-    q_1, k_1 = q.slice(0, 64, dim=1), k.slice(0, 64, dim=1)
-    do_1, v_1 = do.slice(0, 128, dim=1), v.slice(0, 128, dim=1)
-    do_2, v_2 = do.slice(128, 128, dim=1), v.slice(128, 128, dim=1)
-    # -- scores of this block, and dp --
-    mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
-    scores_product = warpgroup_mma(k_1, q_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(0), step & 1)
-    dp_product = warpgroup_mma(v_1, do_1.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    dp_product = warpgroup_mma(v_2, do_2.permute((1, 0)), dp_product, is_async=True)
-    scores = warpgroup_mma_wait(2, deps=(scores_product,))
     # -- probabilities: 0 for rows without a key and for rows that do not exist, whose lse is +inf --
     lse = lse_tiles.index(stage).reshape([BLOCK_M]).load(COLUMN)
     p = gl.exp2(scores * qk_scale - lse[None, :])
     if IS_MASKED:
         rows_m = start_m + gl.arange(0, BLOCK_M, COLUMN)
         p = gl.where(first_m[:, None] <= rows_m[None, :], p, 0.0)
-    # The other warpgroup may still be reading what was here and in ds_tile.
-    partition_barrier()
-    p_tile.store(p.to(DTYPE))
-    # The compiler puts its own barrier between stores of the partition and the product or TMA store that reads them.
-    fence_async_shared()
-    dv_1 = warpgroup_mma(p_tile, do_1, dv_1, is_async=True)
-    dv_2 = warpgroup_mma(p_tile, do_2, dv_2, is_async=True)
-    # -- ds --
-    dp = warpgroup_mma_wait(2, deps=(dp_product,))
-    delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
-    ds_tile.store((p * (dp - delta[None, :])).to(DTYPE))
-    fence_async_shared()
-    # -- dq and dk: a panel of dq is staged, and added, while the next ones are multiplied --
-    ds = ds_tile.permute((1, 0))
-    dq_product = warpgroup_mma(ds, k.slice(0, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
+    mbarrier.wait(p_empty, (step & 1) ^ 1)
+    p_tile.store(in_register_order(p, BLOCK_N, BLOCK_M, 1))
+    mbarrier.arrive(p_full, count=1)
+    p = p.to(DTYPE)
+    # -- dv --
+    mbarrier.wait(do_full.index(0), step & 1)
+    do = do_tiles.index(0).reshape([BLOCK_M, BLOCK_DV])
+    do_1 = do.slice(0, 128, dim=1)
+    do_2 = do.slice(128, 128, dim=1)
+    p_1 = gl.convert_layout(p, gl.DotOperandLayout(0, dv_1.type.layout, 2))
+    dv_1 = warpgroup_mma(p_1, do_1, dv_1, is_async=True)
+    p_2 = gl.convert_layout(p, gl.DotOperandLayout(0, dv_2.type.layout, 2))
+    dv_2 = warpgroup_mma(p_2, do_2, dv_2, is_async=True)
+    # -- the next scores; the last step multiplies its own again, for nobody: a product must not cross the loop's edge, ptxas would
+    # serialise all of them (C7514) --
+    following = gl.minimum(step + 1, num_steps - 1)
+    scores_product = start_scores(k_tiles, q_tiles, q_full, following, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, nothing)
     dv_1, dv_2 = warpgroup_mma_wait(1, deps=(dv_1, dv_2))
     mbarrier.arrive(do_empty.index(0), count=1)
-    dk_1 = warpgroup_mma(ds_tile, q_1, dk_1, is_async=True)
-    dq = warpgroup_mma_wait(1, deps=(dq_product,))
-    dk_1 = warpgroup_mma_wait(0, deps=(dk_1,))
-    stage_dq(dq, step, dq_tiles, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
-    return dk_1, dv_1, dv_2
+    scores = warpgroup_mma_wait(0, deps=(scores_product,))
+    return scores, dv_1, dv_2
 
 
 @gluon.jit
-def stage_dq(dq, number, dq_tiles, dq_empty, BLOCK_M: gl.constexpr, PANEL: gl.constexpr, DQ_STAGES: gl.constexpr):
-    """Hands a panel of dq to the writer; the last one of a step says that its rows have been read, too."""
-    dq_stage = number % DQ_STAGES
-    mbarrier.wait(dq_empty.index(dq_stage), ((number // DQ_STAGES) & 1) ^ 1)
-    dq_tile = dq_tiles.index(dq_stage).reshape([BLOCK_M * PANEL // 256, 256])
-    dq_tile.store(in_register_order(dq, BLOCK_M, PANEL, 2))
-    fence_async_shared()
-    hand_over(dq_stage, 8)
-
-
-@gluon.jit
-def consume(
-    dk_desc,
+def consume_p(
     dv_desc,
     tiles,
     bars,
@@ -356,6 +396,156 @@ def consume(
     end,
     seqlen_k,
     qk_scale,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    PEELED: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Scores, p and dv of this block of keys."""
+    q_tiles, k_tiles, v_tiles, do_tiles, lse_tiles, p_tile = tiles
+    kv_full, over, q_full, do_full, do_empty, p_full, p_empty = bars
+    DTYPE: gl.constexpr = q_tiles.dtype
+    SCORES_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES_LAYOUT)
+    DV_1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dv_1 = gl.zeros([BLOCK_N, 128], gl.float32, DV_1)
+    DV_2: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    dv_2 = gl.zeros([BLOCK_N, 128], gl.float32, DV_2)
+    # -- mask: the first row that sees each key; none sees a key that does not exist --
+    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
+    first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
+    num_steps = group * (end - begin)
+    mbarrier.wait(kv_full, 0)
+    product = start_scores(k_tiles, q_tiles, q_full, 0, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, nothing)
+    scores = warpgroup_mma_wait(0, deps=(product,))
+    masked_steps = 0
+    if MASKED:
+        # -- blocks that the diagonal or the last key crosses --
+        masked_steps = group * (full - begin)
+        for step in range(masked_steps):
+            start_m = (begin + step % (full - begin)) * BLOCK_M
+            scores, dv_1, dv_2 = attend_p(
+                step,
+                num_steps,
+                start_m,
+                scores,
+                dv_1,
+                dv_2,
+                nothing,
+                first_m,
+                qk_scale,
+                (q_tiles, k_tiles, do_tiles, lse_tiles, p_tile),
+                (q_full, do_full, do_empty, p_full, p_empty),
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                STAGES,
+                IS_MASKED=True,
+            )
+    if PEELED or not MASKED:
+        # -- blocks whose rows see every key --
+        for step in range(masked_steps, num_steps):
+            scores, dv_1, dv_2 = attend_p(
+                step,
+                num_steps,
+                0,
+                scores,
+                dv_1,
+                dv_2,
+                nothing,
+                first_m,
+                qk_scale,
+                (q_tiles, k_tiles, do_tiles, lse_tiles, p_tile),
+                (q_full, do_full, do_empty, p_full, p_empty),
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                STAGES,
+                IS_MASKED=False,
+            )
+    # -- store dv through the memory of v, which nobody reads any more once both warpgroups are through --
+    mbarrier.arrive(over, count=1)
+    mbarrier.wait(over, 0)
+    v = v_tiles.index(0).reshape([BLOCK_N, BLOCK_DV])
+    v.slice(0, 128, dim=1).store(dv_1.to(DTYPE))
+    v.slice(128, 128, dim=1).store(dv_2.to(DTYPE))
+    fence_async_shared()
+    tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tiles.index(0))
+    store_wait(0)
+
+
+@gluon.jit
+def attend_ds(
+    step,
+    num_steps,
+    dp,
+    dk_1,
+    nothing,
+    no_dq,
+    tiles,
+    bars,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr,
+    DQ_STAGES: gl.constexpr,
+):
+    """One block of rows: takes p, adds to dk, stages dq panel by panel, and returns dp of the next block."""
+    q_tiles, k_tiles, v_tiles, do_tiles, delta_tiles, p_tile, ds_tiles, dq_tiles = tiles
+    do_full, q_empty, do_empty, dq_empty, p_full, p_empty = bars
+    DTYPE: gl.constexpr = q_tiles.dtype
+    COLUMN: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
+    P_LAYOUT: gl.constexpr = in_register_order(nothing, BLOCK_N, BLOCK_M, 1).type.layout
+    PANEL: gl.constexpr = no_dq.type.shape[1]
+    stage = step % STAGES
+    nought = nought_of(step)
+    q, k = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_D]), k_tiles.index(nought).reshape([BLOCK_N, BLOCK_D])
+    q_1 = q.slice(0, 64, dim=1)
+    # -- ds: in registers for dk, in shared memory for dq --
+    delta = delta_tiles.index(0).reshape([BLOCK_M]).load(COLUMN)
+    mbarrier.wait(p_full, step & 1)
+    p = gl.convert_layout(from_register_order(p_tile.load(P_LAYOUT), BLOCK_N, BLOCK_M, 1), nothing.type.layout)
+    mbarrier.arrive(p_empty, count=1)
+    ds = (p * (dp - delta[None, :])).to(DTYPE)
+    ds_tiles.index(0).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(do_empty.index(0), count=1)
+    # -- the first panel of dq, and dk --
+    ds_rows = ds_tiles.index(nought).permute((1, 0))
+    dq_product = warpgroup_mma(ds_rows, k.slice(0, PANEL, dim=1), no_dq, use_acc=False, is_async=True)
+    ds_1 = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_1.type.layout, 2))
+    dk_1 = warpgroup_mma(ds_1, q_1, dk_1, is_async=True)
+    # Not a wait for dq alone: with dk and the next panel at once Triton 3.9's ptxas finds too few registers, and serialises all products.
+    dq, dk_1 = warpgroup_mma_wait(0, deps=(dq_product, dk_1))
+    # For both: the other warpgroup had its scores, and had read lse, before it passed p on.
+    mbarrier.arrive(q_empty.index(stage), count=1)
+    # -- the other panels of dq, and the next dp: one is staged while the next is multiplied --
+    following = gl.minimum(step + 1, num_steps - 1)
+    dp_product = start_dp(v_tiles, do_tiles, do_full, following, BLOCK_M, BLOCK_N, BLOCK_DV, nothing)
+    stage_dq(dq, step, step, dq_tiles, dq_empty, BLOCK_M, PANEL, DQ_STAGES)
+    dp = warpgroup_mma_wait(0, deps=(dp_product,))
+    return dp, dk_1
+
+
+@gluon.jit
+def consume_ds(
+    dk_desc,
+    tiles,
+    bars,
+    off_b,
+    off_hkv,
+    start_n,
+    group,
+    begin,
+    end,
     sm_scale,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -364,94 +554,50 @@ def consume(
     STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
     PANEL: gl.constexpr,
-    PEELED: gl.constexpr,
-    MASKED: gl.constexpr,
 ):
-    """All products: dk and dv of this block of keys, and its share of dq."""
-    q_tiles, k_tile, v_tile, _, _, _, _, _, _ = tiles
-    kv_full, q_full, do_full, do_empty, dq_empty = bars
+    """dp, ds and dk of this block of keys, and its share of dq."""
+    q_tiles, k_tiles, v_tiles, do_tiles, _, _, _, _ = tiles
+    kv_full, over, q_full, do_full, q_empty, do_empty, dq_empty, p_full, p_empty = bars
     DTYPE: gl.constexpr = q_tiles.dtype
     SCORES_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, BLOCK_M // 2, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, PANEL // 2, 16]
-    )
-    LAYOUT_64: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 64 // 2, 16]
-    )
-    LAYOUT_128: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128 // 2, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PANEL, 16]
     )
     nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES_LAYOUT)
     no_dq = gl.zeros([BLOCK_M, PANEL], gl.float32, DQ_LAYOUT)
-    dk_1 = gl.zeros([BLOCK_N, 64], gl.float32, LAYOUT_64)
-    dv_1 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
-    dv_2 = gl.zeros([BLOCK_N, 128], gl.float32, LAYOUT_128)
-    # -- mask: the first row that sees each key; none sees a key that does not exist --
-    offs_n = start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SCORES_LAYOUT))
-    first_m = gl.where(offs_n < seqlen_k, 0, 2147483647)
+    DK_1: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    dk_1 = gl.zeros([BLOCK_N, 64], gl.float32, DK_1)
     num_steps = group * (end - begin)
     mbarrier.wait(kv_full, 0)
-    masked_steps = 0
-    if MASKED:
-        # -- blocks that the diagonal or the last key crosses --
-        masked_steps = group * (full - begin)
-        for step in range(masked_steps):
-            start_m = (begin + step % (full - begin)) * BLOCK_M
-            dk_1, dv_1, dv_2 = attend(
-                step,
-                start_m,
-                dk_1,
-                dv_1,
-                dv_2,
-                nothing,
-                no_dq,
-                first_m,
-                qk_scale,
-                tiles,
-                (q_full, do_full, do_empty, dq_empty),
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                DQ_STAGES,
-                IS_MASKED=True,
-            )
-    if PEELED or not MASKED:
-        # -- blocks whose rows see every key --
-        for step in range(masked_steps, num_steps):
-            dk_1, dv_1, dv_2 = attend(
-                step,
-                0,
-                dk_1,
-                dv_1,
-                dv_2,
-                nothing,
-                no_dq,
-                first_m,
-                qk_scale,
-                tiles,
-                (q_full, do_full, do_empty, dq_empty),
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                STAGES,
-                DQ_STAGES,
-                IS_MASKED=False,
-            )
-    # -- store dk and dv through the memory of k and v, which nobody reads any more --
-    # Each warpgroup has waited for its own products: the other may still be reading.
-    partition_barrier()
-    k, v = k_tile.reshape([BLOCK_N, BLOCK_D]), v_tile.reshape([BLOCK_N, BLOCK_DV])
-    v.slice(0, 128, dim=1).store(dv_1.to(DTYPE))
-    v.slice(128, 128, dim=1).store(dv_2.to(DTYPE))
+    product = start_dp(v_tiles, do_tiles, do_full, 0, BLOCK_M, BLOCK_N, BLOCK_DV, nothing)
+    dp = warpgroup_mma_wait(0, deps=(product,))
+    for step in range(num_steps):
+        mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
+        dp, dk_1 = attend_ds(
+            step,
+            num_steps,
+            dp,
+            dk_1,
+            nothing,
+            no_dq,
+            tiles,
+            (do_full, q_empty, do_empty, dq_empty, p_full, p_empty),
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+            STAGES,
+            DQ_STAGES,
+        )
+    # -- store dk through the memory of k, which nobody reads any more once both warpgroups are through --
+    mbarrier.arrive(over, count=1)
+    mbarrier.wait(over, 0)
+    k = k_tiles.index(0).reshape([BLOCK_N, BLOCK_D])
     k.slice(0, 64, dim=1).store((dk_1 * sm_scale).to(DTYPE))
     fence_async_shared()
-    tma_store(dv_desc, [off_b, off_hkv, start_n, 0], v_tile)
-    tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tile)
+    tma_store(dk_desc, [off_b, off_hkv, start_n, 0], k_tiles.index(0))
     store_wait(0)
 
 
@@ -523,13 +669,17 @@ def attention_bwd(
     # -- shared memory --
     q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
     do_tiles = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_M, BLOCK_DV], do_desc.layout)
-    k_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_tile = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], DTYPE)
     PANEL: gl.constexpr = 64
-    p_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
-    ds_tile = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], DS_LAYOUT)
+    p_tile = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_N * BLOCK_M // 256, 256], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    )
+    ds_tiles = gl.allocate_shared_memory(DTYPE, [1, BLOCK_N, BLOCK_M], DS_LAYOUT)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [DQ_STAGES, 1, BLOCK_M * PANEL // 256, 256], dq_desc.layout)
+    # Where nothing is masked and sums take any order, one writer is faster.
+    WRITERS: gl.constexpr = 2 if DETERMINISTIC else 1
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M], delta_desc.layout)
     # -- barriers: full is completed by what fills a buffer, empty by who has read it --
@@ -541,21 +691,26 @@ def attention_bwd(
     dq_empty = gl.allocate_shared_memory(gl.int64, [DQ_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(do_full.index(0), count=1)
-    mbarrier.init(do_empty.index(0), count=1)
+    mbarrier.init(do_empty.index(0), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(rows_empty.index(stage), count=1)
     for stage in gl.static_range(DQ_STAGES):
         mbarrier.init(dq_empty.index(stage), count=1)
+    over = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    p_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    p_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(over, count=2)
+    mbarrier.init(p_full, count=1)
+    mbarrier.init(p_empty, count=1)
     gl.warp_specialize(
         [
             (
-                consume,
+                consume_p,
                 (
-                    dk_desc,
                     dv_desc,
-                    (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles, p_tile, ds_tile, dq_tiles),
-                    (kv_full, q_full, do_full, do_empty, dq_empty),
+                    (q_tiles, k_tiles, v_tiles, do_tiles, lse_tiles, p_tile),
+                    (kv_full, over, q_full, do_full, do_empty, p_full, p_empty),
                     off_b,
                     off_hkv,
                     start_n,
@@ -565,6 +720,27 @@ def attention_bwd(
                     end,
                     seqlen_k,
                     qk_scale,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    STAGES,
+                    PEELED,
+                    MASKED,
+                ),
+            ),
+            (
+                consume_ds,
+                (
+                    dk_desc,
+                    (q_tiles, k_tiles, v_tiles, do_tiles, delta_tiles, p_tile, ds_tiles, dq_tiles),
+                    (kv_full, over, q_full, do_full, rows_empty, do_empty, dq_empty, p_full, p_empty),
+                    off_b,
+                    off_hkv,
+                    start_n,
+                    group,
+                    begin,
+                    end,
                     sm_scale,
                     BLOCK_M,
                     BLOCK_N,
@@ -573,15 +749,13 @@ def attention_bwd(
                     STAGES,
                     DQ_STAGES,
                     PANEL,
-                    PEELED,
-                    MASKED,
                 ),
             ),
             (
                 produce,
                 (
                     (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc),
-                    (q_tiles, k_tile, v_tile, do_tiles, lse_tiles, delta_tiles),
+                    (q_tiles, k_tiles.index(0), v_tiles.index(0), do_tiles, lse_tiles, delta_tiles),
                     (kv_full, q_full, do_full, rows_empty, do_empty),
                     off_b,
                     off_hkv,
@@ -601,7 +775,7 @@ def attention_bwd(
                     dq_desc,
                     turn_ptr,
                     dq_tiles,
-                    (dq_empty, rows_empty),
+                    dq_empty,
                     off_b,
                     off_hkv,
                     n_block,
@@ -614,14 +788,40 @@ def attention_bwd(
                     BLOCK_M,
                     BLOCK_N,
                     PANEL,
-                    STAGES,
                     DQ_STAGES,
                     DETERMINISTIC,
+                    0,
+                    WRITERS,
+                ),
+            ),
+            (
+                write_dq,
+                (
+                    dq_desc,
+                    turn_ptr,
+                    dq_tiles,
+                    dq_empty,
+                    off_b,
+                    off_hkv,
+                    n_block,
+                    num_heads_kv,
+                    group,
+                    begin,
+                    full,
+                    end,
+                    num_n_blocks,
+                    BLOCK_M,
+                    BLOCK_N,
+                    PANEL,
+                    DQ_STAGES,
+                    DETERMINISTIC,
+                    1,
+                    WRITERS,
                 ),
             ),
         ],
-        [1, 1],
-        [PRODUCER_REGS, PRODUCER_REGS],
+        [4, 1, 1, 1],
+        [248, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS],
     )
 
 
@@ -840,7 +1040,7 @@ def launch(
         PEELED,
         seqlen_k % BLOCK_N != 0,
         deterministic,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=True,
     )
     attention_bwd_postprocess[(num_m_blocks * heads,)](
@@ -853,7 +1053,7 @@ def launch(
         HEAD_DIM=64,
         PANEL=64,
         BLOCK_M=BLOCK_M,
-        WARP_COLS=2,
+        WARP_COLS=1,
         num_warps=8,
         enable_fp_fusion=True,
     )
