@@ -296,9 +296,10 @@ class GluonBackwardSm90(BackwardText, Variant):
         for name, only in _WIDE_ONLY.items():
             if config[name] != only:
                 return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}, or gradients by row take its registers"
-        if self.is_split(spec):
-            if config.STAGES < 2:
-                return "the scores of the next step are multiplied while this one's rows are in use: STAGES must be 2 at least"
+        if self.is_split(spec) and config.STAGES < 2:
+            return (
+                "the scores of the next step are multiplied while this one's rows are in use: STAGES must be 2 at least"
+            )
         if config.DQ_STAGES < 2:
             return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where tiles have 64 keys: TMA reads two at a time"
         return None

@@ -13,7 +13,8 @@ SAMPLE = 16  # every sixteenth: a spread over all functions of the file
 @pytest.mark.parametrize(("key", "schedule"), list(zip(backward.SAMPLED, ("random", "lazy"), strict=True)))
 def test_sampled_mutants_are_found(key: str, schedule: str) -> None:
     study = backward.study_of(key)
-    sample = [mutant for mutant in study.mutants[5::SAMPLE] if mutant.key not in backward.REVIEWED[key]]
+    known = backward.REVIEWED[key]
+    sample = [m for m in study.mutants[5::SAMPLE] if m.key not in known and not backward.of_huge_rows(m)]
     assert len(sample) > 10
     # One schedule may never bring two thread blocks to the same rows at a time.
     tries = ((schedule, 3), ("priority", 3), ("random", 4))
