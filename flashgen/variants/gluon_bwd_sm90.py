@@ -28,11 +28,12 @@ _COVERED_FLAGS = frozenset(
         "has_block_mask",
     }
 )
-# Of dq in a wide kernel: 16 KB of 64 rows, so that three buffers fit and one is filled while TMA reads two.
+# Of dq in a wide kernel: 16 KB of 64 rows, so that two or three buffers fit and one is filled while TMA reads others.
 _DQ_COLUMNS = 64
 _NARROW = 128  # columns, padded, up to which p and ds stay in registers
 _BLOCK_M = (64, 128)
 _BLOCK_N = (64, 128)
+# At most four of dq: split kernels hand them over at named barriers 8 to 15, one for each buffer and writer.
 _STAGES = {"STAGES": (1, 4), "DS_STAGES": (1, 2), "DQ_STAGES": (1, 4)}
 _REGISTERS = (24, 64)  # of the producer and the writer; setmaxnreg takes steps of 8
 _MAX_REGISTERS = 255  # of a thread
@@ -45,7 +46,7 @@ _H200_MASKS = (
     "timed on one H200, interleaved, bf16, S 8192, eight kinds of masks and scores, beside 64 rows or two buffers of dq"
 )
 _OPTIONS = "timed on one H200, interleaved, bf16, S 4096, causal, beside other tiles (benchmarks/results/h200_backward_option_tiles.csv)"
-_SPLIT_SOURCE = "measured on one H200, interleaved, bf16, S 2048 and 8192 (benchmarks/results/h200_backward_split.csv)"
+_SPLIT_SOURCE = "measured on one H200, interleaved, bf16, head dims 256 and 192/128, S 2048 to 8192 (benchmarks/results/h200_portfolio_tune.jsonl)"
 _FITS = "never timed: of these knobs it spills least under Triton 3.6 and 3.9"
 
 # (BLOCK_M, BLOCK_N, STAGES, DS_STAGES, DQ_STAGES, PRODUCER_REGS, SCORES_AHEAD, DV_FIRST, PEELED), best first, by the wider
@@ -190,7 +191,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         return max(64, padded_head_dim(spec.head_dim_v))
 
     def is_wide(self, spec: AttentionSpec) -> bool:
-        """Whether a block of 128 keys leaves a step too few registers: it then has 64, and p and ds pass through shared memory."""
+        """Whether a block of 128 keys leaves a step too few registers: it then has 64, and p passes through shared memory."""
         width = max(self.block_d(spec), self.block_dv(spec))
         return width > _NARROW or (width == _NARROW and self.sums_by_row(spec))
 
@@ -290,16 +291,14 @@ class GluonBackwardSm90(BackwardText, Variant):
         )
 
     def _illegal_where_wide(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
-        """Where p and ds pass through shared memory the kernel has one tile, and knobs of the other one stand at one value."""
+        """Where p passes through shared memory the kernel has one tile, and knobs of the other one stand at one value."""
         if not self.is_wide(spec):
             return None
         for name, only in _WIDE_ONLY.items():
             if config[name] != only:
                 return f"{name}={config[name]!r} must be {only} where a head dim is above {_NARROW}, or gradients by row take its registers"
         if self.is_split(spec) and config.STAGES < 2:
-            return (
-                "the scores of the next step are multiplied while this one's rows are in use: STAGES must be 2 at least"
-            )
+            return "the scores of the next step would wait for this one's rows to be read: STAGES must be 2 at least"
         if config.DQ_STAGES < 2:
             return f"DQ_STAGES={config.DQ_STAGES} must be 2 at least where tiles have 64 keys: TMA reads two at a time"
         return None
@@ -315,12 +314,24 @@ class GluonBackwardSm90(BackwardText, Variant):
         if self.is_wide(spec):
             numbers = keys * (self._columns(spec.head_dim) + self._columns(spec.head_dim_v) + 2 * rows)
             numbers += rows * self.dq_columns(spec)
-        if self.is_split(spec):  # each warpgroup has one of the two gradients
-            numbers = keys * (max(map(self._columns, (spec.head_dim, spec.head_dim_v))) + 2 * rows)
-            numbers += rows * self.dq_columns(spec)
+        if self.is_split(spec):
+            return self._illegal_shares(spec, config)
         needed = numbers // (32 * self.num_warps(spec, config)) + 30
         if needed > _MAX_REGISTERS:
             return f"gradients and scores of a step need about {needed} registers a thread, which has {_MAX_REGISTERS}"
+        return None
+
+    def _illegal_shares(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
+        """Each warpgroup of a split kernel against its own share of the 504 registers of one thread of each of the three."""
+        rows, keys = config.BLOCK_M, config.BLOCK_N
+        scores = rows * keys * 3 // 2  # in fp32, and once in 16 bit
+        for name, numbers, share in (
+            ("p", keys * self._columns(spec.head_dim_v) + scores, 504 - self.DS_REGISTERS - config.PRODUCER_REGS),
+            ("ds", keys * self._columns(spec.head_dim) + scores + rows * self.dq_columns(spec), self.DS_REGISTERS),
+        ):
+            needed = numbers // 128 + 30
+            if needed > share:
+                return f"the warpgroup with {name} needs about {needed} registers a thread, PRODUCER_REGS={config.PRODUCER_REGS} leaves it {share}"
         return None
 
     def _illegal_memory(

@@ -10,8 +10,8 @@ from flashgen.spec import AttentionSpec
 from flashgen.target import Target
 from flashgen.variants import by_name
 
-# Every text that the template has without options: narrow ones, whose head dims fill their tiles or not, and wide ones of three panels of dq
-# and four; causal and full. A study runs ordered and unordered sums of each.
+# Texts without options: narrow ones, whose head dims fill their tiles or not, and wide ones of three panels of dq and four (one and two
+# differ in their number alone); causal and full. A study runs ordered and unordered sums of each.
 SPECS = (
     "attention_bwd-bf16-d40-dv24-causal",
     "attention_bwd-bf16-d40-dv24",

@@ -132,6 +132,7 @@ OWN = (
     row("the widest, both ragged", "bf16", 256, 150, 200, heads=(2, 2)),
     row("the widest, causal, top-left", "fp16", 256, 200, 150, causal=TL, heads=(2, 1)),
     row("wide values alone: one panel of dq, two of dv", "fp16", 64, 130, 200, dv=256, causal=BR),
+    row("wide values: two panels of dq", "bf16", 128, 130, 200, dv=256, heads=(4, 2)),
     row("wide keys alone", "bf16", 200, 130, 200, dv=72, causal=BR, batch=2),
     row("wide, logits near -600", "bf16", 192, 130, 90, dv=160, values="low"),
     row("one query, many keys", "bf16", 64, 1, 300, heads=(8, 1), causal=BR),
@@ -169,9 +170,8 @@ KNOBS = (
 
 
 WIDE_KNOBS: tuple[dict[str, Any], ...] = (
-    {"STAGES": 1},
-    {"STAGES": 1, "DQ_STAGES": 2},
-    {"STAGES": 3, "DQ_STAGES": 2},
+    {"STAGES": 3},
+    {"DQ_STAGES": 3},
     {"DQ_STAGES": 4},
     {"PEELED": False},
 )
@@ -182,7 +182,9 @@ WIDE_KNOBS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("causal", [BR, None])
 def test_every_knob_of_wide_head_dims(knobs: dict[str, Any], causal: Any) -> None:
     case = row("", "bf16", 192, 200, 150, dv=128, causal=causal, heads=(2, 1))
-    config = with_knobs(VARIANT.default(spec_of(case.problem), H100), **{"PEELED": True} | knobs)
+    spec = spec_of(case.problem)
+    config = with_knobs(VARIANT.default(spec, H100), **{"PEELED": True} | knobs)
+    assert VARIANT.illegal(spec, H100, config) is None
     for number, schedule in enumerate(SCHEDULES):
         run(case, config, schedule=schedule, deterministic=number % 2 == 0).require(config.label)
 
@@ -194,6 +196,9 @@ def test_wide_head_dims_leave_some_knobs_no_choice() -> None:
         assert "head dim is above 128" in str(VARIANT.illegal(spec, H100, config))
     assert "shared memory" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), STAGES=3)))
     assert "two at a time" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), DQ_STAGES=1)))
+    assert "STAGES must be 2" in str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), STAGES=1)))
+    starved = str(VARIANT.illegal(spec, H100, with_knobs(VARIANT.default(spec, H100), PRODUCER_REGS=64)))
+    assert "warpgroup with p" in starved and "PRODUCER_REGS=64 leaves it 192" in starved
 
 
 @pytest.mark.sampled(every=2)
