@@ -94,11 +94,7 @@ def judge(spec: AttentionSpec, target: Target, config: KernelConfig, facts: Comp
     if not facts.loop:
         wrong.append("no main loop was found in its machine code")
     gluon = by_name(config.variant).backend == "gluon"
-    # Gluon kernels leave out columns of padding where they can.
-    columns = spec.head_dim + spec.head_dim_v if gluon else spec.block_head_dim + spec.block_head_dim_v
-    tile = config.BLOCK_M * config.BLOCK_N * columns
-    if spec.op == "attention_bwd":  # the loop of dK/dV: scores again, dP, dV and dK
-        tile *= 2
+    tile = config.BLOCK_M * config.BLOCK_N * by_name(config.variant).loop_columns(spec)
     if half and facts.loop_macs < tile:
         wrong.append(f"{facts.loop_macs} multiply-adds were read in the main loop of a tile of {tile}")
     if gluon and facts.serialised:

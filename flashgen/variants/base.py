@@ -149,6 +149,13 @@ class Variant:
         """Warps that issue products."""
         return self.num_warps(spec, config)
 
+    def loop_columns(self, spec: AttentionSpec) -> int:
+        """Columns of a tile's products that the main loop multiplies at least: a backward's scores again, dp, dv and dk."""
+        # Gluon kernels leave out columns of padding where they can.
+        gluon = self.backend == "gluon"
+        columns = spec.head_dim + spec.head_dim_v if gluon else spec.block_head_dim + spec.block_head_dim_v
+        return 2 * columns if spec.op == "attention_bwd" else columns
+
     def constants(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, Tunable | None]:
         """Compile-time arguments besides the knobs, as an aligned call with whole blocks has them; of a pointer that it leaves out, None."""
         return {}

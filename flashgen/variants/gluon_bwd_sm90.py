@@ -218,6 +218,10 @@ class GluonBackwardSm90(BackwardText, Variant):
             return 4  # of the partition that starts: the other one's are a worker's
         return 8 if self.is_wide(spec) else int(config.BLOCK_N) // 16
 
+    def loop_columns(self, spec: AttentionSpec) -> int:
+        """Of a split kernel the loop with most products: dp, dk and dq."""
+        return spec.head_dim_v + 2 * spec.head_dim if self.is_split(spec) else super().loop_columns(spec)
+
     def boxes(self, spec: AttentionSpec, config: KernelConfig) -> dict[str, tuple[int, ...]]:
         outer = (
             (1, 1, 1) if spec.varlen else (1, 1)
