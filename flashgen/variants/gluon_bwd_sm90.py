@@ -196,7 +196,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         return width > _NARROW or (width == _NARROW and self.sums_by_row(spec))
 
     def is_split(self, spec: AttentionSpec) -> bool:
-        """Whether one warpgroup has scores, p and dv, and the other dp, ds and dk: wide kernels of plain and causal attention."""
+        """Whether one warpgroup has scores, p and dv, and the other dp, ds, dk and dq: wide kernels of plain and causal attention."""
         return max(self.block_d(spec), self.block_dv(spec)) > _NARROW and all(flag == "causal" for flag in spec.flags)
 
     def panels(self, head_dim: int) -> tuple[tuple[int, int], ...]:
@@ -319,23 +319,19 @@ class GluonBackwardSm90(BackwardText, Variant):
             numbers = keys * (self._columns(spec.head_dim) + self._columns(spec.head_dim_v) + 2 * rows)
             numbers += rows * self.dq_columns(spec)
         if self.is_split(spec):
-            return self._illegal_shares(spec, config)
+            return self._illegal_share(spec, config)
         needed = numbers // (32 * self.num_warps(spec, config)) + 30
         if needed > _MAX_REGISTERS:
             return f"gradients and scores of a step need about {needed} registers a thread, which has {_MAX_REGISTERS}"
         return None
 
-    def _illegal_shares(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
-        """Each warpgroup of a split kernel against its own share of the 504 registers of one thread of each of the three."""
-        rows, keys = config.BLOCK_M, config.BLOCK_N
-        scores = rows * keys * 3 // 2  # in fp32, and once in 16 bit
-        for name, numbers, share in (
-            ("p", keys * self._columns(spec.head_dim_v) + scores, 504 - self.DS_REGISTERS - config.PRODUCER_REGS),
-            ("ds", keys * self._columns(spec.head_dim) + scores + rows * self.dq_columns(spec), self.DS_REGISTERS),
-        ):
-            needed = numbers // 128 + 30
-            if needed > share:
-                return f"the warpgroup with {name} needs about {needed} registers a thread, PRODUCER_REGS={config.PRODUCER_REGS} leaves it {share}"
+    def _illegal_share(self, spec: AttentionSpec, config: KernelConfig) -> str | None:
+        """The warpgroup with p of a split kernel: of 504 registers of a thread of each of the three the other two have taken theirs."""
+        scores = config.BLOCK_M * config.BLOCK_N * 3 // 2  # in fp32, and once in 16 bit
+        needed = (config.BLOCK_N * self._columns(spec.head_dim_v) + scores) // 128 + 30
+        share = 504 - self.DS_REGISTERS - config.PRODUCER_REGS
+        if needed > share:
+            return f"the warpgroup with p needs about {needed} registers a thread, PRODUCER_REGS={config.PRODUCER_REGS} leaves it {share}"
         return None
 
     def _illegal_memory(
@@ -357,7 +353,7 @@ class GluonBackwardSm90(BackwardText, Variant):
         full = config.DQ_STAGES * rows * self.dq_columns(spec) + (config.STAGES + gradients) * rows
         barriers = 2 + 2 * config.STAGES + gradients + config.DQ_STAGES
         if self.is_split(spec):
-            full += rows * keys - rows * keys // 2  # p goes from one warpgroup to the other in fp32
+            full += rows * keys // 2  # p goes from one warpgroup to the other in fp32: twice the bytes
             barriers += 3
         # Sums over a tile's keys: each warp's own meet in shared memory, as Triton does it (2 KB more than was counted, 4 at 128 rows).
         sums = 4 * rows * self.num_warps(spec, config) if spec.has_bias or self.sums(spec) else 0
